@@ -1,0 +1,188 @@
+"""autotune: make a diffusers pipeline run as fast as this machine allows, without out-of-memory.
+
+``import autotune`` is light: torch and diffusers are imported by the calls that need them.
+
+>>> import autotune
+>>> tuned = autotune.load("demo")                # doctest: +SKIP
+>>> tuned("a handwritten seven").images[0]       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Imported here first, since loading the subpackage later would replace the function of its name.
+import autotune.probe as _probe_package  # noqa: F401
+from autotune.errors import AutotuneError
+
+if TYPE_CHECKING:
+    from autotune.decide.plan import Plan
+    from autotune.probe.machine import Machine
+    from autotune.profile.profile import Profile
+    from autotune.runtime.tuned import Tuned
+    from autotune.tuner import Ask
+
+__version__ = "0.1.0"
+__all__ = ["AutotuneError", "configure", "load", "plan", "probe", "profiles"]
+
+
+def configure(
+    pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    quality: str = "exact",
+    only: Iterable[str] = (),
+    without: Iterable[str] = (),
+    vram_limit: int | str | None = None,
+    device: str | None = None,
+) -> Tuned:
+    """Configure a loaded diffusers pipeline in place, for this machine and this request.
+
+    Args:
+        pipe: A loaded pipeline; what was set on it by hand is kept.
+        height: Pixels; the model's native size by default.
+        width: Pixels; the model's native size by default.
+        batch: Images per call.
+        steps: Denoise steps; the pipeline's default when left out.
+        guidance_scale: The pipeline's default when left out.
+        quality: ``"exact"``, ``"high"``, ``"balanced"`` or ``"fast"``: what may change the image.
+        only: Names of the only optimizations to consider.
+        without: Names of optimizations to leave out.
+        vram_limit: Most device memory to use, in bytes or as ``"5GiB"``.
+        device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory.
+
+    Returns:
+        The configured pipeline with ``plan``, ``explain()`` and ``undo()``; call it to draw.
+
+    Raises:
+        AutotuneError: the request is impossible, or the pipeline cannot be traced or configured;
+            the pipeline is then as it was.
+    """
+    from autotune.tuner import configure_pipeline
+
+    ask = _ask(
+        height, width, batch, steps, guidance_scale, "auto", quality, only, without, vram_limit
+    )
+    return configure_pipeline(pipe, ask, device)  # type: ignore[no-any-return]
+
+
+def load(
+    model: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    dtype: str = "auto",
+    quality: str = "exact",
+    only: Iterable[str] = (),
+    without: Iterable[str] = (),
+    vram_limit: int | str | None = None,
+    device: str | None = None,
+) -> Tuned:
+    """Plan before the weights are read, then load and configure the pipeline.
+
+    Args:
+        model: A hub id, a local folder in diffusers format, or a built-in name such as ``"demo"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+
+    The other arguments are those of ``configure``.
+
+    Raises:
+        AutotuneError: the model cannot be read, or as for ``configure``.
+    """
+    from autotune.tuner import load_tuned
+
+    ask = _ask(
+        height, width, batch, steps, guidance_scale, dtype, quality, only, without, vram_limit
+    )
+    return load_tuned(model, ask, device)  # type: ignore[no-any-return]
+
+
+def plan(
+    model: str,
+    *,
+    machine: Machine | str | Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    dtype: str = "auto",
+    quality: str = "exact",
+    only: Iterable[str] = (),
+    without: Iterable[str] = (),
+    vram_limit: int | str | None = None,
+) -> Plan:
+    """Decide for a model on this machine, or on another one that was recorded.
+
+    Args:
+        model: A hub id, a local folder, or a built-in name.
+        machine: A ``Machine``, a reference machine's name, or a JSON file; this one by default.
+
+    The other arguments are those of ``load``.
+
+    Raises:
+        AutotuneError: the model, the machine or the request is impossible.
+    """
+    from autotune.tuner import machine_here, make_plan
+
+    ask = _ask(
+        height, width, batch, steps, guidance_scale, dtype, quality, only, without, vram_limit
+    )
+    if machine is None:
+        machine = machine_here().machine
+    elif isinstance(machine, (str, Path)):
+        from autotune.probe.reference import load_machine
+
+        machine = load_machine(str(machine))
+    return make_plan(model, machine, ask).plan
+
+
+def probe(device: str | None = None) -> Machine:
+    """Measure this machine now and remember it in its profile.
+
+    Args:
+        device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory, else the CPU.
+
+    Raises:
+        AutotuneError: there is no such device, or the cache folder cannot be written.
+    """
+    from autotune.tuner import machine_here
+
+    return machine_here(device, remeasure=True).machine
+
+
+def profiles() -> tuple[Profile, ...]:
+    """Every readable profile of the cache folder."""
+    from autotune.profile.store import list_profiles
+
+    return tuple(s.profile for s in list_profiles() if s.profile is not None)
+
+
+def _ask(
+    height: int | None,
+    width: int | None,
+    batch: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    dtype: str,
+    quality: str,
+    only: Iterable[str],
+    without: Iterable[str],
+    vram_limit: int | str | None,
+) -> Ask:
+    from autotune.decide.choose import Limits
+    from autotune.tuner import Ask
+    from autotune.units import parse_bytes
+
+    limit = parse_bytes(vram_limit) if isinstance(vram_limit, str) else vram_limit
+    limits = Limits(quality=quality, only=tuple(only), without=tuple(without), vram_limit=limit)
+    return Ask(height, width, batch, steps, guidance_scale, dtype, limits)

@@ -1,0 +1,60 @@
+"""The command ``autotune``: its verbs, and the place where errors become a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from autotune import __version__
+from autotune.cli import machines, profile
+from autotune.cli.env import env
+from autotune.cli.optimizations import optimizations
+from autotune.cli.plan import plan, predict
+from autotune.cli.probe import probe
+from autotune.cli.run import run
+from autotune.errors import AutotuneError
+
+app = typer.Typer(
+    help="Make a diffusers pipeline run as fast as this machine allows, without out-of-memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for verb in (run, probe, plan, predict, optimizations, env):
+    app.command()(verb)
+app.add_typer(profile.app, name="profile")
+app.add_typer(machines.app, name="machines")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every expected error ends in one line, a remedy and exit code 1."""
+    # Their notes on optional packages are not ours to print; errors still raise.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app()
+    except AutotuneError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            typer.echo(f"  try: {error.hint}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: nothing was written", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe has seen enough
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What verbs share in printing: JSON alone on stdout, everything for people through one console."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def print_json(value: Any) -> None:
+    """Print a value (structs, dicts, tuples, paths) as indented JSON on stdout."""
+    encoded = msgspec.json.encode(value, enc_hook=str)
+    sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console, imported late: rich costs start-up time that ``--json`` need not pay."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)

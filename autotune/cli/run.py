@@ -1,0 +1,190 @@
+"""``autotune run``: the main job, from measuring the machine to the image and the account."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from autotune.cli.machine import this_machine
+from autotune.cli.options import (
+    Batch,
+    Device,
+    Dtype,
+    Guidance,
+    Height,
+    Only,
+    Quality,
+    Steps,
+    VramLimit,
+    Width,
+    Without,
+    make_ask,
+    make_limits,
+)
+from autotune.cli.output import JsonFlag, print_json
+from autotune.errors import RequestError
+from autotune.profile.profile import PhaseMeasurement
+from autotune.tuner import (
+    Planned,
+    device_name,
+    loadable,
+    make_plan,
+    remember_run,
+    was_verified,
+)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+DEMO_PROMPT = "a handwritten seven"
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name.")] = "demo",
+    prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Image file; a batch is numbered.")
+    ] = Path("autotune.png"),
+    height: Height = None,
+    width: Width = None,
+    batch: Batch = 1,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the image repeatable.")] = None,
+    dtype: Dtype = "auto",
+    quality: Quality = "exact",
+    only: Only = "",
+    without: Without = "",
+    vram_limit: VramLimit = None,
+    device: Device = None,
+    verify: Annotated[
+        str,
+        typer.Option(help="Memory check on the CPU by a short extra pass: auto, always or never."),
+    ] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Plan for this machine, load MODEL that way, draw an image."""
+    limits = make_limits(quality, only, without, vram_limit)
+    ask = make_ask(height, width, batch, steps, guidance, dtype, limits)
+    if verify not in ("auto", "always", "never"):
+        raise RequestError(f"unknown --verify {verify!r}", "use auto, always or never")
+    files = _image_files(output, batch)
+    text = _prompt(model, prompt)
+    seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
+    measured = this_machine(device)
+    planned = make_plan(loadable(model), measured.machine, ask)
+    tuned = _load(planned, device_name(measured.machine))
+    options = {"seed": seed, "negative_prompt": negative_prompt}
+    result, phases = tuned.measure(text, **options)
+    _save(result.images, files)
+    check = verify == "always" or (verify == "auto" and not was_verified(measured, planned))
+    if check and measured.machine.device.kind == "cpu":
+        phases = _add_peaks(tuned, phases, text, options)
+    remember_run(measured, planned, phases)
+    _report(planned, phases, files, seed, json)
+
+
+def _load(planned: Planned, device: str) -> Any:
+    from autotune.runtime.load import load_pipeline
+    from autotune.runtime.tuned import Tuned
+
+    with _quiet_libraries():
+        pipe = load_pipeline(planned.architecture, planned.plan)
+    shown = sys.stderr.isatty()
+    pipe.set_progress_bar_config(disable=not shown, desc="denoise", leave=False)
+    return Tuned(pipe, planned.plan, planned.workload, device)
+
+
+def _add_peaks(
+    tuned: Any, phases: tuple[PhaseMeasurement, ...], text: str, options: dict[str, Any]
+) -> tuple[PhaseMeasurement, ...]:
+    from autotune.runtime.tuned import with_peaks
+
+    tuned.pipe.set_progress_bar_config(disable=True)
+    return with_peaks(phases, tuned.measure_peaks(text, **options))
+
+
+def _report(
+    planned: Planned,
+    phases: tuple[PhaseMeasurement, ...],
+    files: list[Path],
+    seed: int,
+    json: bool,
+) -> None:
+    if json:
+        measured = [msgspec.to_builtins(m) for m in phases]
+        print_json({**planned.plan.to_dict(), "measured": measured, "images": files, "seed": seed})
+        return
+    from autotune.cli.account import print_run
+    from autotune.cli.output import console
+
+    print_run(planned.plan, phases)
+    saved = ", ".join(map(str, files))
+    console().print(f"[bold]image[/] {saved} (seed {seed})", soft_wrap=True)
+
+
+# ---- what is checked before anything is measured or loaded ---------------------------------------
+
+
+def _prompt(model: str, prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if model == "demo":
+        return DEMO_PROMPT
+    raise RequestError("there is no prompt", 'say what to draw: --prompt "a lighthouse at dusk"')
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed {seed} is out of range", "use 0 to 2**63 - 1")
+    return seed
+
+
+def _image_files(output: Path, batch: int) -> list[Path]:
+    """The files to write, after making sure that they can be written.
+
+    Raises:
+        RequestError: the folder is missing or not writable, or the suffix is no image format.
+    """
+    if output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise RequestError(
+            f"{output} is no image file name", f"end it in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    folder = output.parent
+    if not folder.is_dir():
+        raise RequestError(f"there is no folder {folder}", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK) or output.is_dir():
+        raise RequestError(f"cannot write {output}", "choose another file with -o")
+    if batch == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
+
+
+def _save(images: list[Any], files: list[Path]) -> None:
+    """Write each image whole or not at all."""
+    for image, file in zip(images, files, strict=True):
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=file.suffix)
+        os.close(handle)
+        try:
+            image.save(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Loading prints progress bars of its own for every component; errors still raise."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

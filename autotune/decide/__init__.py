@@ -1,0 +1,1 @@
+"""Machine × workload × catalogue → plan. Pure: no torch, no files, no clock."""

@@ -1,0 +1,115 @@
+"""Coherence: which optimizations contradict or cancel one another, as data with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from autotune.decide.prediction import Prediction
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Setting
+
+OFFLOADS = frozenset({"model_cpu_offload", "sequential_cpu_offload"})
+COMPUTE_SAVERS = frozenset({"tome"})
+KERNEL_TUNING = frozenset({"channels_last"})
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """Any one of ``first`` does not go with any one of ``second``.
+
+    Attributes:
+        id: Stable name, printed with a refusal.
+        reason: One sentence.
+        first: Names of optimizations.
+        second: Names of optimizations; the same set means "at most one of them".
+        while_transfer_dominates: The rule holds only where moving weights takes longer than
+            computing, which the prediction tells.
+    """
+
+    id: str
+    reason: str
+    first: frozenset[str]
+    second: frozenset[str]
+    while_transfer_dominates: bool = False
+
+    def broken_by(self, names: frozenset[str]) -> bool:
+        """Whether the set contains a forbidden pair."""
+        if self.first == self.second:
+            return len(self.first & names) > 1
+        return bool(self.first & names and self.second & names)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "slicing-alone",
+        "attention slicing replaces a memory-efficient kernel instead of running on top of it, "
+        "and is slower",
+        frozenset({"xformers"}),
+        frozenset({"attention_slicing"}),
+    ),
+    Rule(
+        "one-offload",
+        "one offload strategy at a time: each moves the same weights",
+        OFFLOADS,
+        OFFLOADS,
+    ),
+    Rule(
+        "offload-or-merge",
+        "while moving weights takes longer than computing, merging tokens costs quality and "
+        "gains no time",
+        OFFLOADS,
+        COMPUTE_SAVERS,
+        while_transfer_dominates=True,
+    ),
+    Rule(
+        "offload-or-tune",
+        "while moving weights takes longer than computing, faster kernels have no return",
+        OFFLOADS,
+        KERNEL_TUNING,
+        while_transfer_dominates=True,
+    ),
+    Rule(
+        "layout-lost-in-offload",
+        "sequential offload loads the weights anew at every step, in the layout they are stored in",
+        frozenset({"sequential_cpu_offload"}),
+        frozenset({"channels_last"}),
+    ),
+)
+
+
+def broken_rule(names: Iterable[str], prediction: Prediction | None = None) -> Rule | None:
+    """The first rule that a set breaks, or ``None`` when it is coherent.
+
+    Args:
+        names: Optimizations of the set.
+        prediction: Of the set; without it, rules that depend on it are left out.
+    """
+    chosen = frozenset(names)
+    dominated = prediction is not None and transfer_dominates(prediction)
+    for rule in RULES:
+        if rule.broken_by(chosen) and (dominated or not rule.while_transfer_dominates):
+            return rule
+    return None
+
+
+def transfer_dominates(prediction: Prediction) -> bool:
+    """Whether the slowest phase spends more time moving weights than on everything else."""
+    phase = prediction.slowest_phase
+    return phase.transfer_s > phase.seconds - phase.transfer_s
+
+
+def require_coherent(settings: Iterable[Setting]) -> None:
+    """Refuse an incoherent set.
+
+    Raises:
+        OptimizationError: with the rule's reason and id.
+    """
+    names = [s.name for s in settings]
+    rule = broken_rule(names)
+    if rule is not None:
+        clashing = ", ".join(n for n in names if n in rule.first | rule.second)
+        raise OptimizationError(
+            f"{clashing} do not go together: {rule.reason} (rule {rule.id})",
+            "leave one of them out",
+        )

@@ -1,0 +1,103 @@
+"""Attention kernels: xFormers' memory-efficient one, and diffusers' slicing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.execution import Execution
+from autotune.optimizations.modules import diffusers_modules, has_class
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+
+class XFormers(Optimization):
+    """xFormers' memory-efficient attention in denoiser and VAE."""
+
+    name = "xformers"
+    summary = "memory-efficient attention by xFormers instead of the default kernel"
+    relieves = "time and vram of denoise and decode"
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if machine.device.kind != "cuda":
+            return f"xFormers has no {machine.device.kind.upper()} kernels: it needs an NVIDIA GPU"
+        rates = [r for r in machine.attention if r.implementation == self.name]
+        if any(r.flops_per_s for r in rates):
+            return None
+        error = next((r.error for r in rates if r.error), None)
+        return error or "xFormers was not called successfully on this machine"
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, attention="xformers")
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        undo = _remember_processors(pipe)
+        try:
+            pipe.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, NotImplementedError) as error:
+            undo()
+            raise OptimizationError(
+                f"xformers cannot run here: {str(error).splitlines()[0]}",
+                "run `autotune probe` to see why, or add --without xformers",
+            ) from error
+        return undo
+
+    def is_set(self, pipe: Any) -> bool:
+        return _uses(pipe, "XFormers")
+
+
+class AttentionSlicing(Optimization):
+    """Vanilla attention over a part of the heads at a time."""
+
+    name = "attention_slicing"
+    summary = "vanilla attention, a part of the heads at a time; replaces the fast kernel"
+    relieves = "vram of denoise, where no memory-efficient kernel runs"
+    defaults = {"slices": "auto"}
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if not has_class(workload, "UNet2DConditionModel"):
+            return "transformer denoisers have no sliced attention"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        return ({"slices": "auto"}, {"slices": "max"})
+
+    def check(self, parameters: Parameters) -> None:
+        if parameters["slices"] not in ("auto", "max"):
+            raise OptimizationError(
+                f"attention_slicing:slices={parameters['slices']} is unknown", "use auto or max"
+            )
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, attention_slices=str(parameters["slices"]))
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        undo = _remember_processors(pipe)
+        pipe.enable_attention_slicing(parameters["slices"])
+        return undo
+
+    def is_set(self, pipe: Any) -> bool:
+        return _uses(pipe, "Sliced")
+
+
+def _remember_processors(pipe: Any) -> Undo:
+    """Undo through the processors themselves: ``disable_*`` would drop what the user had set."""
+    before = [(m, dict(m.attn_processors)) for m in _attending(pipe)]
+
+    def undo() -> None:
+        for module, processors in before:
+            module.set_attn_processor(dict(processors))
+
+    return undo
+
+
+def _attending(pipe: Any) -> list[Any]:
+    return [m for m in diffusers_modules(pipe) if hasattr(m, "attn_processors")]
+
+
+def _uses(pipe: Any, word: str) -> bool:
+    processors = [p for m in _attending(pipe) for p in m.attn_processors.values()]
+    return any(type(p).__name__.startswith(word) for p in processors)

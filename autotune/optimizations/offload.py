@@ -1,0 +1,98 @@
+"""Weights kept in host RAM and moved to the device when needed, by accelerate's hooks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import msgspec
+
+from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.execution import Execution
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+_NOTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
+"""What diffusers remembers on the pipeline about offloading."""
+
+
+class _Offload(Optimization):
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if machine.device.kind == "cpu":
+            return "the CPU computes in host RAM: there is no device memory to offload from"
+        if machine.link is None or machine.device.unified_memory:
+            return "device and host share their memory: moving weights frees nothing"
+        return None
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        modules = [m for m in pipe.components.values() if hasattr(m, "parameters")]
+        before = [(m, m.device) for m in modules]
+        notes = {n: pipe.__dict__[n] for n in _NOTES if n in pipe.__dict__}
+
+        def undo() -> None:
+            pipe.remove_all_hooks()
+            for name in _NOTES:
+                pipe.__dict__.pop(name, None)
+            pipe.__dict__.update(notes)
+            for module, where in before:
+                _drop_bound_forwards(module)
+                module.to(where)
+
+        try:
+            self._enable(pipe, device)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    @abstractmethod
+    def _enable(self, pipe: Any, device: str) -> None: ...
+
+
+class ModelCpuOffload(_Offload):
+    """One component on the device at a time."""
+
+    name = "model_cpu_offload"
+    summary = "only the component at work is on the device; the others wait in host RAM"
+    relieves = "vram of every phase"
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, placement="model_offload")
+
+    def _enable(self, pipe: Any, device: str) -> None:
+        pipe.enable_model_cpu_offload(device=device)
+
+    def is_set(self, pipe: Any) -> bool:
+        return _hook_names(pipe) == {"CpuOffload"}
+
+
+class SequentialCpuOffload(_Offload):
+    """One layer on the device at a time."""
+
+    name = "sequential_cpu_offload"
+    summary = "only the layer at work is on the device; every weight crosses at every step"
+    relieves = "vram of every phase, at the price of transfer"
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, placement="sequential_offload")
+
+    def _enable(self, pipe: Any, device: str) -> None:
+        pipe.enable_sequential_cpu_offload(device=device)
+
+    def is_set(self, pipe: Any) -> bool:
+        return "AlignDevicesHook" in _hook_names(pipe)
+
+
+def _hook_names(pipe: Any) -> set[str]:
+    """Class names of the accelerate hooks on the pipeline's components or their layers."""
+    modules = [m for c in pipe.components.values() if hasattr(c, "modules") for m in c.modules()]
+    hooks = (getattr(m, "_hf_hook", None) for m in modules)
+    return {type(h).__name__ for h in hooks if h is not None} - {"SequentialHook"}
+
+
+def _drop_bound_forwards(module: Any) -> None:
+    """Removing accelerate's hooks leaves each layer's own forward on the instance: a residue."""
+    for child in module.modules():
+        forward = child.__dict__.get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is type(child).forward:
+            del child.__dict__["forward"]

@@ -1,0 +1,116 @@
+"""Token merging (ToMe): self-attention over fewer tokens, through the tomesd package."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.execution import Execution, TokenMerge
+from autotune.optimizations.modules import has_class
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+DOWNSAMPLES = (1, 2, 4)
+
+
+class ToMe(Optimization):
+    """Merge similar tokens before self-attention and spread the result afterwards."""
+
+    name = "tome"
+    summary = "merges similar tokens before self-attention, so that there is less to compute"
+    relieves = "compute of denoise"
+    exactness = "lossy"
+    defaults = {"ratio": 0.3, "max_downsample": 1}
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if find_spec("tomesd") is None:
+            return "the package tomesd is not installed: pip install tomesd"
+        if not has_class(workload, "UNet2DConditionModel"):
+            return "tomesd patches UNets only"
+        if not merged_downsamples(workload, max(DOWNSAMPLES)):
+            return "the UNet has no self-attention that tomesd could shorten"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        """Ratios 0.1 to 0.5, at each depth that reaches blocks the one before does not."""
+        found = merged_downsamples(workload, max(DOWNSAMPLES))
+        depths = [d for d in DOWNSAMPLES if d in found]
+        ratios = (0.1, 0.2, 0.3, 0.4, 0.5)
+        return tuple({"ratio": r, "max_downsample": d} for d in depths for r in ratios)
+
+    def quality(self, parameters: Parameters) -> str:
+        return "balanced" if float(parameters["ratio"]) <= 0.3 else "fast"
+
+    def check(self, parameters: Parameters) -> None:
+        ratio, depth = float(parameters["ratio"]), int(parameters["max_downsample"])
+        if not 0 < ratio <= 0.75:
+            raise OptimizationError(
+                f"tome:ratio={ratio} is out of range", "use 0.1 to 0.5; 0.75 is the most"
+            )
+        if depth not in (1, 2, 4, 8):
+            raise OptimizationError(f"tome:max_downsample={depth} is unknown", "use 1, 2, 4 or 8")
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        merge = TokenMerge(float(parameters["ratio"]), int(parameters["max_downsample"]))
+        return msgspec.structs.replace(execution, merge=merge)
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        import tomesd
+
+        for block in _hooked_blocks(pipe.unet):
+            # A removed accelerate hook leaves its bound forward on the instance, which would hide
+            # the patched class's.
+            del block.__dict__["forward"]
+        tomesd.apply_patch(
+            pipe, ratio=float(parameters["ratio"]), max_downsample=int(parameters["max_downsample"])
+        )
+        return lambda: _remove(pipe)
+
+    def is_set(self, pipe: Any) -> bool:
+        return hasattr(getattr(pipe, "unet", None), "_tome_info")
+
+    def before_image(self, pipe: Any, parameters: Parameters, seed: int) -> None:
+        """Restart ToMe's generator: it runs on from image to image, so seeds would not repeat."""
+        import torch
+
+        generator = torch.Generator(pipe._execution_device).manual_seed(seed)
+        pipe.unet._tome_info["args"]["generator"] = generator
+
+
+def merged_downsamples(workload: Workload, max_downsample: int) -> set[int]:
+    """Downsampling factors, up to a limit, at which the denoiser has self-attention blocks."""
+    blocks = {
+        o.block_tokens
+        for phase in workload.phases
+        if phase.name == "denoise"
+        for run in phase.runs
+        for o in run.trace.operators
+        if o.block_tokens
+    }
+    factors = {downsample(workload.latent_tokens, tokens) for tokens in blocks}
+    return {f for f in factors if f <= max_downsample}
+
+
+def downsample(latent_tokens: int, block_tokens: int) -> int:
+    """The factor as tomesd computes it: the rounded-up root of the quotient of token counts."""
+    quotient = latent_tokens // block_tokens
+    root = int(quotient**0.5)
+    return root if root * root >= quotient else root + 1
+
+
+def _remove(pipe: Any) -> None:
+    import tomesd
+
+    tomesd.remove_patch(pipe)
+    # tomesd leaves its notes on every block; without them the UNet is as it was.
+    for module in pipe.unet.modules():
+        module.__dict__.pop("_tome_info", None)
+
+
+def _hooked_blocks(unet: Any) -> list[Any]:
+    blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    return [b for b in blocks if "forward" in b.__dict__ and not hasattr(b, "_hf_hook")]

@@ -1,0 +1,102 @@
+"""Decoding in parts: image by image, or tile by tile."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.execution import Execution
+from autotune.probe.machine import Machine
+from autotune.workload.variants import has_tiles, restore, switch, tile_sizes
+from autotune.workload.workload import Workload
+
+
+class _DecodeSwitch(Optimization):
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        before = switch(pipe.vae, self._variant(parameters))
+        own = {k: before[k] for k in self._fields if k in before}
+        return lambda: restore(pipe.vae, own)
+
+    _fields: tuple[str, ...]
+
+    @abstractmethod
+    def _variant(self, parameters: Parameters) -> str: ...
+
+
+class VaeSlicing(_DecodeSwitch):
+    """Decode one image of the batch at a time."""
+
+    name = "vae_slicing"
+    summary = "decodes one image of the batch at a time"
+    relieves = "vram of decode"
+    _fields = ("use_slicing",)
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if workload.request.batch == 1:
+            return "a batch of one has nothing to slice"
+        if not _has_variant(workload, "sliced"):
+            return "slicing changes nothing in this VAE's decode"
+        return None
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, decode_sliced=True)
+
+    def _variant(self, parameters: Parameters) -> str:
+        return "sliced"
+
+    def is_set(self, pipe: Any) -> bool:
+        return bool(getattr(pipe.vae, "use_slicing", False))
+
+
+class VaeTiling(_DecodeSwitch):
+    """Decode in overlapping tiles that are blended."""
+
+    name = "vae_tiling"
+    summary = "decodes in overlapping tiles that are blended"
+    relieves = "vram of decode"
+    exactness = "near-exact"
+    defaults = {"tile": 512}
+    _fields = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        request = workload.request
+        tiles = tile_sizes(request)
+        if not any(_has_variant(workload, f"tiled:{t}") for t in tiles):
+            return f"a decode at {request.width}x{request.height} is not cut into tiles by this VAE"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        return tuple({"tile": t} for t in tile_sizes(workload.request))
+
+    def check(self, parameters: Parameters) -> None:
+        tile = int(parameters["tile"])
+        if not 64 <= tile <= 4096 or tile % 64:
+            raise OptimizationError(
+                f"vae_tiling:tile={tile} is unusable", "use a multiple of 64 from 64 to 4096"
+            )
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, decode_tile=int(parameters["tile"]))
+
+    def _variant(self, parameters: Parameters) -> str:
+        return f"tiled:{parameters['tile']}"
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        if not has_tiles(pipe.vae):
+            raise OptimizationError(
+                f"{type(pipe.vae).__name__} does not take a tile size this way",
+                "add --without vae_tiling",
+            )
+        return super().apply(pipe, parameters, device)
+
+    def is_set(self, pipe: Any) -> bool:
+        return bool(getattr(pipe.vae, "use_tiling", False))
+
+
+def _has_variant(workload: Workload, variant: str) -> bool:
+    runs = [r for p in workload.phases if p.name == "decode" for r in p.runs]
+    return any(variant in r.variants for r in runs)

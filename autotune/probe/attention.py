@@ -1,0 +1,299 @@
+"""Each attention implementation really called: time, extra memory, and whether it is right.
+
+Availability flags lie (xFormers is installed far more often than it works), so every
+implementation runs at the shapes of real models, and one that raises, or computes something else,
+is recorded with its message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from msgspec import structs
+from torch.nn import functional
+
+from autotune.probe.kernels import random
+from autotune.probe.machine import AttentionRate
+from autotune.probe.timing import rate, time_call
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+XFORMERS_ABSENT = "xformers is not installed: pip install diffusers-autotune[xformers]"
+
+_REFERENCE_ROWS = 64
+_MESSAGE_LENGTH = 240
+
+# Relative error that rounding explains, with room: about ten units in the last place of the dtype,
+# where float32 may be computed in TF32 (ten bits, as float16).
+_TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call. Queries are ``[batch, heads, q_tokens, head_dim]``."""
+
+    batch: int
+    heads: int
+    q_tokens: int
+    kv_tokens: int
+    head_dim: int
+
+    @property
+    def flops(self) -> int:
+        """Two matrix products, two operations per multiply-add."""
+        return 4 * self.batch * self.heads * self.q_tokens * self.kv_tokens * self.head_dim
+
+    def score_bytes(self, itemsize: int) -> int:
+        """Size of the score matrix that the vanilla implementation writes out."""
+        return self.batch * self.heads * self.q_tokens * self.kv_tokens * itemsize
+
+    def fitted(self, memory_bytes: int, itemsize: int) -> Shape | None:
+        """The same with fewer batches or heads, until scores and probabilities fit together."""
+        shape = self
+        while 2 * shape.score_bytes(itemsize) > memory_bytes:
+            if shape.batch > 1:
+                shape = replace(shape, batch=shape.batch // 2)
+            elif shape.heads > 1:
+                shape = replace(shape, heads=shape.heads // 2)
+            else:
+                return None
+        return shape
+
+
+# The most telling first: a spent budget cuts the list off.
+GPU_SHAPES = (
+    Shape(2, 8, 4096, 4096, 40),  # SD 1.5, 512², first resolution
+    Shape(2, 10, 4096, 4096, 64),  # SDXL, 1024²
+    Shape(2, 20, 1024, 1024, 64),  # SDXL, 1024², middle
+    Shape(1, 24, 4608, 4608, 128),  # a diffusion transformer such as Flux, 1024²
+    Shape(2, 8, 1024, 1024, 80),
+    Shape(2, 10, 4096, 77, 64),  # cross-attention
+    Shape(2, 8, 256, 256, 160),
+)
+CPU_SHAPES = (
+    Shape(2, 4, 256, 256, 16),
+    Shape(2, 8, 256, 256, 40),
+    Shape(2, 4, 64, 64, 32),
+    Shape(2, 4, 1024, 1024, 40),
+    Shape(2, 8, 1024, 77, 40),
+    Shape(1, 4, 2048, 2048, 64),
+    Shape(1, 2, 4096, 4096, 40),
+)
+
+
+def measure_attention(
+    device: torch.device, *, memory_bytes: int, budget_s: float = 2.5
+) -> tuple[AttentionRate, ...]:
+    """Every implementation at every shape that fits into the budget of time and memory.
+
+    Args:
+        device: Where to run.
+        memory_bytes: Device memory that one call may take; larger shapes lose batch and heads.
+        budget_s: When it is spent, the shapes not reached are left out; the first always runs.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    shapes = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
+    fitted = [shape.fitted(memory_bytes, dtype.itemsize) for shape in shapes]
+    deadline = time.perf_counter() + budget_s
+    rates: list[AttentionRate] = []
+    implementations = dict(IMPLEMENTATIONS)
+    for shape in dict.fromkeys(shape for shape in fitted if shape):
+        if rates and time.perf_counter() > deadline:
+            break
+        share = budget_s / len(shapes) / len(implementations)
+        measured = measure_shape(shape, device, dtype, implementations, share)
+        rates += measured
+        # What refused once is not asked again: its reason does not depend on the shapes listed
+        # here.
+        for failed in (
+            item for item in measured if item.implementation == "xformers" and item.error
+        ):
+            implementations.pop(failed.implementation)
+    return tuple(rates)
+
+
+def measure_shape(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    implementations: dict[str, Attention],
+    budget_s: float,
+) -> list[AttentionRate]:
+    """All implementations on the same tensors, ``budget_s`` each."""
+    query, key, value = _inputs(shape, device, dtype)
+    reference = _reference(query, key, value)
+    return [
+        _measure(name, call, shape, (query, key, value), reference, budget_s)
+        for name, call in implementations.items()
+    ]
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own choice of kernel, for ``[batch, heads, tokens, head_dim]`` as all here."""
+    return functional.scaled_dot_product_attention(query, key, value)
+
+
+def xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Calls xFormers with batch and heads folded into one, as diffusers calls it."""
+    with _quiet():
+        operators: Any = importlib.import_module("xformers.ops")
+    folded = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5
+    attended: torch.Tensor = operators.memory_efficient_attention(*folded, scale=scale)
+    return attended.reshape(query.shape)
+
+
+def vanilla(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The whole score matrix written out, operator by operator as diffusers' plain processor."""
+    folded = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    return _scores_and_sum(*folded).reshape(query.shape)
+
+
+def sliced(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Vanilla, half the heads at a time: what diffusers' slice size ``"auto"`` comes to."""
+    folded = [tensor.flatten(0, 1) for tensor in (query, key, value)]
+    output = torch.zeros_like(folded[0])
+    half = max(1, query.shape[1] // 2)
+    for start in range(0, len(output), half):
+        part = slice(start, start + half)
+        output[part] = _scores_and_sum(*(tensor[part] for tensor in folded))
+    return output.reshape(query.shape)
+
+
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "sdpa": sdpa,
+    "xformers": xformers,
+    "vanilla": vanilla,
+    "sliced": sliced,
+}
+
+
+def brief(error: BaseException) -> str:
+    """An exception in one line: xFormers' pages of refusals shrink to their distinct reasons."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    marks = [at for at, line in enumerate(lines) if line.endswith("is not supported because:")]
+    if marks:
+        reasons = [
+            line for line in lines[marks[0] :] if not line.endswith("is not supported because:")
+        ]
+        text = f"{lines[0].removesuffix(' with inputs:')}: {'; '.join(dict.fromkeys(reasons))}"
+    else:
+        text = lines[0] if lines else ""
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"
+
+
+def _scores_and_sum(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``softmax(q·kᵀ/√d)·v`` of ``[batch·heads, tokens, head_dim]``.
+
+    The unused first operand is allocated because diffusers does so too, and its memory counts.
+    """
+    unused = torch.empty(
+        query.shape[0], query.shape[1], key.shape[1], dtype=query.dtype, device=query.device
+    )
+    scale = query.shape[-1] ** -0.5
+    scores = torch.baddbmm(unused, query, key.transpose(-1, -2), beta=0, alpha=scale)
+    del unused
+    probabilities = scores.softmax(dim=-1)
+    del scores
+    return torch.bmm(probabilities, value)
+
+
+def _measure(
+    name: str,
+    call: Attention,
+    shape: Shape,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    reference: torch.Tensor,
+    budget_s: float,
+) -> AttentionRate:
+    query = tensors[0]
+    result = AttentionRate(
+        implementation=name,
+        dtype=str(query.dtype).removeprefix("torch."),
+        batch=shape.batch,
+        heads=shape.heads,
+        q_tokens=shape.q_tokens,
+        kv_tokens=shape.kv_tokens,
+        head_dim=shape.head_dim,
+    )
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        return structs.replace(result, error=XFORMERS_ABSENT)
+    try:
+        extra, deviation = _first_call(call, tensors, reference)
+        if not deviation <= _TOLERANCE[query.dtype]:
+            wrong = f"wrong result: {deviation:.1e} relative deviation from a float64 reference"
+            return structs.replace(
+                result, extra_bytes=extra, deviation=_finite(deviation), error=wrong
+            )
+        seconds = time_call(lambda: call(*tensors), query.device, budget_s=budget_s)
+    except Exception as error:  # whatever a third party's kernel raises is the finding
+        return structs.replace(result, error=brief(error))
+    return structs.replace(
+        result, flops_per_s=rate(seconds, shape.flops), extra_bytes=extra, deviation=deviation
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _first_call(
+    call: Attention, tensors: tuple[torch.Tensor, ...], reference: torch.Tensor
+) -> tuple[int | None, float]:
+    """Extra bytes (peak less inputs and output; ``None`` off CUDA) and relative deviation."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return None, _deviation(call(*tensors), reference)
+    call(*tensors)  # the first call may take library workspaces that stay
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    output = call(*tensors)
+    extra = torch.cuda.max_memory_allocated(device) - before - output.nbytes
+    return max(0, extra), _deviation(output, reference)
+
+
+def _inputs(
+    shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = random((shape.batch, shape.heads, shape.q_tokens, shape.head_dim), device, dtype)
+    key = random((shape.batch, shape.heads, shape.kv_tokens, shape.head_dim), device, dtype)
+    return query, key, key.flip(-2).contiguous()
+
+
+def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A few rows of the first and the last head in the widest type the device has."""
+    wide = torch.float32 if query.device.type == "mps" else torch.float64
+    ends = ((0, 0), (-1, -1))
+    rows = torch.stack([query[end][:_REFERENCE_ROWS] for end in ends]).to(wide)
+    keys, values = (torch.stack([side[end] for end in ends]).to(wide) for side in (key, value))
+    scores = torch.softmax(rows @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
+    return scores @ values
+
+
+def _deviation(output: torch.Tensor, reference: torch.Tensor) -> float:
+    rows = torch.stack([output[end][:_REFERENCE_ROWS] for end in ((0, 0), (-1, -1))])
+    return float((rows.to(reference.dtype) - reference).norm() / reference.norm())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Importing an unfit xFormers prints a page of warnings; its refusal says enough."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,180 @@
+"""What a person should know about a measured machine, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
+
+from autotune.probe import nvml
+from autotune.probe.attention import XFORMERS_ABSENT
+from autotune.probe.machine import Figure, GpuProcess, Link, Machine
+from autotune.probe.pcie import line_rate
+from autotune.probe.timing import spread
+from autotune.units import GIB, format_bytes, format_rate
+
+_LINK_FAR_BELOW = 0.6  # pinned copies reach 0.75-0.85 of the line rate on a healthy link
+_FOREIGN_BYTES = GIB // 4
+_THROTTLES_THAT_MATTER = ("slowdown", "power brake")
+
+
+def find(machine: Machine, *, disturbed_above: float, foreign_cores: float = 0.0) -> Machine:
+    """The machine with its findings.
+
+    Args:
+        machine: As measured.
+        disturbed_above: Spread, as a fraction of the median, from which a figure is called
+            unsteady.
+        foreign_cores: Cores that other processes kept busy meanwhile.
+    """
+    finders: tuple[Callable[[Machine], Iterator[str]], ...] = (
+        _no_gpu,
+        _nvml_missing,
+        _unified,
+        _others,
+        _throttled,
+        _slow_link,
+        _xformers,
+        _wrong_attention,
+    )
+    found = [text for finder in finders for text in finder(machine)]
+    found += _unsteady(machine, disturbed_above)
+    found += _crowded(machine, foreign_cores)
+    return replace(machine, findings=tuple(found))
+
+
+def _no_gpu(machine: Machine) -> Iterator[str]:
+    if machine.device.kind != "cpu":
+        return
+    reason = nvml.unavailable_reason()
+    if reason is None and nvml.gpus() and "cuda" not in machine.software:
+        torch = machine.software.get("torch", "")
+        yield (
+            f"There is a {nvml.gpus()[0].name}, but the installed torch {torch} is built for the "
+            "CPU only: install a CUDA build of torch."
+        )
+    elif reason is None and not nvml.visible_gpus():
+        yield "No GPU is visible to this process, so the CPU works: check CUDA_VISIBLE_DEVICES."
+    elif reason is not None:
+        yield f"No usable NVIDIA GPU, so the CPU does the work: {reason}."
+
+
+def _nvml_missing(machine: Machine) -> Iterator[str]:
+    reason = nvml.unavailable_reason()
+    if machine.device.kind == "cuda" and "hip" not in machine.software and reason is not None:
+        yield f"The GPU works but NVML does not, so who holds its memory is not known: {reason}."
+
+
+def _unified(machine: Machine) -> Iterator[str]:
+    if machine.device.unified_memory:
+        yield "CPU and GPU share one memory here: offloading would save nothing."
+
+
+def _others(machine: Machine) -> Iterator[str]:
+    held = sum(process.used_bytes or 0 for process in machine.device.processes)
+    if held >= _FOREIGN_BYTES:
+        names = ", ".join(describe_process(process) for process in machine.device.processes[:3])
+        yield f"Other processes hold {format_bytes(held)} of the GPU's memory: {names}."
+
+
+def describe_process(process: GpuProcess) -> str:
+    """``"python (PID 4242, 1.10 GiB)"``."""
+    size = "unknown size" if process.used_bytes is None else format_bytes(process.used_bytes)
+    return f"{process.name or 'a process'} (PID {process.pid}, {size})"
+
+
+def _throttled(machine: Machine) -> Iterator[str]:
+    reasons = machine.device.throttle_reasons or ()
+    serious = [word for word in reasons if any(part in word for part in _THROTTLES_THAT_MATTER)]
+    if serious:
+        yield f"The GPU was slowed down while it was measured: {', '.join(serious)}."
+
+
+def _slow_link(machine: Machine) -> Iterator[str]:
+    link = machine.link
+    promised = line_rate(link.pcie_generation_max, link.pcie_width_max) if link else None
+    if link is None or promised is None:
+        return
+    measured = link.h2d_pinned_bytes_per_s.value
+    if measured < _LINK_FAR_BELOW * promised:
+        yield (
+            f"Pinned copies to the GPU reach {format_rate(measured, 'B/s')} of the "
+            f"{format_rate(promised, 'B/s')} that PCIe {link.pcie_generation_max} "
+            f"x{link.pcie_width_max} promises: {_link_cause(link)}."
+        )
+
+
+def _link_cause(link: Link) -> str:
+    width, generation = link.pcie_width_in_copy, link.pcie_generation_in_copy
+    if width and link.pcie_width_max and width < link.pcie_width_max:
+        return f"the card runs at x{width}, likely in a slot with fewer lanes or sharing them"
+    if generation and link.pcie_generation_max and generation < link.pcie_generation_max:
+        return (
+            f"the link stays at generation {generation} even under load, likely a riser cable, "
+            "a BIOS setting or power saving"
+        )
+    return "likely a virtual machine, a remote NUMA node, or another process using the link"
+
+
+def _xformers(machine: Machine) -> Iterator[str]:
+    errors = [
+        rate.error for rate in machine.attention if rate.implementation == "xformers" and rate.error
+    ]
+    if not errors or errors[0] == XFORMERS_ABSENT:
+        return
+    name = f"xformers {machine.software.get('xformers', '')}".strip()
+    if machine.device.kind == "cpu":
+        yield f"{name} is installed, but it has no kernels for the CPU ({errors[0]})."
+    else:
+        remedy = _xformers_remedy(machine)
+        yield f"{name} is installed but unusable here ({errors[0]}): {remedy}."
+
+
+def _xformers_remedy(machine: Machine) -> str:
+    torch, cuda = machine.software.get("torch", "?"), machine.software.get("cuda", "")
+    if cuda.startswith("13"):
+        return (
+            f"torch {torch} is built for CUDA {cuda} and the xformers wheels for CUDA 12; "
+            "pip install nvidia-cuda-runtime-cu12 may be enough, and PyTorch's own attention is "
+            "as fast"
+        )
+    return f"install the xformers release that names torch {torch}, or remove it"
+
+
+def _wrong_attention(machine: Machine) -> Iterator[str]:
+    for rate in machine.attention:
+        if rate.implementation != "xformers" and rate.error:
+            tokens = f"{rate.q_tokens} tokens, head size {rate.head_dim}"
+            yield f"The {rate.implementation} attention fails at {tokens}: {rate.error}."
+
+
+def _unsteady(machine: Machine, above: float) -> Iterator[str]:
+    names = [name for name, figure in _figures(machine) if spread(figure) > above]
+    if names:
+        yield (
+            f"Unsteady while measured, twice ({', '.join(names)}): something else may use this "
+            "machine; measure again when it is quiet."
+        )
+
+
+def _crowded(machine: Machine, foreign_cores: float) -> Iterator[str]:
+    """On a CPU every figure suffers from neighbours; a GPU only needs one core that keeps up."""
+    cores = machine.host.cores
+    tolerated = 0.15 * cores if machine.device.kind == "cpu" else cores - 1.0
+    if foreign_cores > max(0.2, tolerated):
+        yield (
+            f"Other processes kept {foreign_cores:.1f} of {cores} cores busy while this was "
+            "measured, so its own rates are higher: measure again when it is quiet."
+        )
+
+
+def _figures(machine: Machine) -> Iterator[tuple[str, Figure]]:
+    kernels, link = machine.kernels, machine.link
+    yield from ((f"matmul {name}", figure) for name, figure in kernels.matmul_flops_per_s.items())
+    yield from (
+        (f"conv {name}", figure) for name, figure in kernels.convolution_flops_per_s.items()
+    )
+    yield "memory bandwidth", kernels.memory_bytes_per_s
+    if link is not None:
+        yield "pinned copies to the device", link.h2d_pinned_bytes_per_s
+        yield "pinned copies from the device", link.d2h_pinned_bytes_per_s

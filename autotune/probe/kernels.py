@@ -1,0 +1,162 @@
+"""How fast the device computes, moves its memory, and is told what to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autotune.probe.machine import Figure, Kernels
+from autotune.probe.timing import rate, time_call
+from autotune.units import GIB, MIB
+
+Progress = Callable[[str], None]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OPERATORS_IN_BLOCK = 4  # layer norm, activation, linear, residual addition
+_OFFLOADED_LEAVES = 48
+
+
+def measure_kernels(
+    device: torch.device,
+    *,
+    memory_bytes: int,
+    budget_s: float = 0.1,
+    progress: Progress | None = None,
+) -> Kernels:
+    """Every rate that the device has, in about ``12 · budget_s`` plus the start of its libraries.
+
+    Args:
+        device: Where to measure.
+        memory_bytes: Device memory that the buffers may take.
+        budget_s: About how long each figure is measured.
+        progress: Told what is being measured.
+    """
+    say = progress or (lambda text: None)
+    matmul, convolution, channels_last = {}, {}, {}
+    for name, dtype in dtypes(device).items():
+        say(f"{name} kernels")
+        matmul[name] = matmul_rate(device, dtype, budget_s)
+        convolution[name] = convolution_rate(device, dtype, budget_s)
+        channels_last[name] = convolution_rate(device, dtype, budget_s, torch.channels_last)
+    say("memory bandwidth and dispatch cost")
+    return Kernels(
+        matmul_flops_per_s=matmul,
+        convolution_flops_per_s=convolution,
+        convolution_channels_last_flops_per_s=channels_last,
+        memory_bytes_per_s=memory_rate(device, memory_bytes, budget_s),
+        dispatch_s=dispatch_cost(device, budget_s),
+        offload_hook_s=None if device.type == "cpu" else offload_hook_cost(device, budget_s),
+    )
+
+
+def dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    """The dtypes worth measuring: those that the device multiplies, not those it merely emulates.
+
+    float16 on a CPU is left out: almost no processor has it, and the rest are slower than in
+    float32.
+    """
+    runs = {"float32", "float16"} if device.type != "cpu" else {"float32"}
+    if _has_bfloat16(device):
+        runs.add("bfloat16")
+    return {name: dtype for name, dtype in _DTYPES.items() if name in runs}
+
+
+def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Standard normal values from a generator of their own: the global one is left alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> Figure:
+    """FLOP/s of a square matrix product, large enough to fill the device."""
+    size = 1024 if device.type == "cpu" else 4096
+    left, right = (random((size, size), device, dtype) for _ in range(2))
+    seconds = time_call(lambda: left @ right, device, budget_s=budget_s)
+    return rate(seconds, 2 * size**3)
+
+
+def convolution_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    budget_s: float,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Figure:
+    """FLOP/s of a 3×3 convolution as in a UNet's middle resolutions, batch 2 (guidance)."""
+    channels, side = (128, 32) if device.type == "cpu" else (640, 64)
+    image = random((2, channels, side, side), device, dtype).contiguous(memory_format=memory_format)
+    weight = random((channels, channels, 3, 3), device, dtype).contiguous(
+        memory_format=memory_format
+    )
+    seconds = time_call(
+        lambda: functional.conv2d(image, weight, padding=1), device, budget_s=budget_s
+    )
+    return rate(seconds, 2 * 2 * channels * channels * 9 * side * side)
+
+
+def memory_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Figure:
+    """Bytes per second, read plus written, of copying a buffer that no cache holds."""
+    largest = 128 * MIB if device.type == "cpu" else GIB // 2
+    size = max(16 * MIB, min(largest, memory_bytes // 2))
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_call(lambda: target.copy_(source), device, budget_s=budget_s)
+    return rate(seconds, 2 * size)
+
+
+def dispatch_cost(device: torch.device, budget_s: float) -> Figure:
+    """Seconds that one small operator costs, from Python through its module to the kernel.
+
+    A residual block on a few values: its arithmetic is nothing, so what is left is the way there.
+    """
+    block = _still(nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8)), device)
+    values = random((1, 8), device, torch.float32)
+    seconds = time_call(lambda: values + block(values), device, budget_s=budget_s)
+    return _divided(seconds, _OPERATORS_IN_BLOCK)
+
+
+def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
+    """Seconds per leaf module of accelerate's sequential offload, beyond its bytes.
+
+    Layers of a few KiB: what remains is the hook, two small copies and the allocations. ``None``
+    where accelerate is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        return None
+    accelerate: Any = importlib.import_module("accelerate")
+    layers = [nn.Linear(64, 64, device="meta") for _ in range(_OFFLOADED_LEAVES)]
+    model = accelerate.cpu_offload(_still(nn.Sequential(*layers), torch.device("cpu")), device)
+    values = random((1, 64), device, torch.float32)
+    return _divided(time_call(lambda: model(values), device, budget_s=budget_s), _OFFLOADED_LEAVES)
+
+
+def _still(module: nn.Module, device: torch.device) -> nn.Module:
+    """Zero weights: initialization would draw from the global random state."""
+    module = module.to("meta").to_empty(device=device).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.zero_()
+    return module
+
+
+def _divided(seconds: Figure, count: int) -> Figure:
+    samples = tuple(sample / count for sample in seconds.samples)
+    return Figure(value=seconds.value / count, samples=samples)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        # torch.cuda.is_bf16_supported() counts emulation, as on a T4, and asks the current device
+        # only.
+        return bool(torch.version.hip) or torch.cuda.get_device_properties(device).major >= 8
+    try:
+        product = random((16, 16), device, torch.bfloat16) @ random(
+            (16, 16), device, torch.bfloat16
+        )
+    except (RuntimeError, TypeError):
+        return False
+    return bool(product.isfinite().all())

@@ -1,0 +1,125 @@
+"""What is read at every start: free memory, who holds the rest, which machine this is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from autotune.errors import MachineError
+from autotune.probe import nvml, software
+from autotune.probe.host import cpu_name, ram, usable_cores
+from autotune.probe.machine import Device, GpuProcess, Machine
+
+
+def refresh(machine: Machine) -> Machine:
+    """The same machine with the memory that is free right now.
+
+    Reads NVML and the operating system; torch only where nothing else knows (ROCm, XPU, MPS), or
+    where it is loaded anyway. A reference machine is not here and comes back as it is.
+    """
+    if machine.source == "datasheet":
+        return machine
+    total, available = ram()
+    host = replace(machine.host, ram_total_bytes=total, ram_available_bytes=available)
+    return replace(machine, host=host, device=_refresh_device(machine.device, total, available))
+
+
+def identity(device: str | None = None) -> str:
+    """The stable key of this machine's profile, found without importing torch.
+
+    The UUID of the GPU (of the default one when ``device`` is ``None``), else the processor's name
+    and the cores this process may use.
+
+    Args:
+        device: ``"cuda:1"``, ``"cpu"``, …, as CUDA numbers what it shows to this process.
+
+    Raises:
+        MachineError: ``device`` names a GPU that is not there.
+    """
+    kind, _, index = (device or _default_kind()).partition(":")
+    if kind == "cuda" and "hip" not in software.torch_build():
+        return _gpu_identity(device, index)
+    suffix = f"{slug(cpu_name())}-{usable_cores()}"
+    return f"cpu-{suffix}" if kind == "cpu" else f"{kind}-{index or 0}-{suffix}"
+
+
+def profile_key(machine: Machine) -> str:
+    """The key of a measured machine's profile: what :func:`identity` says where it was measured."""
+    device = machine.device
+    name = "cpu" if device.kind == "cpu" else f"{device.kind}:{device.index}"
+    return device.uuid or identity(name)
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name: ``"NVIDIA H100 80GB HBM3"`` → ``"nvidia-h100-80gb-hbm3"``."""
+    plain = re.sub(r"\((?:r|tm|c)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def other_processes(processes: tuple[GpuProcess, ...]) -> tuple[GpuProcess, ...]:
+    """The processes on a GPU that are not this one."""
+    return tuple(process for process in processes if process.pid != os.getpid())
+
+
+def freest(gpus: tuple[nvml.Gpu, ...]) -> nvml.Gpu | None:
+    """The GPU with most free memory; the first among equals."""
+    return max(gpus, key=lambda gpu: gpu.free_bytes or 0, default=None)
+
+
+def _default_kind() -> str:
+    """What torch would compute on, judged by its build and by what is plugged in."""
+    build = software.torch_build()
+    if "cuda" in build and nvml.visible_gpus():
+        return "cuda"
+    if "hip" in build and Path("/dev/kfd").exists():
+        return "cuda"
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "mps"
+    return "cpu"
+
+
+def _gpu_identity(device: str | None, index: str) -> str:
+    gpus = nvml.visible_gpus()
+    if device is None or not index:
+        chosen = freest(gpus) if device is None else next(iter(gpus), None)
+    else:
+        chosen = gpus[int(index)] if index.isdigit() and int(index) < len(gpus) else None
+    if chosen is None:
+        names = ", ".join(f"cuda:{at} ({gpu.name})" for at, gpu in enumerate(gpus)) or "no GPU"
+        raise MachineError(f"there is no device {device!r} here", f"visible: {names}; or cpu")
+    return chosen.uuid
+
+
+def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Device:
+    if device.kind == "cpu":
+        return replace(device, total_bytes=ram_total, free_bytes=ram_available)
+    gpu = nvml.gpu(device.uuid)
+    if gpu is not None:
+        free = ram_available if device.unified_memory else gpu.free_bytes
+        return replace(
+            device,
+            free_bytes=device.free_bytes if free is None else free,
+            processes=other_processes(gpu.processes),
+            throttle_reasons=gpu.throttle_reasons,
+        )
+    if device.uuid is not None and "torch" not in sys.modules:
+        return device
+    return replace(device, free_bytes=_free_by_torch(device, ram_available))
+
+
+def _free_by_torch(device: Device, ram_available: int) -> int:
+    import torch
+
+    if device.kind == "mps":
+        return min(ram_available, device.total_bytes - torch.mps.driver_allocated_memory())
+    module: Any = torch.get_device_module(device.kind)
+    try:
+        return int(module.mem_get_info(device.index)[0])
+    except (RuntimeError, AttributeError, AssertionError):
+        return device.free_bytes

@@ -1,0 +1,153 @@
+"""The ``Machine``: everything that decisions need to know about the hardware.
+
+Pure data: no torch, no NVML. Quantities carry their unit in their name; a field that does not exist
+on a machine (no link on a CPU, no power limit in a virtual machine) is ``None``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DeviceKind = Literal["cuda", "cpu", "mps", "xpu"]
+
+
+class Value(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of the immutable values that the stages hand on."""
+
+
+class Figure(Value, frozen=True):
+    """One quantity, with how it was obtained.
+
+    Attributes:
+        value: The median of the samples, or the figure as published.
+        samples: Every raw sample, in the unit of ``value``; empty when the figure was not measured.
+        source: ``"measured"``, or where the figure was published and what fraction was taken.
+    """
+
+    value: float
+    samples: tuple[float, ...] = ()
+    source: str = "measured"
+
+
+class GpuProcess(Value, frozen=True):
+    """Somebody else's memory on the device."""
+
+    pid: int
+    used_bytes: int | None = None
+    name: str | None = None
+
+
+class Device(Value, frozen=True):
+    """The device that runs the pipeline. ``free_bytes`` is a live fact: read again at every start.
+
+    ``uuid`` is NVML's, because CUDA's index is not NVML's. For the CPU, memory is the host's RAM.
+    """
+
+    kind: DeviceKind
+    name: str
+    total_bytes: int
+    free_bytes: int
+    index: int = 0
+    uuid: str | None = None
+    compute_capability: str | None = None
+    driver: str | None = None
+    power_limit_watts: float | None = None
+    sm_clock_max_mhz: int | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+    mig_enabled: bool | None = None
+    bar1_bytes: int | None = None
+    unified_memory: bool = False
+    processes: tuple[GpuProcess, ...] = ()
+
+
+class Link(Value, frozen=True):
+    """Host ↔ device. Bytes per second; *h2d* is host to device.
+
+    ``module_*`` are ``module.to()`` as model offload runs it: far below what pinned copies reach.
+    """
+
+    h2d_pinned_bytes_per_s: Figure
+    d2h_pinned_bytes_per_s: Figure
+    h2d_pageable_bytes_per_s: Figure
+    d2h_pageable_bytes_per_s: Figure
+    module_h2d_bytes_per_s: Figure
+    module_d2h_bytes_per_s: Figure
+    pcie_generation_max: int | None = None
+    pcie_width_max: int | None = None
+    pcie_generation_in_copy: int | None = None
+    pcie_width_in_copy: int | None = None
+
+
+class Kernels(Value, frozen=True):
+    """How fast the device computes. Keys are dtypes: ``"float32"``, ``"float16"``, ``"bfloat16"``.
+
+    ``memory_bytes_per_s`` counts bytes read plus bytes written. ``dispatch_s`` is what one small
+    operator costs the host, from Python to kernel launch.
+    """
+
+    matmul_flops_per_s: dict[str, Figure]
+    convolution_flops_per_s: dict[str, Figure]
+    memory_bytes_per_s: Figure
+    dispatch_s: Figure
+    convolution_channels_last_flops_per_s: dict[str, Figure] = {}
+    offload_hook_s: Figure | None = None
+
+
+class AttentionRate(Value, frozen=True):
+    """One attention implementation really called at one shape.
+
+    ``flops_per_s`` counts 4·batch·heads·q_tokens·kv_tokens·head_dim per call. It is ``None`` when the
+    implementation failed; ``error`` then has its message.
+    """
+
+    implementation: str
+    dtype: str
+    batch: int
+    heads: int
+    q_tokens: int
+    kv_tokens: int
+    head_dim: int
+    flops_per_s: Figure | None = None
+    extra_bytes: int | None = None
+    deviation: float | None = None
+    error: str | None = None
+
+
+class Host(Value, frozen=True):
+    """The computer around the device. RAM respects a container's limit; cores the affinity mask."""
+
+    cpu: str
+    cores: int
+    ram_total_bytes: int
+    ram_available_bytes: int
+    os: str
+
+
+class Machine(Value, frozen=True):
+    """Everything measured (or published) about one device and its host.
+
+    Attributes:
+        name: Short name: a reference machine's file name, or one made from the device's name.
+        source: ``"measured"``, or ``"datasheet"`` for published figures.
+        context_bytes: What the device's runtime takes before the first tensor (CUDA context).
+        default_attention: What the installed stack uses when nothing is set: ``"sdpa"`` on
+            today's PyTorch, ``"vanilla"`` on PyTorch 1.
+        software: Distribution name → version of what was measured with.
+        findings: What a person should know, one sentence each.
+    """
+
+    name: str
+    source: Literal["measured", "datasheet"]
+    device: Device
+    host: Host
+    kernels: Kernels
+    link: Link | None = None
+    attention: tuple[AttentionRate, ...] = ()
+    context_bytes: int = 0
+    default_attention: Literal["sdpa", "vanilla"] = "sdpa"
+    software: dict[str, str] = {}
+    findings: tuple[str, ...] = ()
+    measured_at: str | None = None
+    measured_in_s: float | None = None

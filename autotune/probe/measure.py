@@ -1,0 +1,140 @@
+"""The probe: measures one device and its host, in seconds, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from autotune.probe import nvml, timing
+from autotune.probe.attention import measure_attention
+from autotune.probe.devices import choose_device, cuda_uuid, describe, empty_cache, nvml_view
+from autotune.probe.findings import find
+from autotune.probe.host import Neighbours, read_host
+from autotune.probe.kernels import measure_kernels
+from autotune.probe.live import slug
+from autotune.probe.machine import Device, Machine
+from autotune.probe.software import installed_versions
+from autotune.probe.transfers import measure_link
+from autotune.units import MIB
+
+Progress = Callable[[str], None]
+
+_MEMORY_SHARE = 10  # the probe takes at most this part of the free memory
+_MEMORY_MOST = 4 << 30
+
+# A CUDA context with its loaded kernels takes 300-500 MiB on GPUs since 2018; used only where
+# neither NVML's free memory before the first tensor nor this process's entry can be read.
+_CONTEXT_ESTIMATE_BYTES = 400 * MIB
+_CONTEXT_PLAUSIBLE = range(64 * MIB, 2048 * MIB)
+
+
+def measure_machine(device: str | None = None, *, progress: Progress | None = None) -> Machine:
+    """Measures a device: memory, link, kernels, attention, and the host.
+
+    Takes under 10 s beyond importing torch and at most a tenth of the free memory. Random state,
+    global flags and other processes are left alone; afterwards nothing stays allocated.
+
+    Args:
+        device: ``"cuda:1"``, ``"cpu"``, …; by default the GPU with most free memory, else the CPU.
+        progress: Told in a few words what is being measured.
+
+    Raises:
+        MachineError: there is no such device; the message lists those that exist.
+    """
+    start = time.perf_counter()
+    say = progress or (lambda text: None)
+    chosen = choose_device(device)
+    context = _Context(chosen)
+    try:
+        with torch.no_grad():
+            return _measure(chosen, context, say, start)
+    finally:
+        gc.collect()
+        empty_cache(chosen)
+
+
+def _measure(device: torch.device, context: _Context, say: Progress, start: float) -> Machine:
+    say("memory")
+    neighbours = Neighbours()
+    host = read_host()
+    facts = describe(device, host)
+    allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
+    say("kernels")
+    kernels = measure_kernels(device, memory_bytes=allowance, progress=say)
+    link = None
+    if not facts.unified_memory:
+        say("transfers")
+        link = measure_link(device, memory_bytes=allowance, uuid=facts.uuid)
+    say("attention")
+    attention = measure_attention(device, memory_bytes=allowance)
+    empty_cache(device)
+    machine = Machine(
+        name=machine_name(facts, host.cores),
+        source="measured",
+        device=facts,
+        host=host,
+        kernels=kernels,
+        link=link,
+        attention=attention,
+        context_bytes=context.bytes_now(),
+        software=installed_versions(),
+        measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        measured_in_s=round(time.perf_counter() - start, 2),
+    )
+    return find(
+        machine,
+        disturbed_above=2 * timing.DISTURBED_SPREAD,
+        foreign_cores=neighbours.busy_cores(),
+    )
+
+
+def machine_name(device: Device, cores: int) -> str:
+    """``"nvidia-h100-80gb-hbm3"``, ``"cpu-intel-xeon-2-cores"``."""
+    return f"cpu-{slug(device.name)}-{cores}-cores" if device.kind == "cpu" else slug(device.name)
+
+
+@dataclass
+class _Context:
+    """What the runtime takes beside tensors: free memory before it started, less that after.
+
+    Made before CUDA is started in this process; where it runs already, this process's entry in
+    NVML less what torch holds stands in.
+    """
+
+    device: torch.device
+    free_before: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and not _has_context(self.device):
+            self.free_before = self._free()
+
+    def bytes_now(self) -> int:
+        """Bytes; 0 on anything but CUDA."""
+        if self.device.type != "cuda":
+            return 0
+        held = torch.cuda.memory_reserved(self.device)
+        candidates = [self._by_free_memory(held), self._by_own_entry(held)]
+        plausible = [size for size in candidates if size is not None and size in _CONTEXT_PLAUSIBLE]
+        return plausible[0] if plausible else _CONTEXT_ESTIMATE_BYTES
+
+    def _by_free_memory(self, held: int) -> int | None:
+        free = self._free()
+        return None if free is None or self.free_before is None else self.free_before - free - held
+
+    def _by_own_entry(self, held: int) -> int | None:
+        own = nvml.own_bytes(cuda_uuid(self.device))
+        return None if own is None else own - held
+
+    def _free(self) -> int | None:
+        gpu = nvml_view(self.device)
+        return None if gpu is None else gpu.free_bytes
+
+
+def _has_context(device: torch.device) -> bool:
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)
+    return True if has_context is None else bool(has_context(device.index or 0))

@@ -1,0 +1,121 @@
+"""Recorded machines: the published ones that ship with the package, and those a user adds."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import msgspec
+
+from autotune.errors import MachineError
+from autotune.probe.machine import Machine
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def reference_machines() -> dict[str, Path]:
+    """Name → file of every machine that ships with the package, then of those the user added."""
+    return _named(shipped_folder()) | _named(_user_folder())
+
+
+def load_machine(name_or_file: str) -> Machine:
+    """A recorded machine by its name, or from a JSON file.
+
+    Raises:
+        MachineError: no such name (with the close matches) or file, or the file is no machine.
+    """
+    known = reference_machines()
+    if name_or_file in known:
+        return read_machine(known[name_or_file])
+    path = Path(name_or_file).expanduser()
+    if path.suffix == ".json" or path.is_file():
+        return read_machine(path)
+    close = difflib.get_close_matches(name_or_file.lower(), known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise MachineError(
+        f"there is no recorded machine {name_or_file!r}",
+        f"{hint}known: {', '.join(known) or 'none'}; or give a .json file that `autotune probe "
+        "--save` wrote",
+    )
+
+
+def read_machine(path: Path) -> Machine:
+    """Reads and validates one machine file.
+
+    Raises:
+        MachineError: it cannot be read, or is not a machine; the message says where.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Machine)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise MachineError(f"cannot read the machine file {path}: {reason}") from error
+    except msgspec.MsgspecError as error:
+        hint = "write one with `autotune probe --save FILE`"
+        raise MachineError(f"{path} is not a machine file: {error}", hint) from error
+
+
+def write_machine(machine: Machine, path: Path) -> None:
+    """Writes a machine as indented JSON; the file is whole or not there.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(encode_machine(machine))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or type(error).__name__
+        raise MachineError(f"cannot write {path}: {reason}", "choose another file") from error
+
+
+def add_machine(path: Path) -> Path:
+    """Validates a machine file and copies it into the user's cache folder under its name.
+
+    Returns:
+        The copy.
+
+    Raises:
+        MachineError: it is not a machine, its name cannot be a file name, or a shipped one has it.
+    """
+    machine = read_machine(path)
+    if not _NAME.fullmatch(machine.name):
+        hint = "use lower-case letters, digits, dots, dashes and underscores"
+        raise MachineError(f"a machine cannot be called {machine.name!r}", hint)
+    if machine.name in _named(shipped_folder()):
+        hint = f'change "name" in {path}'
+        raise MachineError(f"a machine called {machine.name!r} ships with autotune", hint)
+    folder = _user_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "set AUTOTUNE_CACHE to a folder that you can write"
+        raise MachineError(f"cannot make the folder {folder}: {error.strerror}", hint) from error
+    copy = folder / f"{machine.name}.json"
+    write_machine(machine, copy)
+    return copy
+
+
+def encode_machine(machine: Machine) -> bytes:
+    """The bytes of a machine file."""
+    return msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n"
+
+
+def shipped_folder() -> Path:
+    """``autotune/_profiles`` in an installed wheel, ``profiles/`` in a checkout."""
+    installed = _PACKAGE / "_profiles"
+    return installed if installed.is_dir() else _PACKAGE.parent / "profiles"
+
+
+def _user_folder() -> Path:
+    from autotune.profile.store import cache_folder
+
+    return cache_folder() / "machines"
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}

@@ -1,0 +1,1 @@
+"""The per-machine profile: what was measured and decided here, remembered between runs."""

@@ -1,0 +1,114 @@
+"""The account of a plan in plain text: for ``tuned.explain()`` and the command line alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autotune.decide.plan import Plan, PredictionReport
+from autotune.decide.prediction import Bottleneck, Prediction
+from autotune.profile.profile import PhaseMeasurement
+from autotune.units import format_bytes, format_seconds
+
+_RESOURCES = {
+    "vram": "memory",
+    "compute": "compute",
+    "memory_bandwidth": "memory bandwidth",
+    "transfer": "transfer over the link",
+    "launch": "launch overhead of the host",
+}
+
+
+def explain_plan(plan: Plan) -> str:
+    """Machine, workload, bottleneck before and after, the set and the reasons, line by line."""
+    return "\n".join(_lines(plan))
+
+
+def describe_bottleneck(bottleneck: Bottleneck) -> str:
+    """``"compute in denoise"``."""
+    return f"{_RESOURCES[bottleneck.resource]} in {bottleneck.phase}"
+
+
+def describe_workload(plan: Plan | PredictionReport) -> str:
+    """``"sdxl 1024x1024, 30 steps, batch 1, float16, 6.5 GiB of weights"``."""
+    w = plan.workload
+    images = f", batch {w.batch}" if w.batch > 1 else ""
+    return (
+        f"{w.model} {w.width}x{w.height}, {w.steps} steps{images}, {w.dtype}, "
+        f"{format_bytes(w.weight_bytes)} of weights"
+    )
+
+
+def describe_machine(plan: Plan | PredictionReport) -> str:
+    """``"rtx-3080-10gb (datasheet), 9.50 GiB free of 10.0 GiB"``."""
+    m = plan.machine
+    return (
+        f"{m.name} ({m.source}), {format_bytes(m.free_bytes)} free of {format_bytes(m.total_bytes)}"
+    )
+
+
+def describe_prediction(prediction: Prediction) -> str:
+    """``"30.9 s, peak 5.15 GiB (denoise)"``."""
+    peak = max(prediction.phases, key=lambda p: p.peak_bytes)
+    return (
+        f"{format_seconds(prediction.seconds)}, peak {format_bytes(peak.peak_bytes)} ({peak.name})"
+    )
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield f"machine     {describe_machine(plan)}"
+    yield f"workload    {describe_workload(plan)}"
+    yield f"bottleneck  {describe_bottleneck(plan.bottleneck.before)}"
+    yield f"after       {describe_bottleneck(plan.bottleneck.after)}"
+    yield f"plain       {describe_prediction(plan.baseline)}"
+    yield f"planned     {describe_prediction(plan.prediction)}"
+    if not plan.fits:
+        yield shortage(plan)
+    chosen = (
+        ", ".join(map(str, plan.optimizations)) or "nothing: no optimization is worth having here"
+    )
+    yield f"chosen      {chosen}"
+    yield from (f"  + {r.optimization}: {r.text}" for r in plan.reasons)
+    yield "left out"
+    yield from (f"  - {r.optimization}: {r.text}" for r in plan.rejected)
+    yield from (f"note        {n}" for n in plan.notes)
+
+
+def shortage(plan: Plan) -> str:
+    """The numbers when nothing fits, and the usual ways out."""
+    phase = plan.prediction.binding_phase
+    return (
+        f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "
+        f"{format_bytes(plan.budget_bytes)} are available; {ways_out(plan)}"
+    )
+
+
+def ways_out(plan: Plan) -> str:
+    """What a user can change."""
+    higher = {"exact": "--quality high", "high": "--quality balanced", "balanced": "--quality fast"}
+    steps = ["a smaller image", "closing programs that hold memory"]
+    if plan.workload.batch > 1:
+        steps.insert(0, "a smaller batch")
+    if plan.quality in higher:
+        steps.insert(0, higher[plan.quality])
+    return "try " + " or ".join(steps)
+
+
+def compare(
+    prediction: Prediction, measured: tuple[PhaseMeasurement, ...]
+) -> list[tuple[str, ...]]:
+    """Rows of phase, predicted and measured seconds, predicted and measured peak."""
+    found = {m.name: m for m in measured}
+    rows: list[tuple[str, ...]] = []
+    for phase in prediction.phases:
+        real = found.get(phase.name)
+        peak = real.peak_bytes if real else None
+        rows.append(
+            (
+                phase.name,
+                format_seconds(phase.seconds),
+                format_seconds(real.seconds) if real else "-",
+                format_bytes(phase.peak_bytes),
+                format_bytes(peak) if peak is not None else "-",
+            )
+        )
+    return rows

@@ -1,0 +1,88 @@
+"""Apply a plan's optimizations as a transaction: all of them, or none."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from autotune.decide.plan import Plan
+from autotune.decide.rules import OFFLOADS
+from autotune.errors import AutotuneError, OptimizationError
+from autotune.optimizations import CATALOGUE, find
+from autotune.optimizations.base import Setting, Undo
+
+log = logging.getLogger("autotune")
+
+
+def set_by_hand(pipe: Any) -> tuple[str, ...]:
+    """Names of the optimizations that the pipeline already has."""
+    return tuple(name for name, optimization in CATALOGUE.items() if optimization.is_set(pipe))
+
+
+def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
+    """Put the pipeline on the device and turn the plan's optimizations on.
+
+    Args:
+        pipe: A loaded pipeline; its weights may be anywhere.
+        plan: What to do.
+        device: Where to run, ``"cuda:0"``.
+
+    Returns:
+        A function that puts everything back, weights' devices included.
+
+    Raises:
+        OptimizationError: one could not be applied; the pipeline is as it was.
+    """
+    undos: list[Undo] = []
+    try:
+        if not _offloads(plan):
+            undos.append(_move(pipe, device))
+        for setting in _in_order(plan.optimizations):
+            undos.append(find(setting.name).apply(pipe, setting.parameters, device))
+    except BaseException as error:
+        _undo_all(undos)
+        if isinstance(error, AutotuneError) or not isinstance(error, Exception):
+            raise
+        raise OptimizationError(
+            f"cannot apply the plan: {str(error).splitlines()[0]}", "the pipeline is as it was"
+        ) from error
+    return lambda: _undo_all(undos)
+
+
+def _offloads(plan: Plan) -> bool:
+    """Whether hooks, ours or the user's, decide where weights are."""
+    return bool(OFFLOADS & ({s.name for s in plan.optimizations} | set(plan.kept)))
+
+
+def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
+    """Offload last: its hooks wrap modules as they are by then; some patches refuse hooked ones."""
+    return sorted(settings, key=lambda s: s.name in OFFLOADS)
+
+
+def _move(pipe: Any, device: str) -> Undo:
+    modules = [m for m in pipe.components.values() if hasattr(m, "parameters")]
+    before = [(m, m.device) for m in modules]
+
+    def undo() -> None:
+        for module, where in before:
+            module.to(where)
+
+    try:
+        pipe.to(device)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _undo_all(undos: list[Undo]) -> None:
+    """Newest first; one that fails does not keep the others from running."""
+    failed: Exception | None = None
+    while undos:
+        try:
+            undos.pop()()
+        except Exception as error:
+            log.error("could not undo a step: %s", error)
+            failed = error
+    if failed is not None:
+        raise failed

@@ -1,0 +1,46 @@
+"""Load a pipeline as a plan wants it: dtype, and no full copy on a device that offloads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autotune.decide.plan import Plan
+from autotune.errors import AutotuneError, ModelError
+from autotune.workload.architecture import Architecture
+
+
+def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
+    """Read the weights into host RAM, in the plan's dtype.
+
+    Raises:
+        ModelError: there are no weights, or they cannot be read.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if architecture.weights is None:
+        raise ModelError(f"{architecture.name} has no weights to load", "give a folder or a hub id")
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, plan.workload.dtype)}
+    if architecture.variant and plan.workload.dtype != "float32":
+        options["variant"] = architecture.variant
+    try:
+        return _read(DiffusionPipeline, architecture.weights, options)
+    except AutotuneError:
+        raise
+    except Exception as error:  # diffusers, transformers, safetensors and the hub raise all sorts
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the weights of {architecture.weights}: {reason}",
+            "download the model again, or check that the folder is complete",
+        ) from error
+
+
+def _read(cls: Any, weights: str, options: dict[str, Any]) -> Any:
+    try:
+        return cls.from_pretrained(weights, **options)
+    except (OSError, ValueError):
+        if "variant" not in options:
+            raise
+        # Not every repository has the 16-bit variant: the full one is cast while loading.
+        rest = {k: v for k, v in options.items() if k != "variant"}
+        return cls.from_pretrained(weights, **rest)

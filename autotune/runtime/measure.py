@@ -1,0 +1,128 @@
+"""Measure a real generation phase by phase: seconds, and the allocator's peak."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autotune.profile.profile import PhaseMeasurement
+from autotune.workload.workload import Workload
+
+_MARK = "autotune:"
+
+
+class PhaseMeter:
+    """Times the phases of one call of a pipeline.
+
+    A phase begins with the first call of one of its components and ends where the next begins, so
+    that hooks moving weights and the scheduler's arithmetic are counted where they happen.
+
+    Args:
+        pipe: A loaded pipeline.
+        workload: Says which component belongs to which phase.
+        device: Where it runs.
+    """
+
+    def __init__(self, pipe: Any, workload: Workload, device: str) -> None:
+        self._phases = {r.component: p.name for p in workload.phases for r in p.runs}
+        self._pipe = pipe
+        self._device = torch.device(device)
+        self._current: str | None = None
+        self._started = 0.0
+        self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+
+    @property
+    def measured(self) -> tuple[PhaseMeasurement, ...]:
+        """One entry per phase that ran, in order."""
+        return tuple(
+            PhaseMeasurement(name, seconds, self._peaks.get(name))
+            for name, seconds in self._seconds.items()
+        )
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Measure the calls inside; the pipeline is as before afterwards."""
+        with ExitStack() as stack:
+            for component, phase in self._phases.items():
+                module = getattr(self._pipe, component)
+                stack.enter_context(_called(module, functools.partial(self._enter, phase)))
+            yield
+            self._leave()
+
+    def _enter(self, phase: str) -> None:
+        if phase == self._current:
+            return
+        self._leave()
+        with torch.profiler.record_function(_MARK + phase):
+            self._current = phase
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._started = time.perf_counter()
+
+    def _leave(self) -> None:
+        if self._current is None:
+            return
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        elapsed = time.perf_counter() - self._started
+        self._seconds[self._current] = self._seconds.get(self._current, 0.0) + elapsed
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._peaks[self._current] = max(self._peaks.get(self._current, 0), peak)
+        self._current = None
+
+
+@contextmanager
+def _called(module: Any, tell: Callable[[], None]) -> Iterator[None]:
+    """Tell when a module's forward, or an autoencoder's decode, begins."""
+    handle = module.register_forward_pre_hook(lambda *_: tell())
+    decode: Any = getattr(module, "decode", None)
+    own = module.__dict__.get("decode")
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        tell()
+        return decode(*args, **kwargs)
+
+    if decode is not None:
+        module.decode = told
+    try:
+        yield
+    finally:
+        handle.remove()
+        if decode is not None:
+            del module.decode
+        if own is not None:
+            module.decode = own
+
+
+def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
+    """Peak bytes per phase on the CPU, from the allocator's events while ``call`` runs.
+
+    The profiler slows the call down, so it must not be the one that is timed.
+
+    Args:
+        call: Runs the pipeline under ``PhaseMeter.watch``.
+        weight_bytes: What is resident already: the events only tell what comes and goes.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    results: Any = profile.profiler.kineto_results
+    peaks: dict[str, int] = {}
+    phase, held = "", 0
+    for event in sorted(results.events(), key=lambda e: e.start_ns()):
+        name = event.name()
+        if name.startswith(_MARK):
+            phase = name.removeprefix(_MARK)
+        elif name == "[memory]":
+            held += event.nbytes()
+            if phase:
+                peaks[phase] = max(peaks.get(phase, 0), weight_bytes + held)
+    return peaks

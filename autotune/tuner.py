@@ -1,0 +1,237 @@
+"""The way through, once: machine → workload → plan → applied pipeline → remembered run.
+
+Everything public starts here; each step is one stage's function.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import msgspec
+
+from autotune.decide.choose import Limits, check_limits, choose
+from autotune.decide.plan import Plan
+from autotune.probe.host import read_host
+from autotune.probe.live import identity, refresh
+from autotune.probe.machine import Machine
+from autotune.probe.software import installed_versions
+from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
+from autotune.profile.staleness import stale_reasons
+from autotune.profile.store import load_profile, update_profile
+from autotune.workload.architecture import Architecture, builtin_names, find_architecture
+from autotune.workload.cache import workload_of
+from autotune.workload.request import complete_request
+from autotune.workload.workload import Workload
+
+log = logging.getLogger("autotune")
+
+Progress = Callable[[str], None]
+
+
+class Measured(NamedTuple):
+    """This machine, and why it was measured now (empty when the profile was used)."""
+
+    key: str
+    machine: Machine
+    reasons: tuple[str, ...]
+
+
+class Planned(NamedTuple):
+    """A plan with what it was made from."""
+
+    architecture: Architecture
+    workload: Workload
+    plan: Plan
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What a user asks for; ``None`` means the model's own default.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        batch: Images per call.
+        steps: Denoise steps.
+        guidance_scale: Above 1 doubles the denoiser's batch.
+        dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        limits: Quality, memory limits, optimizations allowed.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+    dtype: str = "auto"
+    limits: Limits = Limits()
+
+
+def machine_here(
+    device: str | None = None, *, remeasure: bool = False, progress: Progress | None = None
+) -> Measured:
+    """This machine from its profile, measured first where there is none or it is stale.
+
+    Free memory is always read now.
+
+    Raises:
+        MachineError: there is no such device.
+        ProfileError: the cache folder cannot be used.
+    """
+    key = identity(device)
+    profile = load_profile(key)
+    reasons = ("asked to",) if remeasure else _why_measure(profile)
+    if profile is not None and not reasons:
+        return Measured(key, refresh(profile.machine), ())
+    from autotune.probe.measure import measure_machine
+
+    machine = measure_machine(device, progress=progress)
+    remember_machine(key, machine)
+    return Measured(key, machine, reasons)
+
+
+def _why_measure(profile: Profile | None) -> tuple[str, ...]:
+    if profile is None:
+        return ("no profile of this machine yet",)
+    live = refresh(profile.machine)
+    return stale_reasons(
+        profile,
+        software=installed_versions(),
+        driver=live.device.driver,
+        host=read_host(),
+    )
+
+
+def remember_machine(key: str, machine: Machine) -> Profile:
+    """Store a fresh measurement; runs remembered before stay."""
+
+    def change(profile: Profile | None) -> Profile:
+        now = timestamp()
+        if profile is None:
+            return Profile(key=key, machine=machine, created_at=now, updated_at=now)
+        return msgspec.structs.replace(profile, machine=machine, updated_at=now)
+
+    return update_profile(key, change)
+
+
+def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
+    """Work out what the request needs and decide how to run it.
+
+    Raises:
+        ModelError, RequestError, OptimizationError: see the stages.
+    """
+    check_limits(ask.limits)
+    architecture = find_architecture(model) if isinstance(model, str) else model
+    request = complete_request(
+        architecture,
+        machine,
+        height=ask.height,
+        width=ask.width,
+        batch=ask.batch,
+        steps=ask.steps,
+        guidance_scale=ask.guidance_scale,
+        dtype=ask.dtype,
+    )
+    workload = workload_of(architecture, request)
+    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+
+
+def loadable(model: str) -> Architecture:
+    """The architecture of loadable weights: a built-in name stands for its hub repository.
+
+    The repository may hold more than the built-in file (a safety checker, say), and a plan must be
+    made for what is really loaded.
+
+    Raises:
+        ModelError: unknown, unreadable, or not to be had without a connection.
+    """
+    architecture = find_architecture(model)
+    if model in builtin_names() and architecture.weights and "/" not in model and model != "demo":
+        found = find_architecture(architecture.weights)
+        return msgspec.structs.replace(
+            found,
+            name=model,
+            variant=architecture.variant,
+            half_dtype=architecture.half_dtype,
+            steps=architecture.steps,
+            guidance_scale=architecture.guidance_scale,
+        )
+    return architecture
+
+
+def device_name(machine: Machine) -> str:
+    """PyTorch's name of the machine's device, ``"cuda:0"`` or ``"cpu"``."""
+    kind = machine.device.kind
+    return kind if kind in ("cpu", "mps") else f"{kind}:{machine.device.index}"
+
+
+def remember_run(
+    measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]
+) -> None:
+    """Keep predicted and measured figures of a verified run in the profile."""
+    plan = planned.plan
+    record = RunRecord(
+        workload=planned.workload.key,
+        optimizations=tuple(map(str, plan.optimizations)),
+        predicted=tuple(
+            PhaseMeasurement(p.name, p.seconds, p.peak_bytes) for p in plan.prediction.phases
+        ),
+        measured=phases,
+        at=timestamp(),
+    )
+
+    def change(profile: Profile | None) -> Profile:
+        now = timestamp()
+        base = profile or Profile(
+            key=measured.key, machine=measured.machine, created_at=now, updated_at=now
+        )
+        return msgspec.structs.replace(base, runs=(*base.runs, record), updated_at=now)
+
+    update_profile(measured.key, change)
+
+
+def was_verified(measured: Measured, planned: Planned) -> bool:
+    """Whether the profile already has memory and time of this very plan."""
+    profile = load_profile(measured.key)
+    chosen = tuple(map(str, planned.plan.optimizations))
+    return profile is not None and any(
+        run.workload == planned.workload.key
+        and run.optimizations == chosen
+        and all(m.peak_bytes is not None for m in run.measured)
+        for run in profile.runs
+    )
+
+
+def timestamp() -> str:
+    """Now, as ISO 8601 in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
+    """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
+    from autotune.runtime.apply import set_by_hand
+    from autotune.runtime.tuned import Tuned
+    from autotune.workload.architecture import describe_pipeline
+
+    measured = machine_here(device)
+    architecture = describe_pipeline(pipe)
+    kept = set_by_hand(pipe)
+    limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *kept))
+    loaded_dtype = str(pipe.dtype).removeprefix("torch.")
+    dtype = loaded_dtype if ask.dtype == "auto" else ask.dtype
+    asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
+    planned = make_plan(architecture, measured.machine, asked)
+    return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
+
+
+def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
+    """Plan, then read the weights the way the plan wants; see ``autotune.load``."""
+    from autotune.runtime.load import load_pipeline
+    from autotune.runtime.tuned import Tuned
+
+    measured = machine_here(device)
+    planned = make_plan(loadable(model), measured.machine, ask)
+    pipe = load_pipeline(planned.architecture, planned.plan)
+    return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))

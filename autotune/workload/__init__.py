@@ -1,0 +1,1 @@
+"""What a request needs: phases, operators and memory, traced without loading a weight."""

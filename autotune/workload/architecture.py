@@ -1,0 +1,198 @@
+"""The ``Architecture``: a pipeline's classes and configurations, without its weights.
+
+It comes from a loaded pipeline, a local folder, a hub snapshot (configuration files only) or a file
+beside this one. Whatever the origin, tracing starts from the same value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from autotune.demo import model_path
+from autotune.errors import ModelError
+from autotune.probe.machine import Value
+
+DEMO = "demo"
+
+
+class ComponentConfig(Value, frozen=True):
+    """One module: the library and class that ``model_index.json`` names, and its configuration."""
+
+    library: str
+    class_name: str
+    config: dict[str, Any]
+
+
+class Architecture(Value, frozen=True):
+    """Everything a trace needs to know about a model.
+
+    Attributes:
+        name: What the user called it.
+        pipeline: Class name in diffusers, ``"StableDiffusionXLPipeline"``.
+        components: Pipeline attribute → module configuration; modules with weights only.
+        half_dtype: The 16-bit dtype its weights are published for.
+        weights: Folder or hub id that holds the weights, ``None`` where there are none to load.
+        variant: File variant of the 16-bit weights (``"fp16"``), where the repository has one.
+        steps: The pipeline's default number of denoise steps, where it is not diffusers' own.
+        guidance_scale: The same for guidance.
+        source: Where configuration values were read, for the built-in files.
+    """
+
+    name: str
+    pipeline: str
+    components: dict[str, ComponentConfig]
+    half_dtype: str = "float16"
+    weights: str | None = None
+    variant: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    source: str = ""
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's configuration, empty when the pipeline has no such component."""
+        found = self.components.get(component)
+        return found.config if found else {}
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Short names that need no download to plan for."""
+    files = resources.files("autotune.workload").joinpath("architectures").iterdir()
+    return (DEMO, *sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json")))
+
+
+def find_architecture(model: str) -> Architecture:
+    """Resolve a built-in name, a local folder in diffusers format, or a hub id.
+
+    Raises:
+        ModelError: it is none of these, or the folder is not a pipeline.
+    """
+    if model == DEMO:
+        return msgspec.structs.replace(_read_folder(model_path()), name=DEMO)
+    if model in builtin_names():
+        return _read_builtin(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return msgspec.structs.replace(_read_folder(path), name=model)
+    if path.exists():
+        raise ModelError(
+            f"{model} is a file, not a pipeline folder",
+            "give the folder that holds model_index.json",
+        )
+    if _looks_like_path(model):
+        raise ModelError(
+            f"there is no folder {model}", "check the path, or give a hub id such as owner/name"
+        )
+    if model.count("/") != 1:
+        raise _unknown(model)
+    return _read_hub(model)
+
+
+def describe_pipeline(pipe: Any) -> Architecture:
+    """Read the architecture off a loaded diffusers pipeline."""
+    modules = {n: m for n, m in pipe.components.items() if hasattr(m, "parameters")}
+    if not modules:
+        raise ModelError(
+            f"{type(pipe).__name__} holds no modules",
+            "give a diffusers pipeline, such as DiffusionPipeline",
+        )
+    name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+    return Architecture(
+        name=name,
+        pipeline=type(pipe).__name__,
+        components={n: _describe_module(m) for n, m in modules.items()},
+        weights=name,
+    )
+
+
+def _describe_module(module: Any) -> ComponentConfig:
+    library = type(module).__module__.split(".")[0]
+    config = module.config
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # Configurations hold dtypes and enums here and there; a trace only needs what JSON can carry.
+    values = json.loads(json.dumps(plain, default=str))
+    return ComponentConfig(library=library, class_name=type(module).__name__, config=values)
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+
+
+def _unknown(model: str) -> ModelError:
+    close = difflib.get_close_matches(model, builtin_names(), n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    known = ", ".join(builtin_names())
+    return ModelError(
+        f"unknown model {model!r}",
+        f"{guess}give a folder, a hub id (owner/name) or one of: {known}",
+    )
+
+
+def _read_builtin(name: str) -> Architecture:
+    file = resources.files("autotune.workload") / "architectures" / f"{name}.json"
+    return msgspec.json.decode(file.read_bytes(), type=Architecture)
+
+
+def _read_hub(repository: str) -> Architecture:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(repository, allow_patterns=["model_index.json", "*/config.json"])
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot read {repository} from the Hugging Face hub: {reason}",
+            "check the id, your connection and (for a gated model) `hf auth login`; "
+            f"built in, without a download: {', '.join(builtin_names())}",
+        ) from error
+    architecture = _read_folder(Path(folder))
+    return msgspec.structs.replace(architecture, name=repository, weights=repository)
+
+
+def _read_folder(folder: Path) -> Architecture:
+    index = _read_json(folder / "model_index.json", folder)
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str):
+        raise ModelError(
+            f"{folder}/model_index.json names no pipeline class", "is this a diffusers pipeline?"
+        )
+    return Architecture(
+        name=str(folder),
+        pipeline=pipeline,
+        components=dict(_read_components(folder, index)),
+        weights=str(folder),
+    )
+
+
+def _read_components(folder: Path, index: dict[str, Any]) -> list[tuple[str, ComponentConfig]]:
+    found = []
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or not all(entry):
+            continue
+        config = folder / name / "config.json"
+        if config.exists():  # schedulers and tokenizers have none: they hold no weights
+            library, class_name = map(str, entry)
+            found.append((name, ComponentConfig(library, class_name, _read_json(config, folder))))
+    return found
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} is no diffusers pipeline: it has no {path.name}",
+            "give the folder that save_pretrained wrote (it holds model_index.json)",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"cannot read {path}: {error}", "download or save the pipeline again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", "download or save the pipeline again")
+    return value

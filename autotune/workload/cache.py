@@ -1,0 +1,109 @@
+"""Traces, kept on disk: the same model at the same size is not traced twice.
+
+A file is named after everything that decides its content, so it can never be stale, only unused;
+the oldest are removed when there are too many. Losing one costs a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from autotune import __version__
+from autotune.errors import ProfileError
+from autotune.profile.store import cache_folder
+from autotune.workload.architecture import Architecture
+from autotune.workload.workload import Request, Workload
+
+MAX_FILES = 64
+
+
+def workload_of(architecture: Architecture, request: Request) -> Workload:
+    """The workload from the cache, else traced now (which imports torch) and stored.
+
+    Raises:
+        ModelError: the model cannot be traced.
+    """
+    path = _path(architecture, request)
+    workload = _read(path) if path else None
+    if workload is None:
+        from autotune.workload.phases import trace_workload
+
+        workload = trace_workload(architecture, request)
+        if path:
+            _write(path, workload)
+    return _asked(workload, architecture, request)
+
+
+def _asked(workload: Workload, architecture: Architecture, request: Request) -> Workload:
+    """The stored trace under the name and with the steps that were asked for now."""
+    phases = tuple(
+        msgspec.structs.replace(
+            phase, runs=tuple(msgspec.structs.replace(r, calls=request.steps) for r in phase.runs)
+        )
+        if phase.name == "denoise"
+        else phase
+        for phase in workload.phases
+    )
+    return msgspec.structs.replace(
+        workload, model=architecture.name, request=request, phases=phases
+    )
+
+
+def _path(architecture: Architecture, request: Request) -> Path | None:
+    try:
+        folder = cache_folder() / "traces"
+        folder.mkdir(exist_ok=True)
+    except (ProfileError, OSError):
+        return None  # tracing works without a cache
+    return folder / f"{_digest(architecture, request)}.json"
+
+
+def _digest(architecture: Architecture, request: Request) -> str:
+    # Whether guidance doubles the batch matters to a trace; its value and the steps do not.
+    guided = float(request.guidance_scale > 1) * 2
+    parts = (
+        architecture.pipeline,
+        architecture.components,
+        msgspec.structs.replace(request, steps=1, guidance_scale=guided),
+        __version__,
+        *(_version(p) for p in ("torch", "diffusers", "transformers")),
+    )
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _read(path: Path) -> Workload | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Workload)
+    except (OSError, msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def _write(path: Path, workload: Workload) -> None:
+    """Write and rename: a reader never sees half a file; a full disk costs the cache only."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.encode(workload))
+        os.replace(temporary, path)
+        _prune(path.parent)
+    except OSError:
+        return
+
+
+def _prune(folder: Path) -> None:
+    files = sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
+    for file in files[MAX_FILES:]:
+        file.unlink(missing_ok=True)

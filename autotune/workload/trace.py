@@ -1,0 +1,292 @@
+"""Trace one module's forward on the meta device: every operator and what is alive meanwhile.
+
+Meta tensors have shapes and storages but no data: a trace needs no weights, no GPU, and for SDXL's
+UNet about a second.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from autotune.workload.workload import AttentionShape, Operator, Trace
+
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator rounds every tensor up to this (``kMinBlockSize`` in PyTorch)."""
+
+_ALLOCATES_ONLY = {"empty", "new_empty", "empty_like", "empty_strided", "empty_permuted"}
+
+
+@dataclass
+class _Calls:
+    """What accumulates per distinct signature."""
+
+    name: str
+    kind: str
+    dtype: str
+    flops: float
+    bytes: int
+    in_bytes: int
+    out_bytes: int
+    attention: AttentionShape | None
+    block_tokens: int
+    count: int = 0
+    live_bytes: int = 0
+
+
+@dataclass
+class _Recorder:
+    """Follows storages by lifetime and sums operators by signature."""
+
+    weights: set[int]
+    calls: dict[tuple[str, int], _Calls] = field(default_factory=dict)
+    live_bytes: int = 0
+    peak_bytes: int = 0
+    block_tokens: int = 0
+    _alive: set[int] = field(default_factory=set)
+
+    def adopt(self, tensor: Tensor) -> bool:
+        """Count the tensor's storage as alive until it is freed; False if it already was."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self.weights:
+            return False
+        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self._alive.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._free, key, size).atexit = False
+        return True
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live_bytes -= size
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.weights
+
+    def count(self, signature: str, make: Callable[[], _Calls]) -> None:
+        calls = self.calls.get((signature, self.block_tokens))
+        if calls is None:
+            calls = self.calls[signature, self.block_tokens] = make()
+        calls.count += 1
+        calls.live_bytes = max(calls.live_bytes, self.live_bytes)
+
+    def operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Record one dispatched operator, unless it only made a view or reserved memory."""
+        outputs = _tensors(out)
+        is_new = [self.adopt(t) for t in outputs]
+        if func.overloadpacket.__name__ in _ALLOCATES_ONLY:
+            return
+        if not any(is_new) and not func._schema.is_mutable:
+            return
+        self.count(
+            _signature(str(func), args, kwargs),
+            lambda: self._measure(func, args, kwargs, outputs),
+        )
+
+    def _measure(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> _Calls:
+        inputs = _tensors((args, kwargs))
+        flops = _flops(func, args, kwargs, outputs)
+        out_bytes = sum(_bytes(t) for t in outputs)
+        return _Calls(
+            name=str(func),
+            kind=_kind(func, flops),
+            dtype=_dtype(outputs),
+            flops=flops,
+            bytes=sum(_bytes(t) for t in inputs) + out_bytes,
+            in_bytes=sum(_bytes(t) for t in inputs if not self.is_weight(t)),
+            out_bytes=out_bytes,
+            attention=None,
+            block_tokens=self.block_tokens,
+        )
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        """Record one symbolic attention call; inputs are (batch, heads, tokens, head_dim)."""
+        batch, heads, tokens, dim = query.shape
+        shape = AttentionShape(
+            batch=batch, heads=heads, q_tokens=tokens, kv_tokens=key.shape[2], head_dim=dim
+        )
+        in_bytes = sum(_bytes(t) for t in (query, key, value))
+        self.count(
+            _signature("attention", (query, key, value), {}),
+            lambda: _Calls(
+                name="attention",
+                kind="attention",
+                dtype=_dtype([out]),
+                flops=shape.flops,
+                bytes=in_bytes + _bytes(out),
+                in_bytes=in_bytes,
+                out_bytes=_bytes(out),
+                attention=shape,
+                block_tokens=self.block_tokens,
+            ),
+        )
+
+    def trace(self) -> Trace:
+        operators = tuple(
+            Operator(
+                name=c.name,
+                kind=c.kind,
+                signature=signature,
+                dtype=c.dtype,
+                count=c.count,
+                flops=c.flops,
+                bytes=c.bytes,
+                live_bytes=c.live_bytes,
+                in_bytes=c.in_bytes,
+                out_bytes=c.out_bytes,
+                attention=c.attention,
+                block_tokens=c.block_tokens,
+            )
+            for (signature, _), c in self.calls.items()
+        )
+        return Trace(
+            operators=operators,
+            activation_bytes=self.peak_bytes,
+            dispatches=sum(o.count for o in operators),
+        )
+
+
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.recorder.operator(func, args, kwargs or {}, out)
+        return out
+
+
+class _Attention(TorchFunctionMode):
+    """Keeps scaled-dot-product attention whole: on meta it would fall apart into its parts."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        query, key, value = given["query"], given["key"], given["value"]
+        batch, heads, tokens, _ = query.shape
+        # Flash kernels return (batch, heads, tokens, dim) laid out as (batch, tokens, heads, dim).
+        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        self.recorder.attention(query, key, value, out)
+        return out
+
+
+def trace(module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> Trace:
+    """Run ``call`` once, on meta tensors, and record what it does.
+
+    Args:
+        module: The component, on the meta device, in the dtype it will run in.
+        call: Runs its forward (or ``decode``).
+        inputs: The tensors the call is given: they count as alive throughout.
+
+    Returns:
+        Its operators and the peak of its activations in bytes.
+    """
+    weights = {
+        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(recurse=True))
+    }
+    recorder = _Recorder(weights)
+    for tensor in inputs:
+        recorder.adopt(tensor)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_self_attention_marked(module, recorder))
+        stack.enter_context(_Attention(recorder))
+        stack.enter_context(_Dispatch(recorder))
+        out = call()
+    result = recorder.trace()
+    del out
+    return result
+
+
+@contextmanager
+def _self_attention_marked(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Tell the recorder when it is inside a UNet block's self-attention, which ToMe shortens."""
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        recorder.block_tokens = hidden.shape[1]
+
+    def leave(*_: Any) -> None:
+        recorder.block_tokens = 0
+
+    handles = []
+    for child in module.modules():
+        if type(child).__name__ == "BasicTransformerBlock":
+            attention: Any = child.attn1
+            handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(attention.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for item in value for t in _tensors(item)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _dtype(outputs: list[Tensor]) -> str:
+    return str(outputs[0].dtype).removeprefix("torch.") if outputs else "float32"
+
+
+def _flops(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> float:
+    formula = flop_registry.get(func.overloadpacket)
+    if formula is None:
+        return 0.0
+    return float(formula(*args, **kwargs, out_val=outputs[0]))
+
+
+def _kind(func: Any, flops: float) -> str:
+    if flops == 0:
+        return "memory"
+    return "convolution" if "convolution" in func.overloadpacket.__name__ else "matmul"
+
+
+def _signature(name: str, args: Any, kwargs: Any) -> str:
+    return json.dumps([name, _plain(args), _plain(kwargs)], separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON: tensors by dtype, shape and (unless contiguous) strides."""
+    if isinstance(value, Tensor):
+        described: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape)}
+        if not value.is_contiguous():
+            described["st"] = list(value.stride())
+        return described
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return {"o": str(value)}

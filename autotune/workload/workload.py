@@ -1,0 +1,183 @@
+"""The ``Workload``: what one generation asks of a machine, as pure data.
+
+A generation has phases (encode, denoise, decode); a phase runs components; a component's forward is
+a list of operators. Nothing here imports torch: a workload can be stored and planned for anywhere.
+"""
+
+from __future__ import annotations
+
+from autotune.probe.machine import Value
+
+
+class Request(Value, frozen=True):
+    """The image asked for.
+
+    ``height`` and ``width`` are pixels, ``batch`` is images per call, ``dtype`` is what is computed
+    in. A ``guidance_scale`` above 1 doubles the denoiser's batch where the model guides itself.
+    """
+
+    height: int
+    width: int
+    batch: int
+    steps: int
+    guidance_scale: float
+    dtype: str
+
+
+class AttentionShape(Value, frozen=True):
+    """One attention call, kept symbolic so that any implementation can be put in."""
+
+    batch: int
+    heads: int
+    q_tokens: int
+    kv_tokens: int
+    head_dim: int
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds counted twice: two matrix products over the score matrix."""
+        return 4.0 * self.batch * self.heads * self.q_tokens * self.kv_tokens * self.head_dim
+
+    @property
+    def scores(self) -> int:
+        """Elements of the full score matrix, which only vanilla attention writes out."""
+        return self.batch * self.heads * self.q_tokens * self.kv_tokens
+
+
+class Operator(Value, frozen=True):
+    """All calls of one operator with the same shapes, dtypes and layout.
+
+    Attributes:
+        name: PyTorch's name, ``"aten.convolution.default"``; ``"attention"`` for the symbolic one.
+        kind: ``"matmul"``, ``"convolution"``, ``"attention"`` or ``"memory"`` (bound by bytes).
+        signature: Everything needed to run it again on random data, as compact JSON.
+        dtype: Of its output.
+        count: Calls per forward.
+        flops: Floating-point operations per call.
+        bytes: Bytes read plus written per call.
+        live_bytes: The most activation bytes alive while it runs, its inputs and output included:
+            with a workspace on top of it, this operator can become the peak.
+        in_bytes: Bytes of its inputs, weights excluded.
+        out_bytes: Bytes of its outputs.
+        attention: Its shape, for attention.
+        block_tokens: Tokens of the transformer block whose self-attention it belongs to, or 0.
+            Token merging shortens exactly these operators.
+    """
+
+    name: str
+    kind: str
+    signature: str
+    dtype: str
+    count: int
+    flops: float
+    bytes: int
+    live_bytes: int
+    in_bytes: int
+    out_bytes: int
+    attention: AttentionShape | None = None
+    block_tokens: int = 0
+
+
+class Trace(Value, frozen=True):
+    """One forward of one component.
+
+    Attributes:
+        operators: Distinct operators, in order of first appearance.
+        activation_bytes: Peak of the activations alive at once, weights excluded, inputs included,
+            attention counted as a memory-efficient kernel.
+        dispatches: Operators launched per forward, views not counted.
+    """
+
+    operators: tuple[Operator, ...]
+    activation_bytes: int
+    dispatches: int
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole forward."""
+        return sum(o.flops * o.count for o in self.operators)
+
+
+class Component(Value, frozen=True):
+    """One module of the pipeline and its weights.
+
+    ``leaf_count`` and ``largest_leaf_bytes`` describe the modules that own parameters themselves:
+    what sequential offload moves, one at a time. ``tensor_count`` is the number of parameters.
+    """
+
+    name: str
+    class_name: str
+    parameters: int
+    weight_bytes: int
+    largest_leaf_bytes: int
+    leaf_count: int
+    tensor_count: int
+
+
+class ComponentRun(Value, frozen=True):
+    """A phase's use of a component.
+
+    Attributes:
+        component: Its name in the pipeline.
+        calls: Forwards per generation.
+        trace: One forward.
+        variants: The same forward with its code path switched (``"sliced"``, ``"tiled:512"``), each
+            really traced; absent where switching changes nothing.
+        upcast_bytes: Extra weight bytes while it runs in a wider dtype than it is stored in
+            (SDXL's fp16 VAE decodes in float32).
+    """
+
+    component: str
+    calls: int
+    trace: Trace
+    variants: dict[str, Trace] = {}
+    upcast_bytes: int = 0
+
+
+class Phase(Value, frozen=True):
+    """``"encode"``, ``"denoise"`` or ``"decode"``: the runs follow one another."""
+
+    name: str
+    runs: tuple[ComponentRun, ...]
+
+
+class Workload(Value, frozen=True):
+    """One generation of one model at one size.
+
+    Attributes:
+        model: The name the user gave: a built-in name, a folder or a hub id.
+        pipeline: Class name of the diffusers pipeline.
+        request: The image asked for.
+        components: Every module of the pipeline with weights.
+        phases: In order of execution.
+        offload_order: Components that model offload moves, in the pipeline's own order.
+        latent_tokens: Height times width of the latent: what token merging compares a block with.
+        notes: What is estimated rather than traced, one sentence each.
+    """
+
+    model: str
+    pipeline: str
+    request: Request
+    components: tuple[Component, ...]
+    phases: tuple[Phase, ...]
+    offload_order: tuple[str, ...]
+    latent_tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights of all components together."""
+        return sum(c.weight_bytes for c in self.components)
+
+    @property
+    def key(self) -> str:
+        """What was asked, in one line: names this workload in profiles."""
+        r = self.request
+        return (
+            f"{self.model} {r.width}x{r.height} batch {r.batch} steps {r.steps} "
+            f"guidance {r.guidance_scale:g} {r.dtype}"
+        )
+
+    def component(self, name: str) -> Component:
+        """The component of that name (``KeyError`` when there is none)."""
+        return {c.name: c for c in self.components}[name]

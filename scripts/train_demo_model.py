@@ -13,6 +13,7 @@ Weights repeat exactly on one machine with one number of threads; elsewhere roun
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -27,7 +28,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -41,8 +41,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from autotune.demo import model_path  # noqa: E402
-from autotune.demo.judge import (  # noqa: E402
+from autotune.demo import model_path
+from autotune.demo.judge import (
     DIGIT_WORDS,
     IMAGE_SIZE,
     DigitJudge,
@@ -119,12 +119,12 @@ class Recipe:
         prompt_dropout: Share of prompts replaced by the empty one, for guidance.
     """
 
-    variants: int = 3
-    vae_steps: int = 300
+    variants: int = 2
+    vae_steps: int = 240
     vae_batch: int = 16
     text_steps: int = 300
     text_batch: int = 60
-    unet_steps: int = 1400
+    unet_steps: int = 1200
     unet_batch: int = 32
     prompt_dropout: float = 0.1
 
@@ -166,7 +166,7 @@ def byte_symbols() -> list[str]:
 def prompt_words() -> list[str]:
     """Return every word of the prompts, without the digits, sorted."""
     text = " ".join([*TEMPLATES, *ENDINGS, *DIGIT_WORDS])
-    return sorted({word for word in text.replace("{}", " ").replace(",", " ").split()} - {"."})
+    return sorted(set(text.replace("{}", " ").replace(",", " ").split()) - {"."})
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -178,9 +178,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     spellings = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
-        counts = Counter(
-            pair for spelling in spellings for pair in zip(spelling, spelling[1:], strict=False)
-        )
+        counts = Counter(pair for spelling in spellings for pair in itertools.pairwise(spelling))
         if not counts:
             return merges
         best = min(counts, key=lambda pair: (-counts[pair], pair))
@@ -492,7 +490,7 @@ def train_text_encoder(
         ended = ids == tokenizer.eos_token_id
         logits = head(text_encoder(ids).last_hidden_state[ended])
         wanted = digits.unsqueeze(1).expand_as(ids)[ended]
-        trainer.update(F.cross_entropy(logits, wanted))
+        trainer.update(nn.functional.cross_entropy(logits, wanted))
     trainer.use_average()
 
 
@@ -534,7 +532,7 @@ def train_unet(
         noisy = scheduler.add_noise(latents[batch], noise, timesteps)
         target = scheduler.get_velocity(latents[batch], noise, timesteps)
         predicted = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
-        trainer.update(F.mse_loss(predicted, target))
+        trainer.update(nn.functional.mse_loss(predicted, target))
     trainer.use_average()
     unet.eval()
     text_encoder.eval()

@@ -16,6 +16,13 @@ from autotune.cli.probe import probe
 from autotune.cli.run import run
 from autotune.errors import AutotuneError
 
+# Notes that libraries print about optional packages and profiling; errors still raise.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
 app = typer.Typer(
     help="Make a diffusers pipeline run as fast as this machine allows, without out-of-memory.",
     no_args_is_help=True,
@@ -38,9 +45,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run the command line; every expected error ends in one line, a remedy and exit code 1."""
-    # Their notes on optional packages are not ours to print; errors still raise.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name, level in _QUIET.items():
+        os.environ.setdefault(name, level)
     try:
         app()
     except AutotuneError as error:

@@ -118,13 +118,14 @@ def cuda_uuid(device: torch.device) -> str | None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives cached memory back to the driver."""
-    if device.type == "cuda":
-        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-        if clear is not None:
+    """Gives cached memory back to the driver: tensors, matrix workspaces, pinned host buffers."""
+    if device.type == "cpu":
+        return
+    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        clear = getattr(torch._C, name, None)
+        if device.type == "cuda" and clear is not None:
             clear()
-    if device.type != "cpu":
-        _module(device).empty_cache()
+    _module(device).empty_cache()
 
 
 def _accelerator() -> str | None:

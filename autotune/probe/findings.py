@@ -18,7 +18,13 @@ _FOREIGN_BYTES = GIB // 4
 _THROTTLES_THAT_MATTER = ("slowdown", "power brake")
 
 
-def find(machine: Machine, *, disturbed_above: float, foreign_cores: float = 0.0) -> Machine:
+def find(
+    machine: Machine,
+    *,
+    disturbed_above: float,
+    foreign_cores: float = 0.0,
+    accelerator: bool = False,
+) -> Machine:
     """The machine with its findings.
 
     Args:
@@ -26,9 +32,9 @@ def find(machine: Machine, *, disturbed_above: float, foreign_cores: float = 0.0
         disturbed_above: Spread, as a fraction of the median, from which a figure is called
             unsteady.
         foreign_cores: Cores that other processes kept busy meanwhile.
+        accelerator: Torch has one; a CPU was then measured because somebody asked for it.
     """
     finders: tuple[Callable[[Machine], Iterator[str]], ...] = (
-        _no_gpu,
         _nvml_missing,
         _unified,
         _others,
@@ -38,25 +44,30 @@ def find(machine: Machine, *, disturbed_above: float, foreign_cores: float = 0.0
         _wrong_attention,
     )
     found = [text for finder in finders for text in finder(machine)]
+    if machine.device.kind == "cpu" and not accelerator:
+        found = [*_no_gpu(machine), *found]
     found += _unsteady(machine, disturbed_above)
     found += _crowded(machine, foreign_cores)
     return replace(machine, findings=tuple(found))
 
 
 def _no_gpu(machine: Machine) -> Iterator[str]:
-    if machine.device.kind != "cpu":
-        return
-    reason = nvml.unavailable_reason()
-    if reason is None and nvml.gpus() and "cuda" not in machine.software:
-        torch = machine.software.get("torch", "")
-        yield (
-            f"There is a {nvml.gpus()[0].name}, but the installed torch {torch} is built for the "
-            "CPU only: install a CUDA build of torch."
-        )
-    elif reason is None and not nvml.visible_gpus():
-        yield "No GPU is visible to this process, so the CPU works: check CUDA_VISIBLE_DEVICES."
-    elif reason is not None:
+    reason, plugged = nvml.unavailable_reason(), nvml.gpus()
+    build = f"torch {machine.software.get('torch', '')}"
+    if reason is not None:
         yield f"No usable NVIDIA GPU, so the CPU does the work: {reason}."
+    elif plugged and "cuda" not in machine.software:
+        yield (
+            f"There is a {plugged[0].name}, but the installed {build} is built for the CPU only: "
+            "install a CUDA build of torch."
+        )
+    elif plugged and nvml.visible_gpus():
+        yield (
+            f"There is a {plugged[0].name}, but {build} for CUDA {machine.software['cuda']} cannot "
+            f"use it with driver {plugged[0].driver}: update the driver."
+        )
+    else:
+        yield "No GPU is visible to this process, so the CPU works: check CUDA_VISIBLE_DEVICES."
 
 
 def _nvml_missing(machine: Machine) -> Iterator[str]:
@@ -131,14 +142,14 @@ def _xformers(machine: Machine) -> Iterator[str]:
 
 
 def _xformers_remedy(machine: Machine) -> str:
-    torch, cuda = machine.software.get("torch", "?"), machine.software.get("cuda", "")
+    version, cuda = machine.software.get("torch", "?"), machine.software.get("cuda", "")
     if cuda.startswith("13"):
         return (
-            f"torch {torch} is built for CUDA {cuda} and the xformers wheels for CUDA 12; "
+            f"torch {version} is built for CUDA {cuda} and the xformers wheels for CUDA 12; "
             "pip install nvidia-cuda-runtime-cu12 may be enough, and PyTorch's own attention is "
             "as fast"
         )
-    return f"install the xformers release that names torch {torch}, or remove it"
+    return f"install the xformers release that names torch {version}, or remove it"
 
 
 def _wrong_attention(machine: Machine) -> Iterator[str]:

@@ -41,9 +41,15 @@ def measure_kernels(
     matmul, convolution, channels_last = {}, {}, {}
     for name, dtype in dtypes(device).items():
         say(f"{name} kernels")
-        matmul[name] = matmul_rate(device, dtype, budget_s)
-        convolution[name] = convolution_rate(device, dtype, budget_s)
-        channels_last[name] = convolution_rate(device, dtype, budget_s, torch.channels_last)
+        try:
+            product = matmul_rate(device, dtype, memory_bytes, budget_s)
+            plain = convolution_rate(device, dtype, budget_s)
+            last = convolution_rate(device, dtype, budget_s, torch.channels_last)
+        except (RuntimeError, TypeError):
+            if dtype is torch.float32:
+                raise
+            continue  # a dtype that some kernel of this device lacks is a dtype it does not have
+        matmul[name], convolution[name], channels_last[name] = product, plain, last
     say("memory bandwidth and dispatch cost")
     return Kernels(
         matmul_flops_per_s=matmul,
@@ -73,9 +79,13 @@ def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> Figure:
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, memory_bytes: int, budget_s: float
+) -> Figure:
     """FLOP/s of a square matrix product, large enough to fill the device."""
     size = 1024 if device.type == "cpu" else 4096
+    while 4 * size**2 * 4 > memory_bytes and size > 512:  # two made in float32, two operands
+        size //= 2
     left, right = (random((size, size), device, dtype) for _ in range(2))
     seconds = time_call(lambda: left @ right, device, budget_s=budget_s)
     return rate(seconds, 2 * size**3)
@@ -114,7 +124,9 @@ def dispatch_cost(device: torch.device, budget_s: float) -> Figure:
 
     A residual block on a few values: its arithmetic is nothing, so what is left is the way there.
     """
-    block = _still(nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8)), device)
+    with torch.device("meta"):
+        shell = nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8))
+    block = _still(shell, device)
     values = random((1, 8), device, torch.float32)
     seconds = time_call(lambda: values + block(values), device, budget_s=budget_s)
     return _divided(seconds, _OPERATORS_IN_BLOCK)
@@ -136,8 +148,8 @@ def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
 
 
 def _still(module: nn.Module, device: torch.device) -> nn.Module:
-    """Zero weights: initialization would draw from the global random state."""
-    module = module.to("meta").to_empty(device=device).requires_grad_(False)
+    """A module made on meta, with zero weights: initializing would draw from the global state."""
+    module = module.to_empty(device=device).requires_grad_(False)
     for parameter in module.parameters():
         parameter.zero_()
     return module

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autotune.errors import MachineError
 from autotune.probe import nvml, timing
 from autotune.probe.attention import measure_attention
 from autotune.probe.devices import choose_device, cuda_uuid, describe, empty_cache, nvml_view
@@ -53,6 +54,9 @@ def measure_machine(device: str | None = None, *, progress: Progress | None = No
     try:
         with torch.no_grad():
             return _measure(chosen, context, say, start)
+    except torch.OutOfMemoryError as error:
+        message = f"{chosen} has too little free memory to be measured"
+        raise MachineError(message, "close what else uses it, or --device cpu") from error
     finally:
         gc.collect()
         empty_cache(chosen)
@@ -90,6 +94,7 @@ def _measure(device: torch.device, context: _Context, say: Progress, start: floa
         machine,
         disturbed_above=2 * timing.DISTURBED_SPREAD,
         foreign_cores=neighbours.busy_cores(),
+        accelerator=torch.accelerator.is_available(),
     )
 
 

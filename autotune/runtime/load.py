@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from autotune.decide.plan import Plan
 from autotune.errors import AutotuneError, ModelError
@@ -20,7 +23,7 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
 
     if architecture.weights is None:
         raise ModelError(f"{architecture.name} has no weights to load", "give a folder or a hub id")
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, plan.workload.dtype)}
+    options: dict[str, Any] = {_dtype_keyword(): getattr(torch, plan.workload.dtype)}
     if architecture.variant and plan.workload.dtype != "float32":
         options["variant"] = architecture.variant
     try:
@@ -33,6 +36,11 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
             f"cannot load the weights of {architecture.weights}: {reason}",
             "download the model again, or check that the folder is complete",
         ) from error
+
+
+def _dtype_keyword() -> str:
+    """``torch_dtype`` was renamed; older versions silently ignore the new name."""
+    return "dtype" if Version(version("diffusers")) >= Version("0.42") else "torch_dtype"
 
 
 def _read(cls: Any, weights: str, options: dict[str, Any]) -> Any:

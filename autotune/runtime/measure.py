@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,19 @@ def _called(module: Any, tell: Callable[[], None]) -> Iterator[None]:
             module.decode = own
 
 
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Kineto announces its start and stop on file descriptor 2, whatever the log level."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
 def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
     """Peak bytes per phase on the CPU, from the allocator's events while ``call`` runs.
 
@@ -110,10 +124,15 @@ def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
         call: Runs the pipeline under ``PhaseMeter.watch``.
         weight_bytes: What is resident already: the events only tell what comes and goes.
     """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profile = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _quiet_stderr():
+        profile.start()
+    try:
         call()
+    finally:
+        with _quiet_stderr():
+            profile.stop()
     results: Any = profile.profiler.kineto_results
     peaks: dict[str, int] = {}
     phase, held = "", 0

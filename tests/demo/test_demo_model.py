@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from PIL import Image
+
 from autotune.demo import model_path
 from autotune.demo.judge import (
     DIGIT_WORDS,
@@ -22,7 +24,6 @@ from autotune.demo.judge import (
     render_digit,
     shrink_images,
 )
-from PIL import Image
 
 STEPS = 20
 

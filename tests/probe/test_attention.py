@@ -1,0 +1,165 @@
+"""Attention implementations: all compute the same, and a bad one is found out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autotune.probe import attention
+from autotune.probe.attention import (
+    CPU_SHAPES,
+    GPU_SHAPES,
+    XFORMERS_ABSENT,
+    Shape,
+    brief,
+    measure_attention,
+    measure_shape,
+    sdpa,
+    sliced,
+    vanilla,
+)
+
+CPU = torch.device("cpu")
+SMALL = Shape(2, 4, 64, 48, 16)
+PLAIN: dict[str, attention.Attention] = {"sdpa": sdpa, "vanilla": vanilla, "sliced": sliced}
+
+
+def measure_one(name: str, call: attention.Attention, shape: Shape = SMALL) -> Any:
+    with torch.no_grad():
+        (rate,) = measure_shape(shape, CPU, torch.float32, {name: call}, 0.001)
+    return rate
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.builds(
+        Shape,
+        st.integers(1, 3),
+        st.integers(1, 5),
+        st.integers(1, 80),
+        st.integers(1, 80),
+        st.sampled_from((8, 40, 64)),
+    )
+)
+def test_implementations_agree(shape: Shape) -> None:
+    query, key, value = attention._inputs(shape, CPU, torch.float32)
+    expected = sdpa(query, key, value)
+    for call in (vanilla, sliced):
+        torch.testing.assert_close(call(query, key, value), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_vanilla_is_what_diffusers_computes() -> None:
+    from diffusers.models.attention_processor import Attention
+
+    module = Attention(query_dim=64, heads=4, dim_head=16)
+    query, key, value = attention._inputs(Shape(2, 4, 32, 32, 16), CPU, torch.float32)
+    folded = [tensor.flatten(0, 1) for tensor in (query, key, value)]
+    expected = torch.bmm(module.get_attention_scores(folded[0], folded[1]), folded[2])
+    assert torch.equal(vanilla(query, key, value).flatten(0, 1), expected)
+
+
+def test_rates_and_deviations() -> None:
+    with torch.no_grad():
+        rates = measure_shape(SMALL, CPU, torch.float32, PLAIN, 0.002)
+    assert [rate.implementation for rate in rates] == list(PLAIN)
+    for rate in rates:
+        assert rate.error is None
+        assert rate.flops_per_s is not None
+        assert rate.deviation is not None
+        assert rate.deviation < 1e-5
+        assert rate.extra_bytes is None, "a CPU has no allocator to ask"
+
+
+def test_a_wrong_result_is_an_error() -> None:
+    rate = measure_one("sdpa", lambda query, key, value: sdpa(query, key, value) * 1.1)
+    assert "wrong result" in rate.error
+    assert rate.flops_per_s is None
+
+
+def test_not_a_number_is_an_error() -> None:
+    rate = measure_one("sdpa", lambda query, key, value: query * float("nan"))
+    assert "wrong result" in rate.error
+    assert rate.deviation is None
+
+
+def test_whatever_is_raised_is_recorded() -> None:
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise OSError("libcudart.so.12: cannot open shared object file\nmore lines")
+
+    rate = measure_one("sdpa", broken)
+    assert rate.error == "OSError: libcudart.so.12: cannot open shared object file"
+
+
+def test_absent_xformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert measure_one("xformers", attention.xformers).error == XFORMERS_ABSENT
+
+
+def test_present_xformers_is_really_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: torch.Tensor, scale: float) -> torch.Tensor:
+        raise NotImplementedError(XFORMERS_REFUSAL)
+
+    operators = types.SimpleNamespace(memory_efficient_attention=refuse)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    level = logging.root.manager.disable
+    error = measure_one("xformers", attention.xformers).error
+    assert "device=cpu (supported: {'cuda'})" in error
+    assert "\n" not in error
+    assert logging.root.manager.disable == level
+
+
+XFORMERS_REFUSAL = """No operator found for `memory_efficient_attention_forward` with inputs:
+     query       : shape=(1, 64, 1, 32) (torch.float32)
+`fa3F@0.0.0` is not supported because:
+    device=cpu (supported: {'cuda'})
+    dtype=torch.float32 (supported: {torch.bfloat16, torch.float16})
+`cutlassF-pt` is not supported because:
+    device=cpu (supported: {'cuda'})
+"""
+
+
+def test_refusals_become_one_line_with_each_reason_once() -> None:
+    text = brief(NotImplementedError(XFORMERS_REFUSAL))
+    assert text.startswith("NotImplementedError: No operator found for")
+    assert text.count("device=cpu") == 1
+    assert brief(ValueError()) == "ValueError"
+
+
+@given(st.text(max_size=2000))
+def test_messages_stay_one_short_line(message: str) -> None:
+    text = brief(RuntimeError(message))
+    assert len(text) <= 240
+    assert len(text.splitlines()) == 1
+
+
+def test_a_spent_budget_still_measures_the_first_shape() -> None:
+    with torch.no_grad():
+        rates = measure_attention(CPU, memory_bytes=1 << 30, budget_s=0.0)
+    first = CPU_SHAPES[0]
+    assert {rate.implementation for rate in rates} == set(attention.IMPLEMENTATIONS)
+    assert {(rate.q_tokens, rate.head_dim) for rate in rates} == {(first.q_tokens, first.head_dim)}
+
+
+@given(
+    st.sampled_from((*GPU_SHAPES, *CPU_SHAPES)), st.integers(0, 1 << 32), st.sampled_from((2, 4))
+)
+def test_shapes_shrink_into_the_allowance(shape: Shape, memory: int, itemsize: int) -> None:
+    fitted = shape.fitted(memory, itemsize)
+    if fitted is None:
+        assert 2 * shape.q_tokens * shape.kv_tokens * itemsize > memory
+    else:
+        assert 2 * fitted.score_bytes(itemsize) <= memory
+        assert (fitted.q_tokens, fitted.head_dim) == (shape.q_tokens, shape.head_dim)
+
+
+def test_flops_of_self_attention() -> None:
+    assert Shape(2, 10, 4096, 4096, 64).flops == 4 * 2 * 10 * 4096 * 4096 * 64

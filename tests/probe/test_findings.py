@@ -1,0 +1,119 @@
+"""What a person is told about a machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from autotune.probe import findings
+from autotune.probe.attention import XFORMERS_ABSENT
+from autotune.probe.findings import find
+from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Machine
+from autotune.probe.reference import load_machine
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def working_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings.nvml, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(findings.nvml, "gpus", tuple)
+
+
+def gpu_machine(**changes: Any) -> Machine:
+    return replace(load_machine("rtx-3080-10gb"), source="measured", **changes)
+
+
+def told(machine: Machine, **arguments: Any) -> str:
+    return "\n".join(find(machine, **{"disturbed_above": 0.3} | arguments).findings)
+
+
+def test_a_healthy_machine_has_nothing_to_say() -> None:
+    assert told(gpu_machine()) == ""
+
+
+@pytest.mark.parametrize(
+    ("width", "generation", "cause"),
+    [(4, 4, "slot with fewer lanes"), (16, 1, "generation 1 even under load"), (16, 4, "NUMA")],
+)
+def test_a_slow_link_has_a_likely_cause(width: int, generation: int, cause: str) -> None:
+    machine = gpu_machine()
+    assert machine.link is not None
+    link = replace(
+        machine.link,
+        h2d_pinned_bytes_per_s=Figure(value=6.2e9),
+        pcie_width_in_copy=width,
+        pcie_generation_in_copy=generation,
+    )
+    text = told(replace(machine, link=link))
+    assert "6.2 GB/s of the 31.5 GB/s that PCIe 4 x16 promises" in text
+    assert cause in text
+
+
+def test_other_processes_are_named() -> None:
+    machine = gpu_machine()
+    held = (GpuProcess(pid=42, used_bytes=3 * GIB, name="game"), GpuProcess(pid=43))
+    text = told(replace(machine, device=replace(machine.device, processes=held)))
+    assert "hold 3.00 GiB" in text
+    assert "game (PID 42, 3.00 GiB)" in text
+
+
+def test_unusable_xformers_says_what_to_install() -> None:
+    broken = AttentionRate(
+        implementation="xformers",
+        dtype="float16",
+        batch=1,
+        heads=1,
+        q_tokens=1,
+        kv_tokens=1,
+        head_dim=8,
+        error="NotImplementedError: xFormers wasn't build with CUDA support",
+    )
+    versions = {"torch": "2.13.0", "cuda": "13.0", "xformers": "0.0.35"}
+    text = told(gpu_machine(attention=(broken,), software=versions))
+    assert "xformers 0.0.35 is installed but unusable here" in text
+    assert "nvidia-cuda-runtime-cu12" in text
+    assert told(gpu_machine(attention=(replace(broken, error=XFORMERS_ABSENT),))) == ""
+    sdpa = replace(broken, implementation="sdpa", error="wrong result")
+    assert "sdpa attention fails at 1 tokens" in told(gpu_machine(attention=(sdpa,)))
+
+
+def test_throttling_and_shared_memory() -> None:
+    machine = gpu_machine()
+    device = replace(
+        machine.device,
+        throttle_reasons=("power cap", "hardware thermal slowdown"),
+        unified_memory=True,
+    )
+    text = told(replace(machine, device=device))
+    assert "hardware thermal slowdown" in text
+    assert "power cap" not in text, "a GPU at its power limit is working as it should"
+    assert "offloading would save nothing" in text
+
+
+def test_no_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = load_machine("cpu-16-cores")
+    assert "CUDA_VISIBLE_DEVICES" in told(machine)
+    monkeypatch.setattr(findings.nvml, "unavailable_reason", lambda: "no NVIDIA driver here")
+    assert "so the CPU does the work: no NVIDIA driver here." in told(machine)
+
+
+def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = findings.nvml.Gpu(index=0, uuid="GPU-1", name="RTX 3080", driver="470.1")
+    monkeypatch.setattr(findings.nvml, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(findings.nvml, "visible_gpus", lambda: (gpu,))
+    machine = replace(load_machine("cpu-16-cores"), software={"torch": "2.13.0"})
+    assert "install a CUDA build of torch" in told(machine)
+    software = {"torch": "2.13.0", "cuda": "13.0"}
+    assert "driver 470.1: update the driver" in told(replace(machine, software=software))
+
+
+def test_noise_is_admitted() -> None:
+    machine = gpu_machine()
+    noisy = replace(machine.kernels.memory_bytes_per_s, samples=(1.0, 2.0, 3.0, 9.0))
+    machine = replace(machine, kernels=replace(machine.kernels, memory_bytes_per_s=noisy))
+    assert "Unsteady while measured, twice (memory bandwidth)" in told(machine)
+    assert "kept 7.5 of 8 cores busy" in told(machine, foreign_cores=7.5)
+    assert "cores busy" not in told(machine, foreign_cores=2.0)

@@ -1,0 +1,116 @@
+"""What is read at every start, on this CPU and under a stub driver."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from autotune.errors import MachineError
+from autotune.probe import live
+from autotune.probe.live import identity, profile_key, refresh, slug
+from autotune.probe.machine import Device, GpuProcess, Machine
+from autotune.probe.reference import load_machine
+
+GIB = 1 << 30
+FIRST = "GPU-11111111-aaaa-0000-0000-000000000000"
+SECOND = "GPU-22222222-bbbb-0000-0000-000000000000"
+
+
+def cpu_machine() -> Machine:
+    device = Device(kind="cpu", name="CPU", total_bytes=1, free_bytes=1)
+    return replace(load_machine("cpu-16-cores"), source="measured", device=device)
+
+
+def test_refresh_reads_the_memory_of_now() -> None:
+    fresh = refresh(cpu_machine())
+    assert fresh.device.total_bytes > GIB // 4
+    assert fresh.host.ram_available_bytes == fresh.device.free_bytes
+
+
+def test_a_reference_machine_is_not_here() -> None:
+    machine = load_machine("rtx-3080-10gb")
+    assert refresh(machine) is machine
+
+
+def test_refresh_under_a_driver_imports_no_torch(under_driver: Any) -> None:
+    code = f"""
+import json, sys
+from msgspec.structs import replace
+from autotune.probe.live import refresh
+from autotune.probe.reference import load_machine
+machine = load_machine("rtx-3080-10gb")
+device = replace(machine.device, uuid={FIRST!r}, free_bytes=1)
+fresh = refresh(replace(machine, source="measured", device=device))
+names = [process.pid for process in fresh.device.processes]
+print(json.dumps([fresh.device.free_bytes, names, "torch" in sys.modules]))
+"""
+    assert under_driver("desktop", code) == [7 * GIB, [1, 4194302, 4194303], False]
+    assert under_driver("gb10", code)[0] == 1, "what NVML does not say stays as it was"
+
+
+IDENTITY = """
+import json
+from autotune.errors import MachineError
+from autotune.probe import live, software
+software.torch_build = lambda: {build}
+try:
+    print(json.dumps(live.identity({device!r})))
+except MachineError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "key"), [(None, SECOND), ("cuda", FIRST), ("cuda:0", FIRST), ("cuda:1", SECOND)]
+)
+def test_identity_is_the_uuid(under_driver: Any, device: str | None, key: str) -> None:
+    code = IDENTITY.format(build={"cuda": "13.0"}, device=device)
+    assert under_driver("two", code) == key
+
+
+def test_identity_follows_visible_devices(under_driver: Any) -> None:
+    code = IDENTITY.format(build={"cuda": "13.0"}, device="cuda:0")
+    assert under_driver("two", code, CUDA_VISIBLE_DEVICES="1") == SECOND
+
+
+def test_identity_of_a_gpu_that_is_not_there(under_driver: Any) -> None:
+    code = IDENTITY.format(build={"cuda": "13.0"}, device="cuda:7")
+    message = under_driver("two", code)
+    assert "'cuda:7'" in message
+    assert "cuda:0 (NVIDIA GeForce RTX 3080)" in message
+
+
+def test_a_torch_built_for_the_cpu_makes_it_a_cpu(under_driver: Any) -> None:
+    assert under_driver("two", IDENTITY.format(build={}, device=None)).startswith("cpu-")
+
+
+def test_identity_of_the_cpu() -> None:
+    assert identity("cpu").startswith("cpu-")
+    assert identity("cpu") == identity("cpu") == profile_key(cpu_machine())
+
+
+def test_an_impossible_device_is_refused() -> None:
+    with pytest.raises(MachineError, match="no device 'cuda:99'"):
+        identity("cuda:99")
+
+
+def test_this_process_is_not_another_one() -> None:
+    mine, other = GpuProcess(pid=os.getpid()), GpuProcess(pid=1)
+    assert live.other_processes((mine, other)) == (other,)
+
+
+@given(st.text())
+def test_slugs_are_file_names(name: str) -> None:
+    text = slug(name)
+    assert slug(text) == text
+    assert set(text) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_slugs_of_real_names() -> None:
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz"

@@ -1,0 +1,223 @@
+"""NVML through the real binding, against a driver that is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.probe.nvml import throttle_words, visible_uuids
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+FIRST, SECOND = (
+    f"GPU-{digit * 8}-{letter * 4}-0000-0000-000000000000" for digit, letter in ("1a", "2b")
+)
+SLICE = "MIG-33333333-cccc-0000-0000-000000000000"
+OTHER_SLICE = "MIG-44444444-dddd-0000-0000-000000000000"
+
+GPUS = """
+import sys, msgspec
+from autotune.probe import nvml
+gpus = msgspec.to_builtins(nvml.gpus())
+visible = [gpu.uuid for gpu in nvml.visible_gpus()]
+reason = nvml.unavailable_reason()
+answer = {"gpus": gpus, "visible": visible, "reason": reason, "torch": "torch" in sys.modules}
+sys.stdout.buffer.write(msgspec.json.encode(answer))
+"""
+
+
+def test_desktop_with_other_processes(under_driver: Any) -> None:
+    answer = under_driver("desktop", GPUS)
+    (gpu,) = answer["gpus"]
+    assert answer["reason"] is None
+    assert not answer["torch"]
+    assert gpu["name"] == "NVIDIA GeForce RTX 3080"
+    assert gpu["uuid"] == FIRST
+    assert (gpu["total_bytes"], gpu["free_bytes"]) == (10 * GIB, 7 * GIB)
+    assert (gpu["driver"], gpu["compute_capability"]) == ("575.51.03", "8.6")
+    assert (gpu["pcie_generation"], gpu["pcie_generation_max"]) == (1, 4)
+    assert (gpu["pcie_width"], gpu["pcie_width_max"]) == (16, 16)
+    assert (gpu["power_limit_watts"], gpu["bar1_bytes"]) == (300.0, 256 << 20)
+    assert (gpu["sm_clock_mhz"], gpu["sm_clock_max_mhz"]) == (210, 2100)
+    assert gpu["throttle_reasons"] == ["software thermal slowdown"]
+    assert "mig_enabled" not in gpu
+
+
+def test_processes_are_merged_largest_first_and_named(under_driver: Any) -> None:
+    processes = under_driver("desktop", GPUS)["gpus"][0]["processes"]
+    assert [process["pid"] for process in processes] == [1, 4194302, 4194303]
+    assert processes[0]["used_bytes"] == 2 * GIB
+    assert processes[0]["name"]
+    assert processes[1] == {"pid": 4194302, "used_bytes": GIB // 2}
+    assert processes[2] == {"pid": 4194303}, "an unknown size is absent, not huge"
+
+
+def test_h100_split_by_mig_shows_one_instance(under_driver: Any) -> None:
+    answer = under_driver("mig", GPUS)
+    (gpu,) = answer["gpus"]
+    assert gpu["mig_enabled"] is True
+    assert gpu["mig_instances"] == [SLICE, OTHER_SLICE]
+    assert answer["visible"] == [SLICE]
+    assert under_driver("mig", GPUS, CUDA_VISIBLE_DEVICES=OTHER_SLICE)["visible"] == [OTHER_SLICE]
+
+
+def test_a_mig_instance_has_its_own_memory(under_driver: Any) -> None:
+    code = f"from autotune.probe import nvml; print(nvml.gpu({SLICE!r}).total_bytes)"
+    assert under_driver("mig", code) == 10 * GIB
+
+
+def test_gb10_leaves_out_what_it_does_not_know(under_driver: Any) -> None:
+    (gpu,) = under_driver("gb10", GPUS)["gpus"]
+    assert gpu["name"] == "NVIDIA GB10"
+    assert not {"total_bytes", "free_bytes", "bar1_bytes", "pcie_generation_max"} & set(gpu)
+
+
+def test_old_driver_answers_by_older_names(under_driver: Any) -> None:
+    (gpu,) = under_driver("desktop", GPUS, age="old")["gpus"]
+    assert gpu["power_limit_watts"] == 320.0
+    assert gpu["throttle_reasons"] == ["power cap"]
+    assert len(gpu["processes"]) == 3
+    assert "bar1_bytes" not in gpu
+
+
+def test_gpu_that_falls_off_the_bus(under_driver: Any) -> None:
+    code = f"""
+import json
+from autotune.probe import nvml
+before, after = len(nvml.gpus()), len(nvml.gpus())
+print(json.dumps([before, after, nvml.gpu({FIRST!r}), nvml.link_state({FIRST!r})]))
+"""
+    assert under_driver("lost", code) == [1, 0, None, [None, None]]
+
+
+def test_driver_without_a_gpu(under_driver: Any) -> None:
+    answer = under_driver("none", GPUS)
+    assert (answer["gpus"], answer["reason"]) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "remedy"), [("unloaded", "reboot"), ("mismatch", "differ in version")]
+)
+def test_driver_that_does_not_start_says_what_to_do(
+    under_driver: Any, scenario: str, remedy: str
+) -> None:
+    answer = under_driver(scenario, GPUS)
+    assert answer["gpus"] == []
+    assert remedy in answer["reason"]
+
+
+def test_another_package_called_pynvml(tmp_path: Path) -> None:
+    (tmp_path / "pynvml.py").write_text("def nothing(): ...\n")
+    done = subprocess.run(
+        [sys.executable, "-c", GPUS],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "pip uninstall pynvml" in json.loads(done.stdout)["reason"]
+
+
+def test_uuids_are_found_bare_as_torch_writes_them(under_driver: Any) -> None:
+    code = f"""
+import json
+from autotune.probe import nvml
+bare = nvml.gpu({FIRST.removeprefix("GPU-")!r})
+print(json.dumps([bare.uuid, bare.index, nvml.gpu(None), nvml.gpu("GPU-x")]))
+"""
+    assert under_driver("two", code) == [FIRST, 0, None, None]
+
+
+def test_visible_devices_reorder_two_gpus(under_driver: Any) -> None:
+    assert under_driver("two", GPUS)["visible"] == [FIRST, SECOND]
+    assert under_driver("two", GPUS, CUDA_VISIBLE_DEVICES="1,0")["visible"] == [SECOND, FIRST]
+    assert under_driver("two", GPUS, CUDA_VISIBLE_DEVICES="GPU-2")["visible"] == [SECOND]
+    assert under_driver("two", GPUS, CUDA_VISIBLE_DEVICES="")["visible"] == []
+
+
+def test_forked_child_opens_nvml_again(under_driver: Any) -> None:
+    code = """
+import ctypes, json, os
+from autotune.probe import nvml
+nvml.gpus()
+reader, writer = os.pipe()
+if os.fork() == 0:
+    inside = nvml._session._library is None
+    answer = [inside, len(nvml.gpus()), ctypes.CDLL("libnvidia-ml.so.1").nvmlStubStarted()]
+    os.write(writer, json.dumps(answer).encode())
+    os._exit(0)
+os.wait()
+print(json.dumps([json.loads(os.read(reader, 99)), len(nvml.gpus())]))
+"""
+    assert under_driver("desktop", code) == [[True, 1, 1], 1]
+
+
+# --- what CUDA_VISIBLE_DEVICES means, by CUDA's rules ---------------------------------------------
+
+UUIDS = ("GPU-aa11", "GPU-ab22", "GPU-b333")
+
+
+@pytest.mark.parametrize(
+    ("value", "visible"),
+    [
+        (None, UUIDS),
+        ("", ()),
+        ("-1", ()),
+        ("2,0", ("GPU-b333", "GPU-aa11")),
+        (" 1 , 2", ("GPU-ab22", "GPU-b333")),
+        ("1gpu2,+2", ("GPU-ab22", "GPU-b333")),
+        ("0,7,1", ("GPU-aa11",)),
+        ("0,-1,1", ("GPU-aa11",)),
+        ("0,GPU-b333", ("GPU-aa11",)),
+        ("1,1", ()),
+        ("GPU-b,GPU-aa", ("GPU-b333", "GPU-aa11")),
+        ("GPU-a", ()),
+        ("GPU-b,1", ("GPU-b333",)),
+        ("GPU-b,GPU-b333", ()),
+        ("NoDevFiles", ()),
+        ("99999999999999999999", ()),
+    ],
+)
+def test_visible_uuids(value: str | None, visible: tuple[str, ...]) -> None:
+    assert visible_uuids(value, UUIDS) == visible
+
+
+def test_mig_forms() -> None:
+    instances = {"GPU-ab22": ("MIG-x1", "MIG-x2")}
+    assert visible_uuids("MIG-x2", UUIDS, instances) == ("MIG-x2",)
+    assert visible_uuids("MIG-x2,MIG-x1", UUIDS, instances) == ("MIG-x2",)
+    assert visible_uuids("MIG-x", UUIDS, instances) == ()
+    assert visible_uuids("1", UUIDS, instances) == ("MIG-x1",)
+    assert visible_uuids("0", UUIDS, instances) == ("GPU-aa11",)
+
+
+@given(st.permutations(range(3)))
+def test_any_order_of_indices_is_kept(order: list[int]) -> None:
+    value = ",".join(map(str, order))
+    assert visible_uuids(value, UUIDS) == tuple(UUIDS[index] for index in order)
+
+
+@given(st.text(alphabet="0123456789,-+ GPUMIabx", max_size=24))
+def test_no_value_invents_or_repeats_a_device(value: str) -> None:
+    visible = visible_uuids(value, UUIDS)
+    assert set(visible) <= set(UUIDS)
+    assert len(set(visible)) == len(visible)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
+def test_uuid_form_and_index_form_agree(order: list[int]) -> None:
+    by_uuid = ",".join(UUIDS[index] for index in order)
+    assert visible_uuids(by_uuid, UUIDS) == visible_uuids(",".join(map(str, order)), UUIDS)
+
+
+@given(st.integers(0, 0xFFF))
+def test_every_throttle_bit_but_idle_has_a_word(bits: int) -> None:
+    assert len(throttle_words(bits)) == bin(bits & 0x7FE).count("1")

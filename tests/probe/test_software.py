@@ -1,0 +1,56 @@
+"""Versions, read without importing what they belong to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from autotune.probe import software
+from autotune.probe.software import installed_versions, torch_build
+
+
+def test_versions_are_those_of_the_metadata() -> None:
+    versions = installed_versions()
+    assert versions["torch"] == metadata.version("torch")
+    assert versions["python"].count(".") == 2
+    assert all(versions.values())
+
+
+def test_absent_ones_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "DISTRIBUTIONS", ("torch", "no-such-distribution"))
+    assert "no-such-distribution" not in installed_versions()
+
+
+@pytest.mark.parametrize(
+    ("text", "build"),
+    [
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", {"cuda": "13.0"}),
+        ("cuda = '11.7'\nhip = None\n", {"cuda": "11.7"}),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4.1'\n", {"hip": "6.4.1"}),
+        ("cuda: Optional[str] = None\n", {}),
+        ("", {}),
+    ],
+)
+def test_torch_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, build: dict[str, str]
+) -> None:
+    file = tmp_path / "version.py"
+    file.write_text(text)
+
+    class Distribution:
+        def locate_file(self, path: str) -> Path:
+            return file
+
+    monkeypatch.setattr(software.metadata, "distribution", lambda name: Distribution())
+    assert torch_build() == build
+
+
+def test_light_modules_import_no_torch() -> None:
+    modules = ["nvml", "host", "live", "software", "reference", "machine", "pcie"]
+    imports = "; ".join(f"import autotune.probe.{name}" for name in modules)
+    code = f"{imports}; import sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -20,6 +20,12 @@ class AutotuneError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class ModelError(AutotuneError):
     """The model is unknown, unreadable, or not a pipeline this package can trace."""
 

@@ -62,34 +62,35 @@ GEFORCE = Fractions(
     "5.6 s for 50 steps of 1.6 TFLOP) comes to 0.58 of that peak, all other work included",
 )
 AMPERE_SERVER = Fractions(
-    matmul=0.70,
-    convolution=0.45,
-    channels_last=0.55,
+    matmul=0.65,
+    convolution=0.25,
+    channels_last=0.30,
     plain=0.90,
     memory=0.88,
-    attention=0.60,
+    attention=0.45,
     why="large cuBLAS products reach 0.7-0.8 of an A100's peak, cuDNN convolutions less; the "
-    "FlashAttention-2 paper gives 0.6-0.7 for its kernel",
+    "FlashAttention-2 paper gives 0.6-0.7 for its kernel alone; whole SD 1.5 steps at batch 4 come "
+    "to 0.27 of the peak in diffusers' torch2.0 benchmark (13.1 steps/s of 6.4 TFLOP)",
 )
 HOPPER = Fractions(
-    matmul=0.62,
-    convolution=0.33,
-    channels_last=0.42,
+    matmul=0.60,
+    convolution=0.20,
+    channels_last=0.25,
     plain=0.80,
     memory=0.88,
     attention=0.36,
     why="large cuBLAS products reach 600-650 TFLOP/s within an H100's power limit; "
-    "FlashAttention-2, which PyTorch ships, about 350",
+    "FlashAttention-2, which PyTorch ships, about 350; convolutions in proportion to an A100's",
 )
 T4 = Fractions(
-    matmul=0.40,
-    convolution=0.22,
-    channels_last=0.28,
+    matmul=0.32,
+    convolution=0.18,
+    channels_last=0.22,
     plain=0.55,
     memory=0.80,
-    attention=0.22,
-    why="its 70 W do not sustain the boost clock that the peak assumes: products reach about "
-    "25 TFLOP/s",
+    attention=0.17,
+    why="its 70 W do not sustain the boost clock that the peak assumes: whole SD 1.5 steps come to "
+    "0.18 of it in diffusers' torch2.0 benchmark (6.9 steps/s of 1.6 TFLOP)",
 )
 TURING_PLAIN = Fractions(
     matmul=0.85,
@@ -128,11 +129,12 @@ ATTENTION_SHAPES = (
 # Vanilla attention: the products of thin matrices reach about half of what square ones do, and the
 # score matrix crosses memory four times (written, read and written by the softmax, read).
 VANILLA_MATMUL, VANILLA_PASSES = 0.5, 4
-# The xFormers kernels of PyTorch 1's time (early 2023) against today's.
-XFORMERS_TORCH1 = 0.80
+# The xFormers kernels of PyTorch 1's time against today's: the onnxruntime README cited above has
+# SD 1.5 on the RTX 3060 at 6.0 s with PyTorch 1.13 and xFormers, 5.6 s with PyTorch 2 and SDPA.
+XFORMERS_TORCH1 = 0.85
 
 PINNED, PAGEABLE = 0.80, 0.40
-DISPATCH_S, HOOK_S = 5.5e-6, 0.25e-3
+DESKTOP_DISPATCH_S, SERVER_DISPATCH_S, HOOK_S = 25e-6, 40e-6, 0.25e-3
 
 PINNED_WHY = "0.80 of the line rate, as pinned copies reach once packet overhead is paid"
 PAGEABLE_WHY = "0.40 of the line rate: pageable memory is copied once more on the host"
@@ -141,8 +143,9 @@ MODULE_WHY = (
     "Face's simple_sdxl_optimizations: 4.7 s for about 14 GB both ways)"
 )
 DISPATCH_WHY = (
-    "estimate: PyTorch in eager mode issues roughly 180,000 small operators per second from one "
-    "thread, module code included"
+    "estimate per operator that computes, views and module code included: an A100 server takes "
+    "31 ms for an SD 1.5 UNet step of 727 operators (fal-ai/stable-diffusion-benchmarks) that "
+    "its GPU alone does in less, an RTX 4090 desktop at most 25 ms (diffusers' torch2.0 benchmark)"
 )
 HOOK_WHY = (
     "derived from diffusers PR #2269: SD 1.5, 50 steps, 21.42 s with sequential offload "
@@ -437,12 +440,13 @@ def machines() -> Iterator[Machine]:
 def machine_of(card: Card) -> Machine:
     """One card in its assumed host."""
     memory = _peak(card.memory * 1e9, card.fractions.memory, card, "memory bandwidth", "GB/s", 1e9)
+    dispatch_s = DESKTOP_DISPATCH_S if card.desktop else SERVER_DISPATCH_S
     kernels = Kernels(
         matmul_flops_per_s=_by_dtype(card, _matmul),
         convolution_flops_per_s=_by_dtype(card, _convolution),
         convolution_channels_last_flops_per_s=_by_dtype(card, _channels_last),
         memory_bytes_per_s=memory,
-        dispatch_s=Figure(value=DISPATCH_S, source=DISPATCH_WHY),
+        dispatch_s=Figure(value=dispatch_s, source=DISPATCH_WHY),
         offload_hook_s=Figure(value=HOOK_S, source=HOOK_WHY),
     )
     return Machine(

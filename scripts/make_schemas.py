@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from autotune.decide.plan import Plan, PredictionReport
 from autotune.probe.machine import Machine
 from autotune.profile.profile import Profile
 
@@ -20,6 +21,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 
 SCHEMAS: dict[str, type[msgspec.Struct]] = {
     "machine.json": Machine,
+    "plan.json": Plan,
+    "predict.json": PredictionReport,
     "profile.json": Profile,
 }
 

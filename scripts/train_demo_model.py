@@ -1,15 +1,17 @@
 """Trains the demonstration model that ships in ``autotune/demo/model`` and reports its quality.
 
 The model is a complete but tiny Stable Diffusion pipeline that draws handwritten digits of
-128 x 128 pixels. Three stages, all seeded: the autoencoder learns to compress rendered digits,
-their latents are computed once, and the denoiser learns from them together with the text encoder.
-One digit in five is held out from everything (see `autotune.demo.judge`); the reported
-reconstruction error and the judge's own accuracy come from those.
+128 x 128 pixels. The stages, all seeded: the text encoder learns which prompts mean the same
+digit, the autoencoder learns to compress rendered digits, their latents are computed once, and
+the denoiser learns from these together with the text encoder. One digit in five is held out from
+everything (see `autotune.demo.judge`); the reported reconstruction error and the judge's own
+accuracy come from those.
 
-    python scripts/train_demo_model.py                  # train, save, judge
+    python scripts/train_demo_model.py                  # train, save, judge: some 25 minutes
     python scripts/train_demo_model.py --evaluate-only  # judge the saved weights
 
-Weights repeat exactly on one machine with one number of threads; elsewhere rounding differs.
+Training needs transformers 5 or later; what it saves loads in transformers 4 too. Weights repeat
+exactly on one machine with one number of threads; elsewhere rounding differs.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -591,10 +594,22 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     pipeline.vae.half()
     pipeline.unet.half()
     pipeline.save_pretrained(folder)
-    # Older versions of transformers read the vocabulary from two files of its own.
+    # transformers 4 reads the vocabulary from two files of its own.
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    name_weights_for_all_versions(folder / "text_encoder" / "model.safetensors")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
+
+
+def name_weights_for_all_versions(path: Path) -> None:
+    """Give the text encoder's saved weights the names that transformers 4 and 5 both load.
+
+    Version 5 saves them without the prefix; version 4 would then start from random weights.
+    """
+    prefix = "text_model."
+    weights = load_file(path)
+    renamed = {prefix + name.removeprefix(prefix): weight for name, weight in weights.items()}
+    save_file(renamed, path, metadata={"format": "pt"})
 
 
 # Judgement.

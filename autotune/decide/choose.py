@@ -147,7 +147,8 @@ def select(candidates: list[Candidate], budget: int) -> Candidate:
     """The choice as the module's first lines say; if nothing fits, what needs the least memory."""
     fitting = [c for c in candidates if c.prediction.needed_bytes <= budget]
     if not fitting:
-        return min(candidates, key=lambda c: (c.prediction.needed_bytes, len(c.settings)))
+        least = min(c.prediction.needed_bytes for c in candidates)
+        fitting = [c for c in candidates if c.prediction.needed_bytes <= least * (1 + TOLERANCE)]
     fastest = min(c.prediction.seconds for c in fitting)
     close = [c for c in fitting if c.prediction.seconds <= fastest * (1 + TOLERANCE)]
     return min(close, key=_smallness)

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from autotune.errors import OptimizationError
-from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.errors import OptimizationError, first_line
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import diffusers_modules, has_class
 from autotune.probe.machine import Machine
@@ -36,11 +36,11 @@ class XFormers(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         undo = _remember_processors(pipe)
         try:
-            pipe.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, NotImplementedError) as error:
-            undo()
+            with undone_on_failure(undo):
+                pipe.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # diffusers calls it once: a kernel may raise anything
             raise OptimizationError(
-                f"xformers cannot run here: {str(error).splitlines()[0]}",
+                f"xformers cannot run here: {first_line(error)}",
                 "run `autotune probe` to see why, or add --without xformers",
             ) from error
         return undo
@@ -76,7 +76,8 @@ class AttentionSlicing(Optimization):
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         undo = _remember_processors(pipe)
-        pipe.enable_attention_slicing(parameters["slices"])
+        with undone_on_failure(undo):
+            pipe.enable_attention_slicing(parameters["slices"])
         return undo
 
     def is_set(self, pipe: Any) -> bool:

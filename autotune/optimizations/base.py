@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from autotune.errors import OptimizationError
@@ -71,7 +72,7 @@ class Optimization(ABC):
             device: Where it will run, ``"cuda:0"``.
 
         Returns:
-            A function that puts back what was there.
+            A function that puts back what was there. Where ``apply`` fails, it has done so itself.
         """
 
     def is_set(self, pipe: Any) -> bool:
@@ -110,6 +111,16 @@ class Optimization(ABC):
     def check(self, parameters: Parameters) -> None:
         """Raise ``OptimizationError`` for a value out of range."""
         return
+
+
+@contextmanager
+def undone_on_failure(undo: Undo) -> Iterator[None]:
+    """What ``apply`` changes inside is put back when it cannot be completed."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def _convert(name: str, key: str, value: Parameter, default: Parameter) -> Parameter:

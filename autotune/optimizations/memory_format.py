@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import diffusers_modules
 from autotune.probe.machine import Machine
@@ -33,13 +33,14 @@ class ChannelsLast(Optimization):
         import torch
 
         modules = [m for m in diffusers_modules(pipe) if not _is_channels_last(m)]
-        for module in modules:
-            module.to(memory_format=torch.channels_last)
 
         def undo() -> None:
             for module in modules:
                 module.to(memory_format=torch.contiguous_format)
 
+        with undone_on_failure(undo):
+            for module in modules:
+                module.to(memory_format=torch.channels_last)
         return undo
 
     def is_set(self, pipe: Any) -> bool:

@@ -16,6 +16,17 @@ def _is_diffusers(module: Any) -> bool:
     return any(cls.__name__ == "ModelMixin" for cls in type(module).__mro__)
 
 
+def drop_bound_forwards(module: Any) -> None:
+    """Removing accelerate's hooks leaves each layer's own forward on the instance: a residue.
+
+    It would hide the forward of a class that is swapped in later; a forward set by hand stays.
+    """
+    for child in module.modules():
+        forward = child.__dict__.get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is type(child).forward:
+            del child.__dict__["forward"]
+
+
 def has_class(workload: Workload, class_name: str) -> bool:
     """Whether a component of the workload is of that class."""
     return any(c.class_name == class_name for c in workload.components)

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.modules import drop_bound_forwards
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -35,14 +36,11 @@ class _Offload(Optimization):
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(notes)
             for module, where in before:
-                _drop_bound_forwards(module)
+                drop_bound_forwards(module)
                 module.to(where)
 
-        try:
+        with undone_on_failure(undo):
             self._enable(pipe, device)
-        except BaseException:
-            undo()
-            raise
         return undo
 
     @abstractmethod
@@ -88,11 +86,3 @@ def _hook_names(pipe: Any) -> set[str]:
     modules = [m for c in pipe.components.values() if hasattr(c, "modules") for m in c.modules()]
     hooks = (getattr(m, "_hf_hook", None) for m in modules)
     return {type(h).__name__ for h in hooks if h is not None} - {"SequentialHook"}
-
-
-def _drop_bound_forwards(module: Any) -> None:
-    """Removing accelerate's hooks leaves each layer's own forward on the instance: a residue."""
-    for child in module.modules():
-        forward = child.__dict__.get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is type(child).forward:
-            del child.__dict__["forward"]

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from autotune.errors import OptimizationError
-from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, TokenMerge
-from autotune.optimizations.modules import has_class
+from autotune.optimizations.modules import drop_bound_forwards, has_class
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -61,14 +61,14 @@ class ToMe(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import tomesd
 
-        for block in _hooked_blocks(pipe.unet):
-            # A removed accelerate hook leaves its bound forward on the instance, which would hide
-            # the patched class's.
-            del block.__dict__["forward"]
-        tomesd.apply_patch(
-            pipe, ratio=float(parameters["ratio"]), max_downsample=int(parameters["max_downsample"])
-        )
-        return lambda: _remove(pipe)
+        def undo() -> None:
+            _remove(pipe)
+
+        drop_bound_forwards(pipe.unet)  # they would hide the patched class's
+        ratio, depth = float(parameters["ratio"]), int(parameters["max_downsample"])
+        with undone_on_failure(undo):
+            tomesd.apply_patch(pipe, ratio=ratio, max_downsample=depth)
+        return undo
 
     def is_set(self, pipe: Any) -> bool:
         return hasattr(getattr(pipe, "unet", None), "_tome_info")
@@ -109,8 +109,3 @@ def _remove(pipe: Any) -> None:
     # tomesd leaves its notes on every block; without them the UNet is as it was.
     for module in pipe.unet.modules():
         module.__dict__.pop("_tome_info", None)
-
-
-def _hooked_blocks(unet: Any) -> list[Any]:
-    blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
-    return [b for b in blocks if "forward" in b.__dict__ and not hasattr(b, "_hf_hook")]

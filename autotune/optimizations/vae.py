@@ -49,7 +49,7 @@ class VaeSlicing(_DecodeSwitch):
         return "sliced"
 
     def is_set(self, pipe: Any) -> bool:
-        return bool(getattr(pipe.vae, "use_slicing", False))
+        return bool(getattr(_vae(pipe), "use_slicing", False))
 
 
 class VaeTiling(_DecodeSwitch):
@@ -94,7 +94,11 @@ class VaeTiling(_DecodeSwitch):
         return super().apply(pipe, parameters, device)
 
     def is_set(self, pipe: Any) -> bool:
-        return bool(getattr(pipe.vae, "use_tiling", False))
+        return bool(getattr(_vae(pipe), "use_tiling", False))
+
+
+def _vae(pipe: Any) -> Any:
+    return getattr(pipe, "vae", None)
 
 
 def _has_variant(workload: Workload, variant: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,8 +19,67 @@ from autotune.units import GIB, MIB
 Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_OPERATORS_IN_BLOCK = 4  # layer norm, activation, linear, residual addition
 _OFFLOADED_LEAVES = 48
+
+
+BLOCK_OPERATORS = 34
+"""Operators of one :class:`TinyBlock` that compute something; views are not counted."""
+
+
+# What diffusers' own Python (attention processors, argument handling) adds to a bare block: SD
+# 1.5's UNet shrunk to 8 channels takes 15.4 µs per operator where the block takes 9.6, with
+# diffusers 0.42 on two CPU cores.
+_DIFFUSERS_CODE = 1.6
+
+
+class TinyBlock(nn.Module):
+    """A residual block and a transformer block wired as in a UNet, on 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 8) for _ in range(3))
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.time, self.silu = nn.Linear(8, 8), nn.SiLU()
+        self.layer_norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.projections = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+        self.enter, self.leave = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.widen, self.narrow = nn.Linear(8, 64), nn.Linear(32, 8)
+
+    def forward(self, image: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Like a UNet's block: image ``[1, 8, h, w]``, time ``[1, 8]``, text ``[1, tokens, 8]``."""
+        return self._transform(self._residual(image, time), text)
+
+    def _residual(self, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        hidden = self.convolutions[0](self.silu(self.norms[0](image)))
+        hidden = hidden + self.time(self.silu(time))[:, :, None, None]
+        hidden = self.convolutions[1](self.silu(self.norms[1](hidden)))
+        return image + cast("torch.Tensor", hidden)
+
+    def _transform(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        tokens = self.enter(self.norms[2](image)).flatten(2).transpose(1, 2)
+        normed = self.layer_norms[0](tokens)
+        tokens = tokens + self._attend(normed, normed, 0)
+        tokens = tokens + self._attend(self.layer_norms[1](tokens), text, 4)
+        hidden, gate = self.widen(self.layer_norms[2](tokens)).chunk(2, dim=-1)
+        tokens = tokens + self.narrow(hidden * functional.gelu(gate))
+        return image + cast("torch.Tensor", self.leave(tokens.transpose(1, 2).reshape(image.shape)))
+
+    def _attend(self, tokens: torch.Tensor, context: torch.Tensor, at: int) -> torch.Tensor:
+        sources = (tokens, context, context)
+        query, key, value = (
+            self.projections[at + part](source).unflatten(-1, (2, 4)).transpose(1, 2)
+            for part, source in enumerate(sources)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        projected: torch.Tensor = self.projections[at + 3](attended.transpose(1, 2).flatten(2))
+        return projected
+
+
+def block_inputs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The smallest image, time embedding and text that a :class:`TinyBlock` takes."""
+    shapes = ((1, 8, 2, 2), (1, 8), (1, 4, 8))
+    image, time, text = (random(shape, device, torch.float32) for shape in shapes)
+    return image, time, text
 
 
 def measure_kernels(
@@ -120,16 +180,19 @@ def memory_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Fig
 
 
 def dispatch_cost(device: torch.device, budget_s: float) -> Figure:
-    """Seconds that one small operator costs, from Python through its module to the kernel.
+    """Seconds the host spends per operator, from Python through modules and views to the kernel.
 
-    A residual block on a few values: its arithmetic is nothing, so what is left is the way there.
+    Measured on a UNet's blocks shrunk to a few values, so that the way there is all that is left.
+    An operator alone costs less than half of that: views and module code come with it, and are put
+    down to the operators that compute something, as a trace counts them.
     """
     with torch.device("meta"):
-        shell = nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8))
+        shell = TinyBlock()
     block = _still(shell, device)
-    values = random((1, 8), device, torch.float32)
-    seconds = time_call(lambda: values + block(values), device, budget_s=budget_s)
-    return _divided(seconds, _OPERATORS_IN_BLOCK)
+    inputs = block_inputs(device)
+    with _one_thread():
+        seconds = time_call(lambda: block(*inputs), device, budget_s=budget_s)
+    return _divided(seconds, BLOCK_OPERATORS / _DIFFUSERS_CODE)
 
 
 def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
@@ -147,6 +210,17 @@ def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
     return _divided(time_call(lambda: model(values), device, budget_s=budget_s), _OFFLOADED_LEAVES)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Dispatching is one thread's work; on a busy CPU a pool would wait for its own threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _still(module: nn.Module, device: torch.device) -> nn.Module:
     """A module made on meta, with zero weights: initializing would draw from the global state."""
     module = module.to_empty(device=device).requires_grad_(False)
@@ -155,7 +229,7 @@ def _still(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _divided(seconds: Figure, count: int) -> Figure:
+def _divided(seconds: Figure, count: float) -> Figure:
     samples = tuple(sample / count for sample in seconds.samples)
     return Figure(value=seconds.value / count, samples=samples)
 

@@ -96,7 +96,7 @@ class Kernels(Value, frozen=True):
 
 
 class AttentionRate(Value, frozen=True):
-    """One attention implementation really called at one shape.
+    """One attention implementation, really called at one shape.
 
     ``flops_per_s`` counts 4·batch·heads·q_tokens·kv_tokens·head_dim per call. It is ``None`` when the
     implementation failed; ``error`` then has its message.
@@ -113,6 +113,13 @@ class AttentionRate(Value, frozen=True):
     extra_bytes: int | None = None
     deviation: float | None = None
     error: str | None = None
+
+
+class OperatorTime(Value, frozen=True):
+    """One operator run alone on random data; ``workspace_bytes`` is beside its output."""
+
+    seconds: float
+    workspace_bytes: int | None = None
 
 
 class Host(Value, frozen=True):
@@ -135,6 +142,7 @@ class Machine(Value, frozen=True):
         default_attention: What the installed stack uses when nothing is set: ``"sdpa"`` on
             today's PyTorch, ``"vanilla"`` on PyTorch 1.
         software: Distribution name → version of what was measured with.
+        operators: Replayed operators of the workloads seen so far, by ``Operator.key``.
         findings: What a person should know, one sentence each.
     """
 
@@ -151,3 +159,4 @@ class Machine(Value, frozen=True):
     findings: tuple[str, ...] = ()
     measured_at: str | None = None
     measured_in_s: float | None = None
+    operators: dict[str, OperatorTime] = {}

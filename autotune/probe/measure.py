@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 
 from autotune.errors import MachineError
 from autotune.probe import nvml, timing
@@ -76,6 +77,7 @@ def _measure(device: torch.device, context: _Context, say: Progress, start: floa
         link = measure_link(device, memory_bytes=allowance, uuid=facts.uuid)
     say("attention")
     attention = measure_attention(device, memory_bytes=allowance)
+    facts = _still_warm(facts, device)
     empty_cache(device)
     machine = Machine(
         name=machine_name(facts, host.cores),
@@ -101,6 +103,12 @@ def _measure(device: torch.device, context: _Context, say: Progress, start: floa
 def machine_name(device: Device, cores: int) -> str:
     """``"nvidia-h100-80gb-hbm3"``, ``"cpu-intel-xeon-2-cores"``."""
     return f"cpu-{slug(device.name)}-{cores}-cores" if device.kind == "cpu" else slug(device.name)
+
+
+def _still_warm(facts: Device, device: torch.device) -> Device:
+    """Throttling shows under load: read it again before the device cools down."""
+    gpu = nvml_view(device)
+    return facts if gpu is None else replace(facts, throttle_reasons=gpu.throttle_reasons)
 
 
 @dataclass
@@ -142,4 +150,7 @@ class _Context:
 
 def _has_context(device: torch.device) -> bool:
     has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)
-    return True if has_context is None else bool(has_context(device.index or 0))
+    try:
+        return has_context is None or bool(has_context(device.index or 0))
+    except RuntimeError:
+        return True

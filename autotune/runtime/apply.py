@@ -7,9 +7,9 @@ from typing import Any
 
 from autotune.decide.plan import Plan
 from autotune.decide.rules import OFFLOADS
-from autotune.errors import AutotuneError, OptimizationError
+from autotune.errors import AutotuneError, OptimizationError, first_line
 from autotune.optimizations import CATALOGUE, find
-from autotune.optimizations.base import Setting, Undo
+from autotune.optimizations.base import Setting, Undo, undone_on_failure
 
 log = logging.getLogger("autotune")
 
@@ -44,7 +44,7 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
         if isinstance(error, AutotuneError) or not isinstance(error, Exception):
             raise
         raise OptimizationError(
-            f"cannot apply the plan: {str(error).splitlines()[0]}", "the pipeline is as it was"
+            f"cannot apply the plan: {first_line(error)}", "the pipeline is as it was"
         ) from error
     return lambda: _undo_all(undos)
 
@@ -67,11 +67,8 @@ def _move(pipe: Any, device: str) -> Undo:
         for module, where in before:
             module.to(where)
 
-    try:
+    with undone_on_failure(undo):
         pipe.to(device)
-    except BaseException:
-        undo()
-        raise
     return undo
 
 

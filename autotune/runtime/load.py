@@ -8,7 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from autotune.decide.plan import Plan
-from autotune.errors import AutotuneError, ModelError
+from autotune.errors import AutotuneError, ModelError, first_line
 from autotune.workload.architecture import Architecture
 
 
@@ -31,9 +31,8 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
     except AutotuneError:
         raise
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise all sorts
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"cannot load the weights of {architecture.weights}: {reason}",
+            f"cannot load the weights of {architecture.weights}: {first_line(error)}",
             "download the model again, or check that the folder is complete",
         ) from error
 

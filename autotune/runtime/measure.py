@@ -53,8 +53,11 @@ class PhaseMeter:
             for component, phase in self._phases.items():
                 module = getattr(self._pipe, component)
                 stack.enter_context(_called(module, functools.partial(self._enter, phase)))
-            yield
-            self._leave()
+            try:
+                yield
+                self._leave()
+            finally:
+                self._current = None  # a call that raised leaves no phase open
 
     def _enter(self, phase: str) -> None:
         if phase == self._current:
@@ -133,10 +136,10 @@ def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
     finally:
         with _quiet_stderr():
             profile.stop()
-    results: Any = profile.profiler.kineto_results
+    profiler: Any = profile.profiler
     peaks: dict[str, int] = {}
     phase, held = "", 0
-    for event in sorted(results.events(), key=lambda e: e.start_ns()):
+    for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         name = event.name()
         if name.startswith(_MARK):
             phase = name.removeprefix(_MARK)

@@ -47,7 +47,7 @@ class Tuned:
         if "generator" not in options:
             options["generator"] = self._generator(secrets.randbits(63) if seed is None else seed)
         self._before_image(options["generator"])
-        return self.pipe(prompt, **(self._defaults() | options))
+        return self.pipe(prompt, **(self._defaults(prompt) | options))
 
     def explain(self) -> str:
         """The account of the plan: machine, bottleneck, what was chosen and left out, and why."""
@@ -82,12 +82,13 @@ class Tuned:
 
         return cpu_peaks(short, self._workload.weight_bytes)
 
-    def _defaults(self) -> dict[str, Any]:
+    def _defaults(self, prompt: Any) -> dict[str, Any]:
         w = self.plan.workload
+        prompts = len(prompt) if isinstance(prompt, (list, tuple)) else 1
         return {
             "height": w.height,
             "width": w.width,
-            "num_images_per_prompt": w.batch,
+            "num_images_per_prompt": max(1, w.batch // prompts),
             "num_inference_steps": w.steps,
             "guidance_scale": w.guidance_scale,
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from autotune.demo import model_path
-from autotune.errors import ModelError
+from autotune.errors import ModelError, first_line
 from autotune.probe.machine import Value
 
 DEMO = "demo"
@@ -76,10 +77,10 @@ def find_architecture(model: str) -> Architecture:
         return msgspec.structs.replace(_read_folder(model_path()), name=DEMO)
     if model in builtin_names():
         return _read_builtin(model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return msgspec.structs.replace(_read_folder(path), name=model)
-    if path.exists():
+    path = os.path.expanduser(model)  # unlike pathlib, os.path answers for any text at all
+    if os.path.isdir(path):
+        return msgspec.structs.replace(_read_folder(Path(path)), name=model)
+    if os.path.exists(path):
         raise ModelError(
             f"{model} is a file, not a pipeline folder",
             "give the folder that holds model_index.json",
@@ -95,7 +96,8 @@ def find_architecture(model: str) -> Architecture:
 
 def describe_pipeline(pipe: Any) -> Architecture:
     """Read the architecture off a loaded diffusers pipeline."""
-    modules = {n: m for n, m in pipe.components.items() if hasattr(m, "parameters")}
+    components = getattr(pipe, "components", {})
+    modules = {n: m for n, m in components.items() if hasattr(m, "parameters")}
     if not modules:
         raise ModelError(
             f"{type(pipe).__name__} holds no modules",
@@ -105,18 +107,20 @@ def describe_pipeline(pipe: Any) -> Architecture:
     return Architecture(
         name=name,
         pipeline=type(pipe).__name__,
-        components={n: _describe_module(m) for n, m in modules.items()},
+        components={n: _describe_module(pipe, n, m) for n, m in modules.items()},
         weights=name,
     )
 
 
-def _describe_module(module: Any) -> ComponentConfig:
-    library = type(module).__module__.split(".")[0]
-    config = module.config
+def _describe_module(pipe: Any, name: str, module: Any) -> ComponentConfig:
+    # The pipeline notes what save_pretrained would write: classes such as the safety checker are
+    # found in their pipeline's folder only.
+    library, class_name = pipe.config[name]
+    config = getattr(module, "config", {})
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     # Configurations hold dtypes and enums here and there; a trace only needs what JSON can carry.
     values = json.loads(json.dumps(plain, default=str))
-    return ComponentConfig(library=library, class_name=type(module).__name__, config=values)
+    return ComponentConfig(library=library, class_name=class_name, config=values)
 
 
 def _looks_like_path(model: str) -> bool:
@@ -144,9 +148,8 @@ def _read_hub(repository: str) -> Architecture:
     try:
         folder = snapshot_download(repository, allow_patterns=["model_index.json", "*/config.json"])
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"cannot read {repository} from the Hugging Face hub: {reason}",
+            f"cannot read {repository} from the Hugging Face hub: {first_line(error)}",
             "check the id, your connection and (for a gated model) `hf auth login`; "
             f"built in, without a download: {', '.join(builtin_names())}",
         ) from error

@@ -95,12 +95,15 @@ def _write(path: Path, workload: Workload) -> None:
     """Write and rename: a reader never sees half a file; a full disk costs the cache only."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError:
+        return
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(msgspec.json.encode(workload))
         os.replace(temporary, path)
         _prune(path.parent)
     except OSError:
-        return
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _prune(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotune.errors import ModelError
+from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import ComponentConfig
 from autotune.workload.workload import Component
 
@@ -26,7 +26,8 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
             module = _instantiate(cls, component)
     except Exception as error:  # whatever the third-party constructor raises on odd values
         raise ModelError(
-            f"cannot build {name} ({component.class_name}) from its configuration: {error}",
+            f"cannot build {name} ({component.class_name}) from its configuration: "
+            f"{first_line(error)}",
             "the configuration may be of a newer diffusers or transformers: try upgrading them",
         ) from error
     # nn.Module.to, since ModelMixin.to logs a warning meant for real weights.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autotune.errors import ModelError
+from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import Architecture
 from autotune.workload.components import build_on_meta, describe
 from autotune.workload.request import latent_size
@@ -85,7 +85,7 @@ def _trace_call(name: str, module: nn.Module, call: _Call) -> Trace:
         return trace(module, call.run, call.inputs)
     except Exception as error:  # any operator without a meta kernel, any shape the model refuses
         raise ModelError(
-            f"cannot trace {name} ({type(module).__name__}): {str(error).splitlines()[0]}",
+            f"cannot trace {name} ({type(module).__name__}): {first_line(error)}",
             "check that the size suits the model; custom modules cannot be traced yet",
         ) from error
 

@@ -6,6 +6,8 @@ a list of operators. Nothing here imports torch: a workload can be stored and pl
 
 from __future__ import annotations
 
+import hashlib
+
 from autotune.probe.machine import Value
 
 
@@ -76,6 +78,11 @@ class Operator(Value, frozen=True):
     out_bytes: int
     attention: AttentionShape | None = None
     block_tokens: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names the signature in a machine's replayed operators."""
+        return hashlib.blake2b(self.signature.encode(), digest_size=8).hexdigest()
 
 
 class Trace(Value, frozen=True):

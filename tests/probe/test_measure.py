@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
 from autotune.errors import MachineError
 from autotune.probe import devices
 from autotune.probe.host import read_host
 from autotune.probe.live import profile_key
-from autotune.probe.machine import Device, Machine
-from autotune.probe.measure import machine_name, measure_machine
+from autotune.probe.machine import Device, GpuProcess, Machine
+from autotune.probe.measure import (
+    _CONTEXT_ESTIMATE_BYTES,
+    _Context,
+    machine_name,
+    measure_machine,
+)
+
+GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +80,7 @@ def test_too_little_memory_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: object, **__: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("autotune.probe.measure.measure_kernels", full)
+    monkeypatch.setattr(sys.modules["autotune.probe.measure"], "measure_kernels", full)
     with pytest.raises(MachineError, match="too little free memory"):
         measure_machine("cpu")
 
@@ -95,6 +107,71 @@ def test_the_cpu_is_described_by_its_host() -> None:
         host.ram_total_bytes,
         host.ram_available_bytes,
     )
+
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What torch and NVML would say of a GPU; the test changes it."""
+    properties = SimpleNamespace(
+        name="NVIDIA RTX", major=8, minor=6, is_integrated=0, uuid="1-2-3", total_memory=9 * GIB
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 9 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB // 2)
+    gpu = devices.nvml.Gpu(
+        index=0, uuid="GPU-1-2-3", name="RTX", total_bytes=10 * GIB, free_bytes=8 * GIB
+    )
+    world = SimpleNamespace(properties=properties, gpu=gpu)
+    monkeypatch.setattr(devices.nvml, "gpu", lambda uuid: world.gpu)
+    return world
+
+
+def test_a_gpu_is_described_by_nvml_where_it_answers(fake_cuda: Any) -> None:
+    device = devices.describe(CUDA, read_host())
+    assert (device.uuid, device.compute_capability) == ("GPU-1-2-3", "8.6")
+    assert (device.free_bytes, device.total_bytes) == (8 * GIB, 10 * GIB)
+    assert not device.unified_memory
+
+
+def test_a_gpu_without_nvml_is_described_by_torch(fake_cuda: Any) -> None:
+    fake_cuda.gpu = None
+    device = devices.describe(CUDA, read_host())
+    assert (device.uuid, device.name) == ("GPU-1-2-3", "NVIDIA RTX")
+    assert (device.free_bytes, device.total_bytes) == (5 * GIB, 9 * GIB)
+
+
+def test_unified_memory_is_the_hosts(fake_cuda: Any) -> None:
+    fake_cuda.properties.is_integrated = 1
+    fake_cuda.gpu = replace(fake_cuda.gpu, total_bytes=None, free_bytes=None)
+    host = read_host()
+    device = devices.describe(CUDA, host)
+    assert device.unified_memory
+    assert device.free_bytes == host.ram_available_bytes
+
+
+def test_the_context_is_what_went_missing_beside_tensors(fake_cuda: Any) -> None:
+    context = _Context(CUDA)
+    context.free_before = 8 * GIB
+    fake_cuda.gpu = replace(fake_cuda.gpu, free_bytes=7 * GIB)
+    assert context.bytes_now() == GIB // 2
+
+
+def test_a_context_from_before_is_read_from_our_own_entry(fake_cuda: Any) -> None:
+    context = _Context(CUDA)
+    context.free_before = None
+    own = GpuProcess(pid=os.getpid(), used_bytes=GIB)
+    fake_cuda.gpu = replace(fake_cuda.gpu, processes=(own,))
+    assert context.bytes_now() == GIB // 2
+
+
+def test_an_implausible_context_gives_way_to_the_estimate(fake_cuda: Any) -> None:
+    context = _Context(CUDA)
+    context.free_before = 8 * GIB + 1
+    assert context.bytes_now() == _CONTEXT_ESTIMATE_BYTES
+    assert _Context(torch.device("cpu")).bytes_now() == 0
 
 
 def test_names() -> None:

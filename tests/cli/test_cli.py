@@ -1,0 +1,233 @@
+"""The command line as a user meets it: one process per call."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+READ_ONLY = (
+    ["--help"],
+    ["--version"],
+    ["plan", "--help"],
+    ["profile", "list"],
+    ["profile", "path"],
+    ["machines"],
+    ["optimizations"],
+    ["env"],
+)
+
+
+def autotune(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "autotune", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def asked_json(*arguments: str) -> dict:
+    done = autotune(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def schema(name: str) -> dict:
+    return json.loads((SCHEMAS / name).read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_measurement(tmp_path_factory: pytest.TempPathFactory):
+    """The verbs of this file share a cache folder, so that the machine is measured once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("cli-cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield os.environ["AUTOTUNE_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_one_measurement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE", _one_measurement)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("arguments", READ_ONLY, ids=" ".join)
+def test_read_only_verbs_never_import_torch(arguments):
+    done = autotune(*arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "autotune.cli.app" in imported
+    assert not imported & {"torch", "diffusers", "transformers"}
+
+
+def test_run_draws_and_remembers(tmp_path):
+    """The main job twice: the second run measures nothing again and draws the same image."""
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    common = ("run", "--prompt", "a handwritten three", "--steps", "4", "--seed", "7")
+    done = autotune(*common, "-o", str(first))
+    assert done.returncode == 0, done.stderr
+    for word in ("machine", "bottleneck", "chosen", "plain", "planned", "measured peak", "denoise"):
+        assert word in done.stdout
+    again = autotune(*common, "-o", str(second))
+    assert again.returncode == 0, again.stderr
+    assert "measured this machine" not in again.stderr
+    assert Image.open(first).size == (128, 128)
+    assert first.read_bytes() == second.read_bytes()
+    shown = asked_json("profile", "show")
+    runs = shown["profile"]["runs"]
+    assert len(runs) == 2
+    assert {m["name"] for m in runs[0]["measured"]} == {"encode", "denoise", "decode"}
+
+
+def test_run_as_json(tmp_path):
+    target = tmp_path / "out.png"
+    shown = asked_json("run", "demo", "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(target))
+    assert [Path(i).name for i in shown["images"]] == ["out-1.png", "out-2.png"]
+    assert all(Path(i).exists() for i in shown["images"])
+    assert {m["name"] for m in shown["measured"]} == {"encode", "denoise", "decode"}
+    assert shown["fits"] is True
+
+
+def test_run_with_every_lossy_optimization_allowed(tmp_path):
+    shown = asked_json(
+        "run", "--steps", "2", "--quality", "fast", "--height", "256", "--width", "256",
+        "--seed", "1", "-o", str(tmp_path / "out.png"),
+    )  # fmt: skip
+    assert Image.open(shown["images"][0]).size == (256, 256)
+
+
+def test_plan_json_keeps_its_contract():
+    shown = asked_json("plan", "sdxl", "--machine", "rtx-3080-10gb")
+    jsonschema.validate(shown, schema("plan.json"))
+    assert shown["machine"]["name"] == "rtx-3080-10gb"
+    assert shown["machine"]["source"] == "datasheet"
+    assert shown["bottleneck"]["before"] == {"resource": "vram", "phase": "decode"}
+    assert [o["name"] for o in shown["optimizations"]] == ["model_cpu_offload"]
+    assert all("parameters" in o for o in shown["optimizations"])
+    for prediction in (shown["prediction"], shown["baseline"]):
+        assert prediction["peak_bytes"] == max(p["peak_bytes"] for p in prediction["phases"])
+    assert {r["optimization"] for r in shown["reasons"]} == {"model_cpu_offload"}
+    assert any(r.get("rule") for r in shown["rejected"])
+
+
+def test_predict_json_keeps_its_contract():
+    shown = asked_json(
+        "predict", "sd15", "--with", "xformers,tome:ratio=0.3", "--machine", "rtx-3080-10gb"
+    )
+    jsonschema.validate(shown, schema("predict.json"))
+    assert shown["optimizations"][1] == {
+        "name": "tome",
+        "parameters": {"ratio": 0.3, "max_downsample": 1},
+    }
+
+
+def test_plan_for_people_fits_a_terminal():
+    done = autotune("plan", "sdxl", "--machine", "rtx-3080-10gb", env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+def test_machines_and_optimizations_as_json():
+    names = {m["name"] for m in asked_json("machines")["machines"]}
+    assert {"rtx-3080-10gb", "t4-16gb", "a100-80gb"} <= names
+    listed = {o["name"] for o in asked_json("optimizations")["optimizations"]}
+    assert {"xformers", "tome", "model_cpu_offload"} <= listed
+
+
+BAD = {
+    "unknown model": ["plan", "sdxxl", "--machine", "t4-16gb"],
+    "hub id that cannot be reached": ["plan", "nobody/nothing", "--machine", "t4-16gb"],
+    "missing folder": ["plan", "./no/such/folder", "--machine", "t4-16gb"],
+    "folder that is no pipeline": ["plan", str(Path(__file__).parent), "--machine", "t4-16gb"],
+    "file": ["plan", __file__, "--machine", "t4-16gb"],
+    "odd size": ["plan", "sdxl", "--machine", "t4-16gb", "--height", "1001"],
+    "absurd size": ["plan", "sdxl", "--machine", "t4-16gb", "--width", "10000000"],
+    "negative size": ["plan", "sdxl", "--machine", "t4-16gb", "--width", "-8"],
+    "no batch": ["plan", "sdxl", "--machine", "t4-16gb", "--batch", "0"],
+    "no steps": ["plan", "sdxl", "--machine", "t4-16gb", "--steps", "0"],
+    "frames of an image": ["predict", "sdxl", "--machine", "t4-16gb", "--frames", "16"],
+    "unknown dtype": ["plan", "sdxl", "--machine", "t4-16gb", "--dtype", "int3"],
+    "unknown quality": ["plan", "sdxl", "--machine", "t4-16gb", "--quality", "best"],
+    "unknown optimization": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "xformer"],
+    "unknown parameter": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "tome:rate=1"],
+    "value out of range": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "tome:ratio=2"],
+    "no number": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "tome:ratio=nan"],
+    "named twice": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "tome,tome"],
+    "incoherent": ["predict", "sdxl", "--machine", "t4-16gb", "--with", "xformers,attention_slicing"],
+    "no link": ["predict", "sdxl", "--machine", "cpu-16-cores", "--with", "model_cpu_offload"],
+    "bad limit": ["plan", "sdxl", "--machine", "t4-16gb", "--vram-limit", "lots"],
+    "unknown machine": ["plan", "sdxl", "--machine", "rtx-9090"],
+    "missing machine file": ["plan", "sdxl", "--machine", "./nowhere.json"],
+    "machine file that is none": ["plan", "sdxl", "--machine", str(SCHEMAS / "plan.json")],
+    "unknown device": ["probe", "--device", "cuda:99"],
+    "output folder missing": ["run", "-o", "/no/such/folder/out.png"],
+    "output that is no image": ["run", "-o", "out.txt"],
+    "no prompt": ["run", "sd15"],
+    "bad seed": ["run", "--seed", "-1"],
+    "unknown profile": ["profile", "show", "no-such-machine"],
+    "missing import": ["profile", "import", "/no/such/file.json"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
+def test_bad_input_gets_one_line_and_a_remedy(case, tmp_path):
+    done = autotune(*BAD[case], cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("  try: ")
+    assert len(lines) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_unusable_cache_folder(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    done = autotune("run", cwd=tmp_path, env={**os.environ, "AUTOTUNE_CACHE": str(blocked)})
+    assert done.returncode == 1
+    assert "AUTOTUNE_CACHE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_broken_profile_is_set_aside_and_measured_again(tmp_path):
+    cache = tmp_path / "cache"
+    env = {**os.environ, "AUTOTUNE_CACHE": str(cache)}
+    saved = autotune("probe", "--json", env=env)
+    assert saved.returncode == 0, saved.stderr
+    (file,) = cache.glob("*.profile.json")
+    file.write_text('{"schema_version": 1, "mach')
+    done = autotune("plan", "demo", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "set aside" in done.stderr
+    assert "measured this machine" in done.stderr
+    assert json.loads(file.read_text())["schema_version"] == 1
+
+
+def test_interrupt_leaves_nothing_half_written(tmp_path):
+    """Ctrl-C during the steps: one line, no image, no stray file."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autotune", "run", "--steps", "900", "--seed", "1", "-o", "out.png"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,57 @@
+"""Every rule of coherence: what it forbids, what it allows, and the reason a user reads."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from autotune.decide.choose import execution_of
+from autotune.decide.predict import Predictor
+from autotune.decide.rules import RULES, broken_rule, require_coherent, transfer_dominates
+from autotune.errors import OptimizationError
+from autotune.optimizations import CATALOGUE, find, parse_settings
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.id)
+def test_rules_name_known_optimizations_and_give_a_reason(rule):
+    assert rule.first | rule.second <= set(CATALOGUE)
+    assert len(rule.reason) > 20
+    assert not rule.reason.endswith(".")
+
+
+def test_rule_ids_are_unique():
+    assert len({r.id for r in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if not r.while_transfer_dominates], ids=lambda r: r.id)
+def test_forbidden_pairs_are_refused(rule):
+    pairs = [
+        (a, b) for a, b in itertools.product(rule.first, rule.second) if a != b
+    ]
+    assert pairs
+    for pair in pairs:
+        with pytest.raises(OptimizationError, match=rule.id):
+            require_coherent(tuple(find(n).setting() for n in pair))
+
+
+def test_single_optimizations_are_coherent():
+    for name in CATALOGUE:
+        assert broken_rule([name]) is None
+
+
+def test_merging_goes_with_offload_while_compute_dominates(traced, rtx_3080):
+    """Model offload moves SDXL once per image: computing takes longer, and merging still pays."""
+    settings = parse_settings("model_cpu_offload,tome:ratio=0.3:max_downsample=4")
+    prediction = Predictor(rtx_3080, traced("sdxl")).predict(execution_of(settings))
+    assert not transfer_dominates(prediction)
+    assert broken_rule((s.name for s in settings), prediction) is None
+
+
+def test_merging_under_sequential_offload_is_pointless(traced, rtx_3080):
+    settings = parse_settings("sequential_cpu_offload,tome:ratio=0.3")
+    prediction = Predictor(rtx_3080, traced("sd15")).predict(execution_of(settings))
+    assert transfer_dominates(prediction)
+    rule = broken_rule((s.name for s in settings), prediction)
+    assert rule is not None
+    assert rule.id == "offload-or-merge"

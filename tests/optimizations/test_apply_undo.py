@@ -1,0 +1,314 @@
+"""Every optimization that a CPU can run, on real pipelines: apply, draw, undo, draw."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+
+from autotune.errors import OptimizationError
+from autotune.optimizations import CATALOGUE, find
+from autotune.optimizations.base import Setting
+
+SIDE = 96  # the VAE's tile of 64 pixels cuts it
+
+RUNNABLE = (
+    Setting("attention_slicing", {"slices": "auto"}),
+    Setting("attention_slicing", {"slices": "max"}),
+    Setting("tome", {"ratio": 0.1, "max_downsample": 2}),
+    Setting("tome", {"ratio": 0.5, "max_downsample": 4}),
+    Setting("vae_slicing"),
+    Setting("vae_tiling", {"tile": 64}),
+    Setting("channels_last"),
+    Setting("model_cpu_offload"),
+)
+
+settings = pytest.mark.parametrize("setting", RUNNABLE, ids=str)
+
+
+def apply(pipe: Any, setting: Setting) -> Any:
+    handler = find(setting.name)
+    complete = handler.setting(setting.parameters)
+    return handler.apply(pipe, complete.parameters, "cpu")
+
+
+def test_every_member_is_applied_here_or_in_a_test_of_its_own() -> None:
+    elsewhere = {"xformers", "sequential_cpu_offload"}
+    assert {s.name for s in RUNNABLE} | elsewhere == set(CATALOGUE)
+
+
+@settings
+def test_the_image_changes_as_declared_and_undo_brings_everything_back(
+    pipe: Any, setting: Setting, draw: Any, snapshot: Any
+) -> None:
+    handler = find(setting.name)
+    plain = draw(pipe, side=SIDE)
+    before = snapshot(pipe)
+    assert not handler.is_set(pipe)
+
+    undo = apply(pipe, setting)
+    assert handler.is_set(pipe)
+    changed = draw(pipe, side=SIDE)
+    assert torch.isfinite(changed).all()
+    if handler.exactness == "exact":
+        torch.testing.assert_close(changed, plain, rtol=0, atol=1e-4)
+    else:
+        assert not torch.allclose(changed, plain, rtol=0, atol=1e-4)
+
+    undo()
+    assert not handler.is_set(pipe)
+    assert snapshot(pipe) == before
+    assert torch.equal(draw(pipe, side=SIDE), plain)
+
+
+@settings
+def test_applied_twice_and_undone_twice(sd_pipe: Any, setting: Setting, snapshot: Any) -> None:
+    """Before the first image, too; and a further undo does nothing."""
+    before = snapshot(sd_pipe)
+    first, second = apply(sd_pipe, setting), apply(sd_pipe, setting)
+    second()
+    first()
+    assert snapshot(sd_pipe) == before
+    first()
+    assert snapshot(sd_pipe) == before
+
+
+@settings
+def test_the_global_random_state_is_left_alone(sd_pipe: Any, setting: Setting) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    undo = apply(sd_pipe, setting)
+    assert torch.equal(torch.get_rng_state(), before)
+    handler = find(setting.name)
+    handler.before_image(sd_pipe, handler.setting(setting.parameters).parameters, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    undo()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# A function that each handler comes to call several times: it is made to fail after the first.
+_STEPS = {
+    "attention_slicing": "diffusers.models.attention_processor.Attention.set_attention_slice",
+    "tome": "tomesd.patch.make_diffusers_tome_block",
+    "channels_last": "diffusers.ModelMixin.to",
+    "model_cpu_offload": "accelerate.cpu_offload_with_hook",
+    "sequential_cpu_offload": "accelerate.cpu_offload",
+}
+
+
+@pytest.mark.parametrize("error", [RuntimeError(""), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("name", _STEPS)
+def test_a_failure_in_the_middle_leaves_nothing_behind(
+    sd_pipe: Any,
+    name: str,
+    error: BaseException,
+    snapshot: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = snapshot(sd_pipe)
+    original = pkgutil.resolve_name(_STEPS[name])
+    calls = []
+
+    def half_way(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_STEPS[name], half_way)
+        with pytest.raises(type(error)):
+            apply(sd_pipe, Setting(name))
+    assert snapshot(sd_pipe) == before
+
+
+# ---- what the user had set stays ----------------------------------------------------------------
+
+
+def test_processors_set_by_hand_come_back_by_identity(sd_pipe: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    mine = AttnProcessor()
+    sd_pipe.unet.set_attn_processor(mine)
+    undo = apply(sd_pipe, Setting("attention_slicing", {"slices": "max"}))
+    assert mine not in sd_pipe.unet.attn_processors.values()
+    undo()
+    assert all(p is mine for p in sd_pipe.unet.attn_processors.values())
+
+
+def test_a_module_that_was_channels_last_stays_so(sd_pipe: Any, snapshot: Any) -> None:
+    sd_pipe.vae.to(memory_format=torch.channels_last)
+    before = snapshot(sd_pipe)
+    assert find("channels_last").is_set(sd_pipe)
+    apply(sd_pipe, Setting("channels_last"))()
+    assert snapshot(sd_pipe) == before
+
+
+def test_each_half_of_a_decode_is_undone_alone(sd_pipe: Any) -> None:
+    undo_slicing = apply(sd_pipe, Setting("vae_slicing"))
+    undo_tiling = apply(sd_pipe, Setting("vae_tiling", {"tile": 64}))
+    undo_slicing()
+    assert not sd_pipe.vae.use_slicing
+    assert sd_pipe.vae.use_tiling
+    undo_tiling()
+    assert not sd_pipe.vae.use_tiling
+
+
+def test_a_forward_set_by_hand_survives_token_merging(sd_pipe: Any) -> None:
+    blocks = [m for m in sd_pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    mine = lambda *args, **kwargs: None  # noqa: E731
+    blocks[0].forward = mine
+    apply(sd_pipe, Setting("tome"))()
+    assert blocks[0].__dict__["forward"] is mine
+
+
+# ---- offload ------------------------------------------------------------------------------------
+
+
+def test_token_merging_still_merges_after_offload_came_and_went(sd_pipe: Any, draw: Any) -> None:
+    merge = Setting("tome", {"ratio": 0.5, "max_downsample": 2})
+    plain = draw(sd_pipe)
+    # accelerate's own way, as a user would: it leaves bound forwards on the instances.
+    sd_pipe.enable_model_cpu_offload(device="cpu")
+    sd_pipe.remove_all_hooks()
+    undo = apply(sd_pipe, merge)
+    assert not torch.allclose(draw(sd_pipe), plain, atol=1e-4)
+    undo()
+    assert torch.equal(draw(sd_pipe), plain)
+
+
+def test_sequential_offload_goes_on_and_comes_off(pipe: Any, draw: Any, snapshot: Any) -> None:
+    """The weights go to accelerate's maps and come back.
+
+    No image in between: with the CPU as execution device accelerate 1.15 writes plain tensors
+    where parameters belong ("cpu:0" is not "cpu" to it), so this needs a GPU.
+    """
+    handler = find("sequential_cpu_offload")
+    plain = draw(pipe)
+    before = snapshot(pipe)
+    undo = apply(pipe, Setting("sequential_cpu_offload"))
+    assert handler.is_set(pipe)
+    assert not find("model_cpu_offload").is_set(pipe)
+    assert all(p.is_meta for p in pipe.unet.parameters())
+    undo()
+    assert not handler.is_set(pipe)
+    assert snapshot(pipe) == before
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_sequential_offload_by_accelerate_itself_is_recognised(sd_pipe: Any, draw: Any) -> None:
+    from accelerate import cpu_offload
+
+    plain = draw(sd_pipe)
+    for module in (sd_pipe.unet, sd_pipe.vae, sd_pipe.text_encoder):
+        cpu_offload(module, torch.device("cpu"))
+    assert find("sequential_cpu_offload").is_set(sd_pipe)
+    assert torch.equal(draw(sd_pipe), plain)
+    sd_pipe.remove_all_hooks()
+    assert not find("sequential_cpu_offload").is_set(sd_pipe)
+
+
+def test_offload_keeps_what_diffusers_noted_before(sd_pipe: Any) -> None:
+    sd_pipe._offload_gpu_id = 3
+    undo = apply(sd_pipe, Setting("model_cpu_offload"))
+    undo()
+    assert sd_pipe._offload_gpu_id == 3
+    assert "_offload_device" not in sd_pipe.__dict__
+
+
+# ---- where it cannot run ------------------------------------------------------------------------
+
+
+def test_xformers_on_a_cpu_is_one_error_and_no_change(
+    pipe: Any, draw: Any, snapshot: Any
+) -> None:
+    plain = draw(pipe)
+    before = snapshot(pipe)
+    with pytest.raises(OptimizationError, match="xformers cannot run here"):
+        apply(pipe, Setting("xformers"))
+    assert snapshot(pipe) == before
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no kernel\nimage"), ModuleNotFoundError(""), ValueError("x")]
+)
+def test_whatever_xformers_raises_is_one_line_and_undone(
+    sd_pipe: Any, error: Exception, snapshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    before = snapshot(sd_pipe)
+
+    def half_way() -> None:
+        sd_pipe.unet.set_attn_processor(AttnProcessor())
+        raise error
+
+    monkeypatch.setattr(sd_pipe, "enable_xformers_memory_efficient_attention", half_way)
+    with pytest.raises(OptimizationError) as caught:
+        apply(sd_pipe, Setting("xformers"))
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert snapshot(sd_pipe) == before
+
+
+def test_a_vae_without_tile_sizes_is_refused(sd_pipe: Any, snapshot: Any) -> None:
+    del sd_pipe.vae.tile_latent_min_size
+    before = snapshot(sd_pipe)
+    with pytest.raises(OptimizationError, match="does not take a tile size"):
+        apply(sd_pipe, Setting("vae_tiling", {"tile": 64}))
+    assert snapshot(sd_pipe) == before
+
+
+def test_a_pipeline_without_a_vae_has_nothing_set() -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipe = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    assert [name for name, handler in CATALOGUE.items() if handler.is_set(pipe)] == []
+
+
+# ---- token merging ------------------------------------------------------------------------------
+
+
+def test_token_merging_at_the_latent_resolution_does_nothing_on_sdxl(
+    sdxl_pipe: Any, draw: Any
+) -> None:
+    plain = draw(sdxl_pipe)
+    apply(sdxl_pipe, Setting("tome", {"ratio": 0.5, "max_downsample": 1}))
+    assert torch.equal(draw(sdxl_pipe), plain)
+
+
+def test_the_same_seed_merges_the_same_tokens(sd_pipe: Any, draw: Any) -> None:
+    setting = find("tome").setting({"ratio": 0.5, "max_downsample": 2})
+    apply(sd_pipe, setting)
+    draw(sd_pipe)  # starts tomesd's generator, which runs on
+    images = []
+    for _ in range(2):
+        find("tome").before_image(sd_pipe, setting.parameters, 5)
+        images.append(draw(sd_pipe, seed=5))
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(draw(sd_pipe, seed=5), images[0])  # what it is for
+
+
+# ---- conventions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_members_describe_themselves(name: str) -> None:
+    handler = find(name)
+    assert handler.name == name
+    assert handler.summary
+    assert handler.relieves
+    assert inspect.getdoc(type(handler))
+    assert handler.setting().parameters == handler.defaults

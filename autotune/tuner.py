@@ -15,7 +15,7 @@ import msgspec
 from autotune.decide.choose import Limits, check_limits, choose
 from autotune.decide.plan import Plan
 from autotune.probe.host import read_host
-from autotune.probe.live import identity, refresh
+from autotune.probe.live import identity, profile_key, refresh
 from autotune.probe.machine import Machine
 from autotune.probe.software import installed_versions
 from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
@@ -88,6 +88,7 @@ def machine_here(
     from autotune.probe.measure import measure_machine
 
     machine = measure_machine(device, progress=progress)
+    key = profile_key(machine)  # with several GPUs, the one with most free memory may have changed
     remember_machine(key, machine)
     return Measured(key, machine, reasons)
 

@@ -68,9 +68,7 @@ def test_tuned_uses_what_was_planned(pipe):
 
 
 def test_same_seed_same_image_with_tome(pipe):
-    tuned = autotune.configure(
-        pipe, height=256, width=256, steps=2, quality="fast", only=["tome"]
-    )
+    tuned = autotune.configure(pipe, height=256, width=256, steps=2, quality="fast", only=["tome"])
     first, second = (tuned("a five", seed=9, output_type="np").images for _ in range(2))
     assert numpy.array_equal(first, second)
 

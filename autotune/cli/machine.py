@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
+from autotune.cli.output import progress
 from autotune.probe.machine import Machine
-from autotune.tuner import Measured, Progress, machine_here
+from autotune.tuner import Measured, machine_here
 
 
 def choose_machine(name: str | None, device: str | None = None) -> Machine:
@@ -23,22 +22,10 @@ def choose_machine(name: str | None, device: str | None = None) -> Machine:
     return this_machine(device).machine
 
 
-def this_machine(device: str | None = None, *, remeasure: bool = False) -> Measured:
-    """This machine from its profile; a measurement shows its progress on a terminal."""
-    measured = machine_here(device, remeasure=remeasure, progress=_progress())
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[K")
-    if measured.reasons and not remeasure:
+def this_machine(device: str | None = None) -> Measured:
+    """This machine from its profile, measured first where that is needed, with a display of it."""
+    with progress("Measuring this machine") as say:
+        measured = machine_here(device, progress=say)
+    if measured.reasons:
         typer.echo(f"measured this machine: {'; '.join(measured.reasons)}", err=True)
     return measured
-
-
-def _progress() -> Progress | None:
-    if not sys.stderr.isatty():
-        return None
-
-    def show(text: str) -> None:
-        sys.stderr.write(f"\r\x1b[Kmeasuring {text} …")
-        sys.stderr.flush()
-
-    return show

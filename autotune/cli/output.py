@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -25,3 +27,13 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str], None] | None]:
+    """A spinner on stderr that names the step at hand; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with console(stderr=True).status(f"{title} …") as status:
+        yield lambda step: status.update(f"{title}: {step} …")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autotune.cli.output import JsonFlag, console, print_json
+from autotune.cli.output import JsonFlag, console, print_json, progress
 from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Link, Machine
 from autotune.probe.pcie import line_rate
 from autotune.probe.reference import write_machine
@@ -53,16 +51,6 @@ def probe(device: DeviceOption = None, json: JsonFlag = False, save: SaveOption 
         print_json(machine)
     else:
         print_machine(machine)
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[str], None] | None]:
-    """A spinner on stderr that names the step at hand; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with console(stderr=True).status(f"{title} …") as status:
-        yield lambda step: status.update(f"{title}: {step} …")
 
 
 def print_machine(machine: Machine) -> None:

@@ -6,17 +6,14 @@ results are kept, since most candidate sets share them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from autotune.decide import attention
-from autotune.decide.attention import BYTES, Kernel
-from autotune.decide.merging import MATCHING_LAUNCHES, Matching, matching, merged, merges
+from autotune.decide.attention import Kernel
+from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.prediction import PhasePrediction, Prediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
-from autotune.probe.machine import Figure, Machine
+from autotune.probe.machine import Machine
 from autotune.units import MIB
-from autotune.workload.workload import ComponentRun, Operator, Phase, Trace, Workload
+from autotune.workload.workload import ComponentRun, Phase, Trace, Workload
 
 CUBLAS_BYTES = int(8.125 * MIB)
 """cuBLAS's workspace per handle and stream in PyTorch (4096 KiB × 2 + 16 KiB × 8)."""
@@ -28,16 +25,6 @@ unused blocks back before it fails, so only a part of that must be free."""
 
 SEGMENT_BYTES = 20 * MIB
 """The allocator's segment for tensors of 1 to 10 MiB: the last one is half empty on average."""
-
-
-class ForwardCost(NamedTuple):
-    """One forward of one component on the device, weights in place."""
-
-    compute_s: float
-    memory_s: float
-    launch_s: float
-    activation_bytes: int
-    workspace_bytes: int
 
 
 class Predictor:
@@ -52,6 +39,7 @@ class Predictor:
         self.machine = machine
         self.workload = workload
         self._components = {c.name: c for c in workload.components}
+        self._model = ForwardModel(machine, workload)
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
 
     def predict(self, execution: Execution) -> Prediction:
@@ -158,14 +146,16 @@ class Predictor:
     # ---- one forward ----------------------------------------------------------------------------
 
     def _forward(self, phase: str, run: ComponentRun, execution: Execution) -> ForwardCost:
-        if phase == "encode":
-            execution = Execution()  # transformers' encoders bring their own attention
+        kernel = self._kernel(execution)
+        if phase == "encode":  # transformers' encoders bring their own attention
+            execution, kernel = Execution(), Kernel("sdpa")
         elif phase == "decode":
             execution = _decoding(execution)
+            kernel = self._kernel(execution)
         key = (
             phase,
             run.component,
-            self._kernel(execution),
+            kernel,
             execution.merge,
             execution.channels_last,
             execution.decode_variant,
@@ -173,7 +163,7 @@ class Predictor:
         cost = self._forwards.get(key)
         if cost is None:
             trace = self._trace(run, execution) if phase == "decode" else run.trace
-            cost = self._forwards[key] = self._cost(trace, execution, phase)
+            cost = self._forwards[key] = self._model.cost(trace, execution, kernel)
         return cost
 
     def _trace(self, run: ComponentRun, execution: Execution) -> Trace:
@@ -197,110 +187,6 @@ class Predictor:
         if execution.attention_slices:
             return Kernel("sliced", execution.attention_slices)
         return Kernel(execution.attention or self.machine.default_attention)
-
-    def _cost(self, trace: Trace, execution: Execution, phase: str) -> ForwardCost:
-        kernel = Kernel("sdpa") if phase == "encode" else self._kernel(execution)
-        total = _Sum(self.machine, execution.channels_last)
-        peak = trace.activation_bytes
-        for operator in trace.operators:
-            merging: Matching | None = None
-            if merges(execution.merge, operator, self.workload.latent_tokens):
-                assert execution.merge is not None
-                if operator.attention is not None:
-                    element = BYTES.get(operator.dtype, 4)
-                    merging = matching(operator.attention, operator.block_tokens, element)
-                operator = merged(execution.merge, operator)
-            peak = max(peak, operator.live_bytes + total.add(operator, kernel, merging))
-        return total.cost(peak, trace)
-
-
-class _Sum:
-    """Adds up the operators of one forward."""
-
-    def __init__(self, machine: Machine, channels_last: bool) -> None:
-        self.machine = machine
-        self.channels_last = channels_last
-        self.compute_s = self.memory_s = 0.0
-        self.launches = 0
-        self.with_workspace = 0
-
-    def add(self, operator: Operator, kernel: Kernel, merging: Matching | None) -> int:
-        """Count one distinct operator.
-
-        Returns:
-            Bytes of its own that it needs while it runs.
-        """
-        self.launches += operator.count
-        if operator.attention is not None:
-            return self._add_attention(operator, kernel, merging)
-        arithmetic = operator.flops / self._flops_per_s(operator) if operator.flops else 0.0
-        traffic = operator.bytes / self.machine.kernels.memory_bytes_per_s.value
-        if arithmetic > traffic:
-            self.compute_s += arithmetic * operator.count
-        else:
-            self.memory_s += traffic * operator.count
-        self.with_workspace = max(
-            self.with_workspace, operator.live_bytes + self._workspace(operator)
-        )
-        return 0
-
-    def _add_attention(self, operator: Operator, kernel: Kernel, merging: Matching | None) -> int:
-        shape = operator.attention
-        assert shape is not None
-        own = attention.transient_bytes(kernel, shape, operator.dtype)
-        self.compute_s += (
-            attention.seconds(self.machine, kernel, shape, operator.dtype) * operator.count
-        )
-        self.launches += (attention.calls_per_operator(kernel, shape) - 1) * operator.count
-        if merging is None:
-            return own
-        rate = self._rate(self.machine.kernels.matmul_flops_per_s, operator.dtype)
-        self.compute_s += merging.flops / rate * operator.count
-        self.memory_s += (
-            merging.bytes / self.machine.kernels.memory_bytes_per_s.value * operator.count
-        )
-        self.launches += MATCHING_LAUNCHES * operator.count
-        return max(own, merging.transient_bytes)
-
-    def _flops_per_s(self, operator: Operator) -> float:
-        kernels = self.machine.kernels
-        if operator.kind != "convolution":
-            return self._rate(kernels.matmul_flops_per_s, operator.dtype)
-        if self.channels_last and operator.dtype in kernels.convolution_channels_last_flops_per_s:
-            return kernels.convolution_channels_last_flops_per_s[operator.dtype].value
-        return self._rate(kernels.convolution_flops_per_s, operator.dtype)
-
-    @staticmethod
-    def _rate(rates: dict[str, Figure], dtype: str) -> float:
-        return (rates.get(dtype) or rates["float32"]).value
-
-    def _workspace(self, operator: Operator) -> int:
-        """What a convolution takes besides its tensors while memory is free.
-
-        Tensor cores take NHWC: given NCHW, cuDNN converts input and output in its workspace. It is
-        no condition: where the workspace cannot be had, PyTorch tries cuDNN's next plan.
-        """
-        is_convolution = operator.kind == "convolution" and self.machine.device.kind == "cuda"
-        if not is_convolution or self.channels_last or not self._has_tensor_cores(operator.dtype):
-            return 0
-        return operator.in_bytes + operator.out_bytes
-
-    def _has_tensor_cores(self, dtype: str) -> bool:
-        capability = float(self.machine.device.compute_capability or 0)
-        return capability >= (8.0 if dtype == "float32" else 7.0)
-
-    def cost(self, activation_bytes: int, trace: Trace) -> ForwardCost:
-        workspace = max(0, self.with_workspace - activation_bytes)
-        return ForwardCost(
-            self.compute_s, self.memory_s, self._launch_s(), activation_bytes, workspace
-        )
-
-    def _launch_s(self) -> float:
-        """The CPU runs what it dispatches; other devices wait for the host only if it is slower."""
-        host = self.launches * self.machine.kernels.dispatch_s.value
-        if self.machine.device.kind == "cpu":
-            return host
-        return max(0.0, host - self.compute_s - self.memory_s)
 
 
 def _decoding(execution: Execution) -> Execution:

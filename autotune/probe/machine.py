@@ -98,8 +98,8 @@ class Kernels(Value, frozen=True):
 class AttentionRate(Value, frozen=True):
     """One attention implementation, really called at one shape.
 
-    ``flops_per_s`` counts 4·batch·heads·q_tokens·kv_tokens·head_dim per call. It is ``None`` when the
-    implementation failed; ``error`` then has its message.
+    ``flops_per_s`` counts 4·batch·heads·q_tokens·kv_tokens·head_dim per call. It is ``None`` when
+    the implementation failed; ``error`` then has its message.
     """
 
     implementation: str

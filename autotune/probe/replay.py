@@ -78,7 +78,10 @@ def _narrow_unet(device: torch.device) -> tuple[torch.nn.Module, Callable[[], ob
     """SD 1.5's UNet with a hundredth of its channels, and a call of it."""
     from diffusers import UNet2DConditionModel
 
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if device.type != "meta" else "meta"):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu" if device.type != "meta" else "meta"),
+    ):
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
             cross_attention_dim=8, attention_head_dim=2,
@@ -177,4 +180,3 @@ def _tensor(plain: dict[str, Any], device: torch.device) -> torch.Tensor:
     if not dtype.is_floating_point:
         return tensor.zero_()  # valid as index, id and mask alike
     return tensor.normal_(0, 1, generator=torch.Generator(device).manual_seed(0))
-

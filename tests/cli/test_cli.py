@@ -92,7 +92,9 @@ def test_run_draws_and_remembers(tmp_path):
 
 def test_run_as_json(tmp_path):
     target = tmp_path / "out.png"
-    shown = asked_json("run", "demo", "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(target))
+    shown = asked_json(
+        "run", "demo", "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(target)
+    )
     assert [Path(i).name for i in shown["images"]] == ["out-1.png", "out-2.png"]
     assert all(Path(i).exists() for i in shown["images"])
     assert {m["name"] for m in shown["measured"]} == {"encode", "denoise", "decode"}
@@ -133,7 +135,9 @@ def test_predict_json_keeps_its_contract():
 
 
 def test_plan_for_people_fits_a_terminal():
-    done = autotune("plan", "sdxl", "--machine", "rtx-3080-10gb", env={**os.environ, "COLUMNS": "80"})
+    done = autotune(
+        "plan", "sdxl", "--machine", "rtx-3080-10gb", env={**os.environ, "COLUMNS": "80"}
+    )
     assert done.returncode == 0
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
 

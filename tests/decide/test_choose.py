@@ -89,7 +89,9 @@ def test_choice_fits_or_says_so(workload, machine, gib, quality):
     for phase in plan.prediction.phases:
         parts = phase.resident_bytes + phase.activation_bytes + phase.workspace_bytes
         assert phase.peak_bytes >= parts  # the largest run of the phase, part by part
-    shares = sum(p.compute_s + p.memory_s + p.transfer_s + p.launch_s for p in plan.prediction.phases)
+    shares = sum(
+        p.compute_s + p.memory_s + p.transfer_s + p.launch_s for p in plan.prediction.phases
+    )
     assert plan.prediction.seconds == pytest.approx(shares)
 
 
@@ -132,7 +134,9 @@ def test_stricter_quality_is_never_lossier(workload, machine, gib):
     worst = []
     for quality in QUALITIES:
         plan = choose(machine, workload, Limits(quality=quality))
-        levels = [QUALITIES.index(CATALOGUE[s.name].quality(s.parameters)) for s in plan.optimizations]
+        levels = [
+            QUALITIES.index(CATALOGUE[s.name].quality(s.parameters)) for s in plan.optimizations
+        ]
         assert max(levels, default=0) <= QUALITIES.index(quality)
         worst.append(max(levels, default=0))
     assert worst[0] == 0

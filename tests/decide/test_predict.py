@@ -106,7 +106,9 @@ def test_tome_needs_depth_on_sdxl(traced, rtx_3080):
     workload = traced("sdxl")
     plain = predicted(rtx_3080, workload)
     times = [
-        phase(predicted(rtx_3080, workload, f"tome:ratio=0.5:max_downsample={d}"), "denoise").seconds
+        phase(
+            predicted(rtx_3080, workload, f"tome:ratio=0.5:max_downsample={d}"), "denoise"
+        ).seconds
         for d in (1, 2, 4)
     ]
     assert times[0] == phase(plain, "denoise").seconds

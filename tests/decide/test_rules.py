@@ -24,11 +24,11 @@ def test_rule_ids_are_unique():
     assert len({r.id for r in RULES}) == len(RULES)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if not r.while_transfer_dominates], ids=lambda r: r.id)
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if not r.while_transfer_dominates], ids=lambda r: r.id
+)
 def test_forbidden_pairs_are_refused(rule):
-    pairs = [
-        (a, b) for a, b in itertools.product(rule.first, rule.second) if a != b
-    ]
+    pairs = [(a, b) for a, b in itertools.product(rule.first, rule.second) if a != b]
     assert pairs
     for pair in pairs:
         with pytest.raises(OptimizationError, match=rule.id):

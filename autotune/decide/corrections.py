@@ -1,0 +1,57 @@
+"""From rates to replayed times: what an operator really took, relative to what rates say.
+
+A rate is one number for all shapes; replay knows some operators exactly. An operator that was not
+replayed (another tile, a merged token count) is corrected like its replayed kin, so that
+alternatives are compared by the same yardstick.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from autotune.probe.machine import OperatorTime
+from autotune.workload.workload import Operator, Workload
+
+Estimate = Callable[[Operator], float]
+
+
+class Corrections:
+    """Factors on rate-based seconds, one per operator.
+
+    Args:
+        times: Replayed operators by ``Operator.key``.
+        workload: Whose operators are looked up.
+        estimate: Seconds of one call by rates, as diffusers runs it when nothing is set.
+    """
+
+    def __init__(
+        self, times: dict[str, OperatorTime], workload: Workload, estimate: Estimate
+    ) -> None:
+        self._factors: dict[str, float] = {}
+        kin: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for operator in replayable(workload):
+            estimated, measured = estimate(operator), times.get(operator.key)
+            if measured is None or estimated <= 0:
+                continue
+            self._factors[operator.key] = measured.seconds / estimated
+            sums = kin[operator.kind, operator.dtype]
+            sums[0] += measured.seconds * operator.count
+            sums[1] += estimated * operator.count
+        self._kin = {key: measured / estimated for key, (measured, estimated) in kin.items()}
+
+    def factor(self, operator: Operator) -> float:
+        """The operator's own factor, else that of its kind and dtype, else 1."""
+        if not self._factors:
+            return 1.0
+        own = self._factors.get(operator.key)
+        return own if own is not None else self._kin.get((operator.kind, operator.dtype), 1.0)
+
+    def is_replayed(self, operator: Operator) -> bool:
+        """Whether this very operator was timed."""
+        return operator.key in self._factors
+
+
+def replayable(workload: Workload) -> list[Operator]:
+    """The operators of every phase as diffusers runs it when nothing is set."""
+    return [o for p in workload.phases for r in p.runs for o in r.trace.operators]

@@ -1,0 +1,153 @@
+"""One forward of one component: operators to seconds and bytes, weights being in place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from autotune.decide import attention
+from autotune.decide.attention import BYTES, Kernel
+from autotune.decide.corrections import Corrections
+from autotune.decide.merging import MATCHING_LAUNCHES, Matching, matching, merged, merges
+from autotune.optimizations.execution import Execution
+from autotune.probe.machine import Figure, Machine
+from autotune.workload.workload import Operator, Trace, Workload
+
+
+class ForwardCost(NamedTuple):
+    """Seconds by what bounds them; bytes at the peak, and what libraries take on top of it."""
+
+    compute_s: float
+    memory_s: float
+    launch_s: float
+    activation_bytes: int
+    workspace_bytes: int
+
+
+class Bound(NamedTuple):
+    """Seconds of one operator call: bound by arithmetic, or by memory bandwidth."""
+
+    compute_s: float
+    memory_s: float
+
+    @property
+    def seconds(self) -> float:
+        """One of the two is zero."""
+        return self.compute_s + self.memory_s
+
+    def scaled(self, factor: float) -> Bound:
+        """Both times a factor."""
+        return Bound(self.compute_s * factor, self.memory_s * factor)
+
+
+class ForwardModel:
+    """Costs of forwards on one machine.
+
+    Args:
+        machine: Its rates, and the operators that were replayed on it.
+        workload: Whose traces are costed.
+    """
+
+    def __init__(self, machine: Machine, workload: Workload) -> None:
+        self._machine = machine
+        self._latent_tokens = workload.latent_tokens
+        plain = Kernel(machine.default_attention)
+        self._corrections = Corrections(
+            machine.operators, workload, lambda o: self._by_rates(o, plain, False).seconds
+        )
+
+    def cost(self, trace: Trace, execution: Execution, kernel: Kernel) -> ForwardCost:
+        """Cost of one forward.
+
+        Args:
+            trace: The component's operators.
+            execution: Token merging and memory format.
+            kernel: The attention implementation.
+        """
+        compute = memory = host = 0.0
+        peak = trace.activation_bytes
+        with_workspace = 0
+        for operator in trace.operators:
+            call, own, launches = self._operator(operator, execution, kernel)
+            compute += call.compute_s * operator.count
+            memory += call.memory_s * operator.count
+            host += launches * operator.count * self._machine.kernels.dispatch_s.value
+            peak = max(peak, operator.live_bytes + own)
+            workspace = self._workspace(operator, execution.channels_last)
+            with_workspace = max(with_workspace, operator.live_bytes + workspace)
+        launch = self._launch_s(host, compute + memory)
+        return ForwardCost(compute, memory, launch, peak, max(0, with_workspace - peak))
+
+    def _launch_s(self, host: float, device: float) -> float:
+        """The CPU runs what it dispatches; other devices wait for the host if it is slower."""
+        return host if self._machine.device.kind == "cpu" else max(0.0, host - device)
+
+    def _operator(
+        self, operator: Operator, execution: Execution, kernel: Kernel
+    ) -> tuple[Bound, int, int]:
+        """Seconds of one call, bytes of its own while it runs, and kernels launched."""
+        factor = self._corrections.factor(operator)
+        extra, own, launches = Bound(0.0, 0.0), 0, 1
+        merge = execution.merge
+        if merge is not None and merges(merge, operator, self._latent_tokens):
+            if operator.attention is not None:
+                element = BYTES.get(operator.dtype, 4)
+                work = matching(operator.attention, operator.block_tokens, element)
+                extra, own, launches = self._matching(work, operator), work.transient_bytes, 1
+                launches += MATCHING_LAUNCHES
+            operator = merged(merge, operator)
+        if operator.attention is not None:
+            own = max(own, attention.transient_bytes(kernel, operator.attention, operator.dtype))
+            launches += attention.calls_per_operator(kernel, operator.attention) - 1
+        call = self._by_rates(operator, kernel, execution.channels_last).scaled(factor)
+        return (
+            Bound(call.compute_s + extra.compute_s, call.memory_s + extra.memory_s),
+            own,
+            launches,
+        )
+
+    def _by_rates(self, operator: Operator, kernel: Kernel, channels_last: bool) -> Bound:
+        if operator.attention is not None:
+            seconds = attention.seconds(self._machine, kernel, operator.attention, operator.dtype)
+            return Bound(seconds, 0.0)
+        traffic = operator.bytes / self._machine.kernels.memory_bytes_per_s.value
+        arithmetic = operator.flops / self._flops_per_s(operator, channels_last)
+        return Bound(arithmetic, 0.0) if arithmetic > traffic else Bound(0.0, traffic)
+
+    def _matching(self, work: Matching, operator: Operator) -> Bound:
+        kernels = self._machine.kernels
+        return Bound(
+            work.flops / _rate(kernels.matmul_flops_per_s, operator.dtype),
+            work.bytes / kernels.memory_bytes_per_s.value,
+        )
+
+    def _flops_per_s(self, operator: Operator, channels_last: bool) -> float:
+        kernels = self._machine.kernels
+        if operator.kind != "convolution":
+            return _rate(kernels.matmul_flops_per_s, operator.dtype)
+        if channels_last and operator.dtype in kernels.convolution_channels_last_flops_per_s:
+            return kernels.convolution_channels_last_flops_per_s[operator.dtype].value
+        return _rate(kernels.convolution_flops_per_s, operator.dtype)
+
+    def _workspace(self, operator: Operator, channels_last: bool) -> int:
+        """What an operator takes besides its tensors while memory is free.
+
+        Replay knows it. Otherwise: tensor cores take NHWC, so given NCHW, cuDNN converts input and
+        output in its workspace. It is no condition: where the workspace cannot be had, PyTorch
+        tries cuDNN's next plan.
+        """
+        if operator.kind != "convolution" or self._machine.device.kind != "cuda" or channels_last:
+            return 0
+        replayed = self._machine.operators.get(operator.key) if self._machine.operators else None
+        if replayed is not None and replayed.workspace_bytes is not None:
+            return replayed.workspace_bytes
+        if not self._has_tensor_cores(operator.dtype):
+            return 0
+        return operator.in_bytes + operator.out_bytes
+
+    def _has_tensor_cores(self, dtype: str) -> bool:
+        capability = float(self._machine.device.compute_capability or 0)
+        return capability >= (8.0 if dtype == "float32" else 7.0)
+
+
+def _rate(rates: dict[str, Figure], dtype: str) -> float:
+    return (rates.get(dtype) or rates["float32"]).value

@@ -1,0 +1,212 @@
+"""Workloads of whole pipelines: sizes, phases, code paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autotune.errors import ModelError
+from autotune.workload.architecture import (
+    Architecture,
+    ComponentConfig,
+    describe_pipeline,
+    find_architecture,
+)
+from autotune.workload.components import build_on_meta, describe
+from autotune.workload.phases import trace_workload
+from autotune.workload.variants import decode_variants, switched, tile_sizes
+from autotune.workload.workload import Component
+
+RequestOf = Callable[..., Any]
+
+
+def real_component(name: str, module: Any) -> Component:
+    """Counted from the weights themselves."""
+    parameters = list(module.parameters())
+    leaves = [list(m.parameters(recurse=False)) for m in module.modules()]
+    owned = [sum(p.nbytes for p in leaf) for leaf in leaves if leaf]
+    return Component(
+        name=name,
+        class_name=type(module).__name__,
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(p.nbytes for p in parameters),
+        largest_leaf_bytes=max(owned),
+        leaf_count=len(owned),
+        tensor_count=len(parameters),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_components_weigh_what_the_real_ones_weigh(
+    pipe: Any, dtype: str, request_of: RequestOf
+) -> None:
+    workload = trace_workload(describe_pipeline(pipe), request_of(dtype=dtype))
+    pipe.to(getattr(torch, dtype))
+    modules = {n: m for n, m in pipe.components.items() if hasattr(m, "parameters")}
+    real = {n: real_component(n, m) for n, m in modules.items()}
+    assert {c.name: c for c in workload.components} == real
+    assert workload.weight_bytes == sum(c.weight_bytes for c in real.values())
+    assert workload.component("unet") == real["unet"]
+
+
+def test_phases_run_in_order_and_as_often_as_the_pipeline_runs_them(
+    sdxl_pipe: Any, request_of: RequestOf
+) -> None:
+    workload = trace_workload(describe_pipeline(sdxl_pipe), request_of())
+    calls = {p.name: [(r.component, r.calls) for r in p.runs] for p in workload.phases}
+    assert calls == {
+        "encode": [("text_encoder", 2), ("text_encoder_2", 2)],
+        "denoise": [("unet", 3)],
+        "decode": [("vae", 1)],
+    }
+    assert workload.offload_order == ("text_encoder", "text_encoder_2", "unet", "vae")
+
+
+def test_guidance_doubles_the_denoisers_batch(sd_pipe: Any, request_of: RequestOf) -> None:
+    architecture = describe_pipeline(sd_pipe)
+    guided = trace_workload(architecture, request_of(batch=1))
+    alone = trace_workload(architecture, request_of(batch=2, guidance_scale=1.0))
+    flops = [w.phases[1].runs[0].trace.flops for w in (guided, alone)]
+    assert flops[0] == flops[1]
+    assert alone.phases[0].runs[0].calls == 1
+
+
+def test_sdxl_in_float16_decodes_in_float32(sdxl_pipe: Any, request_of: RequestOf) -> None:
+    architecture = describe_pipeline(sdxl_pipe)
+    half = trace_workload(architecture, request_of(dtype="float16"))
+    run = half.phases[-1].runs[0]
+    assert run.upcast_bytes == half.component("vae").weight_bytes
+    assert {o.dtype for o in run.trace.operators} == {"float32"}
+    for dtype in ("float32", "bfloat16"):
+        workload = trace_workload(architecture, request_of(dtype=dtype))
+        assert workload.phases[-1].runs[0].upcast_bytes == 0
+
+
+def test_sd15_in_float16_decodes_in_float16(sd_pipe: Any, request_of: RequestOf) -> None:
+    workload = trace_workload(describe_pipeline(sd_pipe), request_of(dtype="float16"))
+    assert workload.phases[-1].runs[0].upcast_bytes == 0
+
+
+# ---- code paths of the decode -------------------------------------------------------------------
+
+
+def test_slicing_and_tiling_shrink_the_decode(sd_pipe: Any, request_of: RequestOf) -> None:
+    run = trace_workload(describe_pipeline(sd_pipe), request_of(128, 4)).phases[-1].runs[0]
+    peaks = {name: t.activation_bytes for name, t in run.variants.items()}
+    assert set(peaks) == {"sliced", "tiled:64", "sliced+tiled:64"}
+    whole = run.trace.activation_bytes
+    image = 3 * 128 * 128 * 4
+    assert peaks["sliced"] == pytest.approx(whole / 4 + 4 * image, rel=0.05)
+    assert peaks["tiled:64"] < whole / 3
+    assert peaks["sliced+tiled:64"] < min(peaks["sliced"], peaks["tiled:64"])
+    assert run.variants["sliced"].flops == run.trace.flops
+    assert run.variants["tiled:64"].flops > run.trace.flops  # tiles overlap
+
+
+def test_a_path_that_changes_nothing_is_no_path(sd_pipe: Any, request_of: RequestOf) -> None:
+    run = trace_workload(describe_pipeline(sd_pipe), request_of(64, 1)).phases[-1].runs[0]
+    assert run.variants == {}
+
+
+@pytest.mark.parametrize(
+    ("side", "tiles"), [(64, ()), (127, ()), (128, (64,)), (512, (256,)), (520, (512,))]
+)
+def test_a_tile_really_cuts_the_image(
+    side: int, tiles: tuple[int, ...], request_of: RequestOf
+) -> None:
+    assert tile_sizes(request_of(side)) == tiles
+    assert decode_variants(request_of(side)) == tuple(f"tiled:{t}" for t in tiles)
+
+
+@pytest.mark.parametrize("variant", ["", "sliced", "tiled:64", "sliced+tiled:128"])
+def test_a_vae_is_switched_for_a_while(sd_pipe: Any, variant: str) -> None:
+    vae = sd_pipe.vae
+    vae.use_slicing = True  # by hand: it stays
+    before = dict(vae.__dict__)
+    with pytest.raises(KeyError), switched(vae, variant):
+        assert vae.use_tiling == ("tiled" in variant)
+        if "tiled" in variant:
+            assert vae.tile_latent_min_size * 4 == vae.tile_sample_min_size
+        raise KeyError
+    assert vae.__dict__ == before
+
+
+# ---- what cannot be traced ----------------------------------------------------------------------
+
+
+def replaced(architecture: Architecture, component: str, **config: Any) -> Architecture:
+    import msgspec
+
+    old = architecture.components[component]
+    new = msgspec.structs.replace(old, config=old.config | config)
+    return msgspec.structs.replace(
+        architecture, components=architecture.components | {component: new}
+    )
+
+
+def test_an_unknown_class_is_named(sd_pipe: Any, request_of: RequestOf) -> None:
+    import msgspec
+
+    architecture = describe_pipeline(sd_pipe)
+    strange = ComponentConfig("diffusers", "UNet9DModel", {})
+    components = architecture.components | {"image_encoder": strange}
+    with pytest.raises(ModelError, match="image_encoder needs UNet9DModel of diffusers"):
+        trace_workload(msgspec.structs.replace(architecture, components=components), request_of())
+
+
+def test_a_configuration_that_cannot_be_built_is_one_line(
+    sd_pipe: Any, request_of: RequestOf
+) -> None:
+    broken = replaced(describe_pipeline(sd_pipe), "unet", norm_num_groups=7)
+    with pytest.raises(ModelError, match="cannot build unet") as caught:
+        trace_workload(broken, request_of())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_forward_that_fails_is_one_line(sd_pipe: Any, request_of: RequestOf) -> None:
+    with pytest.raises(ModelError, match="cannot trace unet") as caught:
+        trace_workload(
+            replaced(describe_pipeline(sd_pipe), "unet", class_embed_type="timestep"), request_of()
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_of_another_kind_is_refused_with_what_is_known(
+    sd_pipe: Any, request_of: RequestOf
+) -> None:
+    import msgspec
+
+    architecture = describe_pipeline(sd_pipe)
+    rest = {n: c for n, c in architecture.components.items() if n != "unet"}
+    with pytest.raises(ModelError, match="cannot trace StableDiffusionPipeline yet"):
+        trace_workload(msgspec.structs.replace(architecture, components=rest), request_of())
+
+
+# ---- the built-in files -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)]
+)
+def test_built_in_files_describe_the_published_networks(name: str, parameters: int) -> None:
+    config = find_architecture(name).components["unet"]
+    unet = describe("unet", build_on_meta("unet", config, torch.float16))
+    assert unet.parameters == parameters
+    assert unet.weight_bytes == 2 * parameters
+
+
+def test_what_stays_in_float32_is_counted_so(tmp_path: Path) -> None:
+    """T5 keeps its output projections in float32 when loaded in float16, and only then."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=20)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    component = ComponentConfig("transformers", "T5EncoderModel", config.to_dict())
+    for dtype in (torch.float16, torch.bfloat16):
+        real = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+        built = build_on_meta("text_encoder", component, dtype)
+        assert describe("t", built) == real_component("t", real)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from autotune.decide.choose import Limits, check_limits, choose
+from autotune.decide.corrections import replayable
+from autotune.decide.forward import ForwardModel
 from autotune.decide.plan import Plan
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
@@ -115,6 +117,39 @@ def remember_machine(key: str, machine: Machine) -> Profile:
         return msgspec.structs.replace(profile, machine=machine, updated_at=now)
 
     return update_profile(key, change)
+
+
+def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measured:
+    """This machine with the workload's operators timed, as far as a budget of seconds goes.
+
+    What was timed before is in the profile; what is timed now is added to it.
+    """
+    machine = measured.machine
+    operators = replayable(workload)
+    if all(o.key in machine.operators for o in operators):
+        return measured
+    import torch
+
+    from autotune.probe.replay import replay
+
+    model = ForwardModel(machine, workload)
+    found = replay(
+        operators,
+        torch.device(device_name(machine)),
+        known=machine.operators,
+        budget_s=budget_s,
+        weight=lambda o: o.count * model.rate_seconds(o),
+    )
+
+    def change(profile: Profile | None) -> Profile:
+        now = timestamp()
+        base = profile or Profile(measured.key, machine, created_at=now, updated_at=now)
+        known = base.machine.operators | found
+        updated = msgspec.structs.replace(base.machine, operators=known)
+        return msgspec.structs.replace(base, machine=updated, updated_at=now)
+
+    known = update_profile(measured.key, change).machine.operators
+    return measured._replace(machine=msgspec.structs.replace(machine, operators=known))
 
 
 def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:

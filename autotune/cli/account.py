@@ -67,7 +67,7 @@ def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
 
 def phase_table(prediction: Prediction) -> RenderableType:
     """Memory and time per phase."""
-    table = _table("phase", "resident", "activation", "workspace", "needed", "seconds", "bound by")
+    table = _table("phase", "resident", "active", "workspace", "needed", "seconds", "bound by")
     binding = prediction.binding_phase.name
     for p in prediction.phases:
         mark = " ◀" if p.name == binding else ""

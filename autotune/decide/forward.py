@@ -50,10 +50,12 @@ class ForwardModel:
     def __init__(self, machine: Machine, workload: Workload) -> None:
         self._machine = machine
         self._latent_tokens = workload.latent_tokens
-        plain = Kernel(machine.default_attention)
-        self._corrections = Corrections(
-            machine.operators, workload, lambda o: self._by_rates(o, plain, False).seconds
-        )
+        self._corrections = Corrections(machine.operators, workload, self.rate_seconds)
+
+    def rate_seconds(self, operator: Operator) -> float:
+        """One call by rates alone, as diffusers runs it when nothing is set."""
+        plain = Kernel(self._machine.default_attention)
+        return self._by_rates(operator, plain, channels_last=False).seconds
 
     def cost(self, trace: Trace, execution: Execution, kernel: Kernel) -> ForwardCost:
         """Cost of one forward.

@@ -1,4 +1,4 @@
-"""Deciding needs no torch, no files and no GPU: any plan can be replayed on any recorded machine."""
+"""Deciding needs no torch, no files and no GPU: any plan can be replayed on any machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def run(code: str) -> str:
 
 def test_importing_the_package_and_every_torch_free_stage_leaves_torch_alone():
     modules = (
-        "autotune, autotune.tuner, autotune.cli.app, autotune.decide.choose, autotune.optimizations, "
+        "autotune, autotune.tuner, autotune.cli.app, autotune.decide.choose, "
+        "autotune.optimizations, "
         "autotune.profile.store, autotune.workload.architecture, autotune.workload.cache, "
         "autotune.probe.live, autotune.probe.nvml, autotune.probe.reference"
     )

@@ -1,4 +1,4 @@
-"""The sets that every guide names must come out of the numbers, on the machines they were made for."""
+"""The sets that every guide names must come out of the numbers, on the machines they are for."""
 
 from __future__ import annotations
 

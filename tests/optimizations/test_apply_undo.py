@@ -222,9 +222,7 @@ def test_offload_keeps_what_diffusers_noted_before(sd_pipe: Any) -> None:
 # ---- where it cannot run ------------------------------------------------------------------------
 
 
-def test_xformers_on_a_cpu_is_one_error_and_no_change(
-    pipe: Any, draw: Any, snapshot: Any
-) -> None:
+def test_xformers_on_a_cpu_is_one_error_and_no_change(pipe: Any, draw: Any, snapshot: Any) -> None:
     plain = draw(pipe)
     before = snapshot(pipe)
     with pytest.raises(OptimizationError, match="xformers cannot run here"):

@@ -189,9 +189,7 @@ def test_a_pipeline_of_another_kind_is_refused_with_what_is_known(
 # ---- the built-in files -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
 def test_built_in_files_describe_the_published_networks(name: str, parameters: int) -> None:
     config = find_architecture(name).components["unet"]
     unet = describe("unet", build_on_meta("unet", config, torch.float16))

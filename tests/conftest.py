@@ -206,7 +206,7 @@ Snapshot = Callable[[Any], dict[str, Any]]
 
 @pytest.fixture
 def snapshot() -> Snapshot:
-    """Everything about a pipeline that an optimization could leave changed, to compare by ``==``."""
+    """All that an optimization could leave changed on a pipeline, to compare by ``==``."""
     return take_snapshot
 
 

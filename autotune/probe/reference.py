@@ -51,7 +51,8 @@ def read_machine(path: Path) -> Machine:
         return msgspec.json.decode(path.read_bytes(), type=Machine)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise MachineError(f"cannot read the machine file {path}: {reason}") from error
+        hint = "check the path, or write one with `autotune probe --save FILE`"
+        raise MachineError(f"cannot read the machine file {path}: {reason}", hint) from error
     except msgspec.MsgspecError as error:
         hint = "write one with `autotune probe --save FILE`"
         raise MachineError(f"{path} is not a machine file: {error}", hint) from error

@@ -8,7 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from autotune.decide.plan import Plan
-from autotune.errors import AutotuneError, ModelError, first_line
+from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import Architecture
 
 
@@ -27,14 +27,25 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
     if architecture.variant and plan.workload.dtype != "float32":
         options["variant"] = architecture.variant
     try:
-        return _read(DiffusionPipeline, architecture.weights, options)
-    except AutotuneError:
-        raise
+        pipe = _read(DiffusionPipeline, architecture.weights, options)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise all sorts
         raise ModelError(
             f"cannot load the weights of {architecture.weights}: {first_line(error)}",
             "download the model again, or check that the folder is complete",
         ) from error
+    _require_vocabularies(pipe, architecture.weights)
+    return pipe
+
+
+def _require_vocabularies(pipe: Any, weights: str) -> None:
+    """transformers 5 silently makes an empty tokenizer where the files of one are missing."""
+    for name, part in pipe.components.items():
+        special = getattr(part, "all_special_tokens", None)
+        if special is not None and len(part) <= len(special):
+            raise ModelError(
+                f"{weights} has no vocabulary for its {name}",
+                "download the model again, or check that the folder is complete",
+            )
 
 
 def _dtype_keyword() -> str:

@@ -43,6 +43,11 @@ def asked_json(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
+def size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
 def schema(name: str) -> dict:
     return json.loads((SCHEMAS / name).read_text())
 
@@ -82,7 +87,7 @@ def test_run_draws_and_remembers(tmp_path):
     again = autotune(*common, "-o", str(second))
     assert again.returncode == 0, again.stderr
     assert "measured this machine" not in again.stderr
-    assert Image.open(first).size == (128, 128)
+    assert size(first) == (128, 128)
     assert first.read_bytes() == second.read_bytes()
     shown = asked_json("profile", "show")
     runs = shown["profile"]["runs"]
@@ -106,7 +111,7 @@ def test_run_with_every_lossy_optimization_allowed(tmp_path):
         "run", "--steps", "2", "--quality", "fast", "--height", "256", "--width", "256",
         "--seed", "1", "-o", str(tmp_path / "out.png"),
     )  # fmt: skip
-    assert Image.open(shown["images"][0]).size == (256, 256)
+    assert size(Path(shown["images"][0])) == (256, 256)
 
 
 def test_plan_json_keeps_its_contract():

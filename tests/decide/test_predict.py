@@ -41,7 +41,7 @@ def test_weights_are_resident(traced, rtx_3080):
 
 
 def test_sdxl_vae_decodes_in_float32(traced, rtx_3080):
-    """3.00 GiB of activations at 1024², as a real run's allocator shows; the VAE's weights twice."""
+    """3.00 GiB of activations at 1024², as a real run shows; the VAE's weights twice."""
     workload = traced("sdxl")
     decode = phase(predicted(rtx_3080, workload), "decode")
     assert decode.activation_bytes == pytest.approx(3.0 * GIB, rel=0.001)
@@ -116,7 +116,7 @@ def test_tome_needs_depth_on_sdxl(traced, rtx_3080):
 
 
 def test_tome_flops_as_measured_by_a_flop_counter(traced, rtx_3080):
-    """SD 1.5, ratio 0.5: 1.607 to 1.449 TFLOP at 512², 9.348 to 7.026 at 1024² (tomesd, counted)."""
+    """SD 1.5, ratio 0.5: 1.607 to 1.449 TFLOP at 512², 9.348 to 7.026 at 1024² (as counted)."""
     for side, before, after in ((512, 1.607, 1.449), (1024, 9.348, 7.026)):
         workload = traced("sd15", height=side, width=side)
         denoise = next(p for p in workload.phases if p.name == "denoise").runs[0].trace

@@ -17,7 +17,7 @@ KERNELS = ("aten::convolution", "aten::scaled_dot_product_attention")
 @pytest.fixture
 def request_of() -> Callable[..., Request]:
     def make(side: int = 64, batch: int = 1, **fields: Any) -> Request:
-        values = {"steps": 3, "guidance_scale": 7.5, "dtype": "float32"} | fields
+        values: dict[str, Any] = {"steps": 3, "guidance_scale": 7.5, "dtype": "float32"} | fields
         return Request(height=side, width=side, batch=batch, **values)
 
     return make

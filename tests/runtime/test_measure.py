@@ -1,0 +1,120 @@
+"""The phase meter: phases in order, and no trace left on the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from autotune.runtime.measure import PhaseMeter, cpu_peaks
+
+PlanOf = Callable[..., Any]
+
+
+@pytest.fixture
+def meter(pipe: Any, plan_of: PlanOf) -> PhaseMeter:
+    return PhaseMeter(pipe, plan_of(pipe)[1], "cpu")
+
+
+def test_phases_come_in_order(pipe: Any, meter: PhaseMeter, draw: Any) -> None:
+    assert not meter.measured
+    with meter.watch():
+        draw(pipe)
+    assert [m.name for m in meter.measured] == ["encode", "denoise", "decode"]
+
+
+def test_several_calls_add_up(pipe: Any, meter: PhaseMeter, draw: Any) -> None:
+    with meter.watch():
+        draw(pipe)
+    first = {phase.name: phase.seconds for phase in meter.measured}
+    with meter.watch():
+        draw(pipe)
+    assert all(m.seconds > first[m.name] for m in meter.measured)
+    assert len(meter.measured) == 3
+
+
+def test_watching_changes_no_image_and_leaves_nothing(
+    pipe: Any, meter: PhaseMeter, draw: Any, snapshot: Any
+) -> None:
+    plain = draw(pipe)
+    before = snapshot(pipe)
+    with meter.watch():
+        assert snapshot(pipe) != before
+        assert torch.equal(draw(pipe), plain)
+    assert snapshot(pipe) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_a_call_that_raises_leaves_nothing_either(
+    pipe: Any, meter: PhaseMeter, draw: Any, snapshot: Any, error: BaseException
+) -> None:
+    draw(pipe)
+    before = snapshot(pipe)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)), meter.watch():
+        handle = pipe.unet.conv_out.register_forward_pre_hook(fail)
+        try:
+            draw(pipe)
+        finally:
+            handle.remove()
+    assert snapshot(pipe) == before
+    interrupted = {phase.name for phase in meter.measured}
+    assert "denoise" not in interrupted
+    with meter.watch():
+        draw(pipe)
+    assert [m.name for m in meter.measured] == ["encode", "denoise", "decode"]
+
+
+def test_a_decode_set_by_hand_is_kept(sd_pipe: Any, plan_of: PlanOf, draw: Any) -> None:
+    calls = []
+    original = sd_pipe.vae.decode
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    sd_pipe.vae.decode = mine
+    with PhaseMeter(sd_pipe, plan_of(sd_pipe)[1], "cpu").watch():
+        draw(sd_pipe)
+    assert sd_pipe.vae.__dict__["decode"] is mine
+    assert len(calls) == 1
+
+
+def test_it_measures_through_offload_hooks(sd_pipe: Any, plan_of: PlanOf, draw: Any) -> None:
+    meter = PhaseMeter(sd_pipe, plan_of(sd_pipe)[1], "cpu")
+    sd_pipe.enable_model_cpu_offload(device="cpu")
+    with meter.watch():
+        draw(sd_pipe)
+    assert [m.name for m in meter.measured] == ["encode", "denoise", "decode"]
+
+
+def test_cpu_peaks_count_tensors_on_top_of_the_weights(sd_pipe: Any, plan_of: PlanOf) -> None:
+    meter = PhaseMeter(sd_pipe, plan_of(sd_pipe)[1], "cpu")
+    tensor = torch.randn(2, 4, 16, 16)
+
+    def call() -> None:
+        with meter.watch(), torch.no_grad():
+            sd_pipe.text_encoder(torch.zeros(1, 16, dtype=torch.long))
+            sd_pipe.vae.decode(tensor)
+            kept = torch.empty(10 << 20, dtype=torch.uint8)
+            del kept
+
+    peaks = cpu_peaks(call, weight_bytes=1 << 40)
+    assert set(peaks) == {"encode", "decode"}
+    assert (1 << 40) < peaks["encode"] < (1 << 40) + (1 << 20)
+    assert (10 << 20) <= peaks["decode"] - (1 << 40) < (11 << 20)
+
+
+def test_cpu_peaks_end_the_profiler_when_the_call_raises(capfd: Any) -> None:
+    def call() -> None:
+        raise KeyError("prompt")
+
+    for _ in range(2):  # a profiler left running would refuse the second
+        with pytest.raises(KeyError):
+            cpu_peaks(call, 0)
+    assert capfd.readouterr().err == ""

@@ -30,6 +30,9 @@ from autotune.workload.workload import Workload
 
 log = logging.getLogger("autotune")
 
+REPLAY_S = 3.0
+"""Seconds that a new workload may spend on timing its operators; once per workload and machine."""
+
 Progress = Callable[[str], None]
 
 
@@ -60,6 +63,7 @@ class Ask(msgspec.Struct, frozen=True):
         guidance_scale: Above 1 doubles the denoiser's batch.
         dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         limits: Quality, memory limits, optimizations allowed.
+        frames: Video frames; image models draw one.
     """
 
     height: int | None = None
@@ -69,6 +73,7 @@ class Ask(msgspec.Struct, frozen=True):
     guidance_scale: float | None = None
     dtype: str = "auto"
     limits: Limits = Limits()
+    frames: int | None = None
 
 
 def machine_here(
@@ -138,6 +143,7 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
         torch.device(device_name(machine)),
         known=machine.operators,
         budget_s=budget_s,
+        memory_bytes=machine.device.free_bytes // 10,  # never disturb what else runs here
         weight=lambda o: o.count * model.rate_seconds(o),
     )
 
@@ -153,10 +159,37 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
 
 
 def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
-    """Work out what the request needs and decide how to run it.
+    """Work out what the request needs and decide how a machine, here or elsewhere, should run it.
 
     Raises:
         ModelError, RequestError, OptimizationError: see the stages.
+    """
+    architecture, workload = work_out(model, machine, ask)
+    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+
+
+def plan_here(
+    model: str | Architecture, measured: Measured, ask: Ask, progress: Progress | None = None
+) -> Planned:
+    """The same for this machine, whose kernels are timed on the workload's own operators first.
+
+    Raises:
+        ModelError, RequestError, OptimizationError: see the stages.
+    """
+    architecture, workload = work_out(model, measured.machine, ask)
+    if progress is not None:
+        progress("the model's operators")
+    machine = replayed(measured, workload, REPLAY_S).machine
+    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+
+
+def work_out(
+    model: str | Architecture, machine: Machine, ask: Ask
+) -> tuple[Architecture, Workload]:
+    """The model's architecture, and the traced workload of the completed request.
+
+    Raises:
+        ModelError, RequestError: see the stages.
     """
     check_limits(ask.limits)
     architecture = find_architecture(model) if isinstance(model, str) else model
@@ -169,9 +202,9 @@ def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
         steps=ask.steps,
         guidance_scale=ask.guidance_scale,
         dtype=ask.dtype,
+        frames=ask.frames,
     )
-    workload = workload_of(architecture, request)
-    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+    return architecture, workload_of(architecture, request)
 
 
 def loadable(model: str) -> Architecture:
@@ -258,7 +291,7 @@ def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
     loaded_dtype = str(pipe.dtype).removeprefix("torch.")
     dtype = loaded_dtype if ask.dtype == "auto" else ask.dtype
     asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
-    planned = make_plan(architecture, measured.machine, asked)
+    planned = plan_here(architecture, measured, asked)
     return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
 
 
@@ -268,6 +301,6 @@ def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
     from autotune.runtime.tuned import Tuned
 
     measured = machine_here(device)
-    planned = make_plan(loadable(model), measured.machine, ask)
+    planned = plan_here(loadable(model), measured, ask)
     pipe = load_pipeline(planned.architecture, planned.plan)
     return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))

@@ -6,20 +6,19 @@ import typer
 
 from autotune.cli.output import progress
 from autotune.probe.machine import Machine
-from autotune.tuner import Measured, machine_here
-
-
-def choose_machine(name: str | None, device: str | None = None) -> Machine:
-    """The named reference machine or file, else this machine.
-
-    Raises:
-        MachineError: the name is unknown or the file cannot be read.
-    """
-    if name is not None:
-        from autotune.probe.reference import load_machine
-
-        return load_machine(name)
-    return this_machine(device).machine
+from autotune.tuner import (
+    REPLAY_S,
+    Ask,
+    Measured,
+    Planned,
+    machine_here,
+    make_plan,
+    plan_here,
+    replayed,
+    work_out,
+)
+from autotune.workload.architecture import Architecture
+from autotune.workload.workload import Workload
 
 
 def this_machine(device: str | None = None) -> Measured:
@@ -29,3 +28,44 @@ def this_machine(device: str | None = None) -> Measured:
     if measured.reasons:
         typer.echo(f"measured this machine: {'; '.join(measured.reasons)}", err=True)
     return measured
+
+
+def plan_on_this(model: str | Architecture, measured: Measured, ask: Ask) -> Planned:
+    """Plan for this machine; timing a new model's operators shows on a terminal."""
+    with progress("Planning: tracing and timing") as say:
+        return plan_here(model, measured, ask, say)
+
+
+def plan_on(name: str | None, model: str, ask: Ask) -> Planned:
+    """Plan for a named reference machine or a file, else for this machine.
+
+    Raises:
+        MachineError: the name is unknown or the file cannot be read.
+    """
+    named = _named(name)
+    return (
+        plan_on_this(model, this_machine(), ask) if named is None else make_plan(model, named, ask)
+    )
+
+
+def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Workload]:
+    """The machine as in ``plan_on``, and the workload, with its operators timed if it is here.
+
+    Raises:
+        MachineError: the name is unknown or the file cannot be read.
+    """
+    named = _named(name)
+    if named is not None:
+        return named, work_out(model, named, ask)[1]
+    measured = this_machine()
+    with progress("Tracing and timing"):
+        workload = work_out(model, measured.machine, ask)[1]
+        return replayed(measured, workload, REPLAY_S).machine, workload
+
+
+def _named(name: str | None) -> Machine | None:
+    if name is None:
+        return None
+    from autotune.probe.reference import load_machine
+
+    return load_machine(name)

@@ -36,9 +36,10 @@ def make_ask(
     guidance: float | None,
     dtype: str,
     limits: Limits,
+    frames: int | None = None,
 ) -> Ask:
     """The options as one value."""
-    return Ask(height, width, batch, steps, guidance, dtype, limits)
+    return Ask(height, width, batch, steps, guidance, dtype, limits, frames)
 
 
 def make_limits(quality: str, only: str, without: str, vram_limit: str | None) -> Limits:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autotune.cli.machine import choose_machine
+from autotune.cli.machine import plan_on, work_out_on
 from autotune.cli.options import (
     Batch,
     Dtype,
@@ -23,13 +23,8 @@ from autotune.cli.options import (
     make_limits,
 )
 from autotune.cli.output import JsonFlag, print_json
-from autotune.decide.choose import Limits
 from autotune.decide.choose import predict as predict_set
 from autotune.optimizations import parse_settings
-from autotune.tuner import make_plan
-from autotune.workload.architecture import find_architecture
-from autotune.workload.cache import workload_of
-from autotune.workload.request import complete_request
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name such as sdxl.")]
 
@@ -52,7 +47,7 @@ def plan(
     """Decide how to run MODEL here or elsewhere, and say why."""
     limits = make_limits(quality, only, without, vram_limit)
     ask = make_ask(height, width, batch, steps, guidance, dtype, limits)
-    planned = make_plan(model, choose_machine(machine), ask).plan
+    planned = plan_on(machine, model, ask).plan
     if json:
         print_json(planned.to_dict())
         return
@@ -80,21 +75,9 @@ def predict(
     """Predict a given set of optimizations, without choosing."""
     settings = parse_settings(with_)
     limits = make_limits("exact", "", "", vram_limit)
-    here = choose_machine(machine)
-    architecture = find_architecture(model)
-    request = complete_request(
-        architecture,
-        here,
-        height=height,
-        width=width,
-        batch=batch,
-        steps=steps,
-        guidance_scale=guidance,
-        dtype=dtype,
-        frames=frames,
-    )
-    workload = workload_of(architecture, request)
-    report = predict_set(here, workload, settings, Limits(vram_limit=limits.vram_limit))
+    ask = make_ask(height, width, batch, steps, guidance, dtype, limits, frames)
+    here, workload = work_out_on(machine, model, ask)
+    report = predict_set(here, workload, settings, limits)
     if json:
         print_json(report.to_dict())
         return

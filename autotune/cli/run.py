@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from autotune.cli.machine import this_machine
+from autotune.cli.machine import plan_on_this, this_machine
 from autotune.cli.options import (
     Batch,
     Device,
@@ -38,7 +38,6 @@ from autotune.tuner import (
     Planned,
     device_name,
     loadable,
-    make_plan,
     remember_run,
     was_verified,
 )
@@ -81,7 +80,7 @@ def run(
     text = _prompt(model, prompt)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     measured = this_machine(device)
-    planned = make_plan(loadable(model), measured.machine, ask)
+    planned = plan_on_this(loadable(model), measured, ask)
     tuned = _load(planned, device_name(measured.machine))
     options = {"seed": seed, "negative_prompt": negative_prompt}
     result, phases = tuned.measure(text, **options)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from autotune.probe.machine import Figure, Kernels
+from autotune.probe.replay import host_seconds_per_operator
 from autotune.probe.timing import rate, time_call
 from autotune.units import GIB, MIB
 
@@ -20,66 +20,6 @@ Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OFFLOADED_LEAVES = 48
-
-
-BLOCK_OPERATORS = 34
-"""Operators of one :class:`TinyBlock` that compute something; views are not counted."""
-
-
-# What diffusers' own Python (attention processors, argument handling) adds to a bare block: SD
-# 1.5's UNet shrunk to 8 channels takes 15.4 µs per operator where the block takes 9.6, with
-# diffusers 0.42 on two CPU cores.
-_DIFFUSERS_CODE = 1.6
-
-
-class TinyBlock(nn.Module):
-    """A residual block and a transformer block wired as in a UNet, on 8 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(2, 8) for _ in range(3))
-        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-        self.time, self.silu = nn.Linear(8, 8), nn.SiLU()
-        self.layer_norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
-        self.projections = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
-        self.enter, self.leave = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.widen, self.narrow = nn.Linear(8, 64), nn.Linear(32, 8)
-
-    def forward(self, image: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Like a UNet's block: image ``[1, 8, h, w]``, time ``[1, 8]``, text ``[1, tokens, 8]``."""
-        return self._transform(self._residual(image, time), text)
-
-    def _residual(self, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        hidden = self.convolutions[0](self.silu(self.norms[0](image)))
-        hidden = hidden + self.time(self.silu(time))[:, :, None, None]
-        hidden = self.convolutions[1](self.silu(self.norms[1](hidden)))
-        return image + cast("torch.Tensor", hidden)
-
-    def _transform(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        tokens = self.enter(self.norms[2](image)).flatten(2).transpose(1, 2)
-        normed = self.layer_norms[0](tokens)
-        tokens = tokens + self._attend(normed, normed, 0)
-        tokens = tokens + self._attend(self.layer_norms[1](tokens), text, 4)
-        hidden, gate = self.widen(self.layer_norms[2](tokens)).chunk(2, dim=-1)
-        tokens = tokens + self.narrow(hidden * functional.gelu(gate))
-        return image + cast("torch.Tensor", self.leave(tokens.transpose(1, 2).reshape(image.shape)))
-
-    def _attend(self, tokens: torch.Tensor, context: torch.Tensor, at: int) -> torch.Tensor:
-        sources = (tokens, context, context)
-        query, key, value = (
-            self.projections[at + part](source).unflatten(-1, (2, 4)).transpose(1, 2)
-            for part, source in enumerate(sources)
-        )
-        attended = functional.scaled_dot_product_attention(query, key, value)
-        projected: torch.Tensor = self.projections[at + 3](attended.transpose(1, 2).flatten(2))
-        return projected
-
-
-def block_inputs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The smallest image, time embedding and text that a :class:`TinyBlock` takes."""
-    shapes = ((1, 8, 2, 2), (1, 8), (1, 4, 8))
-    image, time, text = (random(shape, device, torch.float32) for shape in shapes)
-    return image, time, text
 
 
 def measure_kernels(
@@ -116,7 +56,7 @@ def measure_kernels(
         convolution_flops_per_s=convolution,
         convolution_channels_last_flops_per_s=channels_last,
         memory_bytes_per_s=memory_rate(device, memory_bytes, budget_s),
-        dispatch_s=dispatch_cost(device, budget_s),
+        dispatch_s=host_seconds_per_operator(device),
         offload_hook_s=None if device.type == "cpu" else offload_hook_cost(device, budget_s),
     )
 
@@ -179,22 +119,6 @@ def memory_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Fig
     return rate(seconds, 2 * size)
 
 
-def dispatch_cost(device: torch.device, budget_s: float) -> Figure:
-    """Seconds the host spends per operator, from Python through modules and views to the kernel.
-
-    Measured on a UNet's blocks shrunk to a few values, so that the way there is all that is left.
-    An operator alone costs less than half of that: views and module code come with it, and are put
-    down to the operators that compute something, as a trace counts them.
-    """
-    with torch.device("meta"):
-        shell = TinyBlock()
-    block = _still(shell, device)
-    inputs = block_inputs(device)
-    with _one_thread():
-        seconds = time_call(lambda: block(*inputs), device, budget_s=budget_s)
-    return _divided(seconds, BLOCK_OPERATORS / _DIFFUSERS_CODE)
-
-
 def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
     """Seconds per leaf module of accelerate's sequential offload, beyond its bytes.
 
@@ -208,17 +132,6 @@ def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
     model = accelerate.cpu_offload(_still(nn.Sequential(*layers), torch.device("cpu")), device)
     values = random((1, 64), device, torch.float32)
     return _divided(time_call(lambda: model(values), device, budget_s=budget_s), _OFFLOADED_LEAVES)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Dispatching is one thread's work; on a busy CPU a pool would wait for its own threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _still(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Predicted against real step time: operator replay plus host cost, beside a forward that really runs.
+"""Predicted against real step time: operator replay plus host cost, beside a real forward.
 
 For UNets, a diffusion transformer and a VAE decoder with random weights, on the device at hand.
-Nothing of a model's forward is timed for its prediction: only its distinct operators, one at a time.
+Nothing of a model's forward is timed for its prediction: only its distinct operators, each alone.
 
     scripts/benchmark_replay.py             # a table
     scripts/benchmark_replay.py --json      # {"median_error", "worst_error", "rows"}

@@ -32,7 +32,7 @@ def main() -> None:
     check_contents(arguments.wheel)
     venv.create(arguments.environment, with_pip=True, clear=True)
     python = arguments.environment / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     constrained = [*install, "-c", str(CONSTRAINTS)]
     subprocess.run([*constrained, "torch"], check=True)
     subprocess.run([*constrained, str(arguments.wheel)], check=True)

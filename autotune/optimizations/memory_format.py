@@ -21,6 +21,8 @@ class ChannelsLast(Optimization):
     relieves = "compute of denoise and decode, workspace of decode"
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if machine.device.kind == "cpu":
+            return "on the CPU, oneDNN packs convolution weights in a layout of its own anyway"
         rates = machine.kernels.convolution_channels_last_flops_per_s
         if workload.request.dtype not in rates:
             return f"channels-last convolution was not measured in {workload.request.dtype} here"

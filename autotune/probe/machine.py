@@ -62,10 +62,21 @@ class Device(Value, frozen=True):
     processes: tuple[GpuProcess, ...] = ()
 
 
+class TransferPoint(Value, frozen=True):
+    """Copies of one size. *h2d* is host to device."""
+
+    direction: Literal["h2d", "d2h"]
+    pinned: bool
+    bytes: int
+    bytes_per_s: Figure
+
+
 class Link(Value, frozen=True):
     """Host ↔ device. Bytes per second; *h2d* is host to device.
 
     ``module_*`` are ``module.to()`` as model offload runs it: far below what pinned copies reach.
+    ``overlap_fraction`` is how much of the shorter of the two a pinned copy to the device and a
+    kernel save by running at once: 1 is all of it, 0 means that one waits for the other.
     """
 
     h2d_pinned_bytes_per_s: Figure
@@ -78,11 +89,15 @@ class Link(Value, frozen=True):
     pcie_width_max: int | None = None
     pcie_generation_in_copy: int | None = None
     pcie_width_in_copy: int | None = None
+    overlap_fraction: Figure | None = None
+    sweep: tuple[TransferPoint, ...] = ()
 
 
 class Kernels(Value, frozen=True):
     """How fast the device computes. Keys are dtypes: ``"float32"``, ``"float16"``, ``"bfloat16"``.
 
+    Matrix products have two more where the hardware does: ``"tensorfloat32"`` (float32 tensors,
+    multiplied with ten bits) and ``"float8_e4m3fn"``; no pipeline has them as its dtype.
     ``memory_bytes_per_s`` counts bytes read plus bytes written. ``dispatch_s`` is what one small
     operator costs the host, from Python to kernel launch.
     """
@@ -98,6 +113,8 @@ class Kernels(Value, frozen=True):
 class AttentionRate(Value, frozen=True):
     """One attention implementation, really called at one shape.
 
+    ``"sdpa"`` is PyTorch's own choice; ``"sdpa_flash"``, ``"sdpa_efficient"``, ``"sdpa_cudnn"``
+    and ``"sdpa_math"`` are what it chooses from.
     ``flops_per_s`` counts 4·batch·heads·q_tokens·kv_tokens·head_dim per call. It is ``None`` when
     the implementation failed; ``error`` then has its message.
     """
@@ -123,13 +140,21 @@ class OperatorTime(Value, frozen=True):
 
 
 class Host(Value, frozen=True):
-    """The computer around the device. RAM respects a container's limit; cores the affinity mask."""
+    """The computer around the device. RAM respects a container's limit; cores the affinity mask.
+
+    ``memlock_limit_bytes`` is ``RLIMIT_MEMLOCK``, ``None`` when unlimited or unknown: information
+    only, because CUDA's driver pins memory without it; what bounds pinned memory is RAM, in a
+    container the control group's. ``disk_read_bytes_per_s`` is that of the disk with the hub's
+    model cache, past the page cache.
+    """
 
     cpu: str
     cores: int
     ram_total_bytes: int
     ram_available_bytes: int
     os: str
+    memlock_limit_bytes: int | None = None
+    disk_read_bytes_per_s: Figure | None = None
 
 
 class Machine(Value, frozen=True):

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import nn
 
 from autotune.probe import nvml
-from autotune.probe.machine import Figure, Link
+from autotune.probe.machine import Figure, Link, TransferPoint
 from autotune.probe.timing import rate, synchronize, time_call
-from autotune.units import MIB
+from autotune.units import GIB, MIB
 
-_BUFFER_BYTES = 256 * MIB  # large enough that neither latency nor a waking link shows
-_MODULE_ROUNDS = 4
+Direction = Literal["h2d", "d2h"]
+
+_SWEEP_BYTES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB)
+_LARGE_BYTES = 256 * MIB  # large enough that neither latency nor a waking link shows
+_LONGEST_COPY_S = 0.25  # a size that would take longer is left out: a link may be a hundredth of x16
+_MODULE_ROUNDS = 3
 _LINK_POLLS = 5
+_POLLED_COPY_S = 0.02  # longer than NVML takes to answer
+_OVERLAPPED_BYTES = 64 * MIB
+_OVERLAPPED_SIDE = 2048
 
 # The widths of a UNet's linear layers (SD 1.5: 320 … 1280, feed-forward 8 times that): module.to()
 # moves one tensor at a time, so their sizes are what its rate depends on.
@@ -32,45 +40,81 @@ _LAYERS = (
 
 
 def measure_link(
-    device: torch.device, *, memory_bytes: int, uuid: str | None = None, budget_s: float = 0.12
+    device: torch.device,
+    *,
+    memory_bytes: int,
+    uuid: str | None = None,
+    budget_s: float = 0.12,
+    quick: bool = False,
 ) -> Link | None:
-    """Copies both ways, pinned, pageable and by ``module.to()``.
+    """Copies both ways, pinned, pageable and by ``module.to()``; copies beside a kernel.
 
     Args:
         device: A discrete CUDA device; others have no link of their own.
-        memory_bytes: Device memory that the buffers may take.
+        memory_bytes: Memory that the buffers may take on the device, and each of them on the host.
         uuid: NVML's name of the device, to read the link's state while it is busy.
-        budget_s: About how long each of the four copies is measured.
+        budget_s: About how long each of the large copies is measured; other sizes take a quarter.
+        quick: Measure the large size alone, and nothing beside a kernel.
 
     Returns:
         ``None`` on anything but CUDA.
     """
     if device.type != "cuda":
         return None
-    size = max(MIB, min(_BUFFER_BYTES, memory_bytes // 2))
-    on_device = torch.empty(size, dtype=torch.uint8, device=device)
-    pageable = torch.zeros(size, dtype=torch.uint8)
-    pinned = pageable.pin_memory()
-
-    def copies(target: torch.Tensor, source: torch.Tensor) -> Figure:
-        return copy_rate(target, source, device, budget_s)
-
-    h2d, d2h = copies(on_device, pinned), copies(pinned, on_device)
-    generation, width = _link_in_copy(on_device, pinned, uuid)
+    sizes = _sizes(memory_bytes, quick)
+    sweep = tuple(
+        point for pinned in (True, False) for point in sweep_of(device, sizes, pinned, budget_s)
+    )
+    h2d = headline(sweep, "h2d", pinned=True)
+    generation, width = _link_in_copy(device, h2d, sizes[-1], uuid)
+    module_h2d, module_d2h = module_rates(
+        device, min(_LARGE_BYTES, sizes[-1]), rounds=1 if quick else _MODULE_ROUNDS
+    )
     facts = nvml.gpu(uuid)
-    module_h2d, module_d2h = module_rates(device, size)
     return Link(
         pcie_generation_max=facts.pcie_generation_max if facts else None,
         pcie_width_max=facts.pcie_width_max if facts else None,
         pcie_generation_in_copy=generation,
         pcie_width_in_copy=width,
         h2d_pinned_bytes_per_s=h2d,
-        d2h_pinned_bytes_per_s=d2h,
-        h2d_pageable_bytes_per_s=copies(on_device, pageable),
-        d2h_pageable_bytes_per_s=copies(pageable, on_device),
+        d2h_pinned_bytes_per_s=headline(sweep, "d2h", pinned=True),
+        h2d_pageable_bytes_per_s=headline(sweep, "h2d", pinned=False),
+        d2h_pageable_bytes_per_s=headline(sweep, "d2h", pinned=False),
         module_h2d_bytes_per_s=module_h2d,
         module_d2h_bytes_per_s=module_d2h,
+        overlap_fraction=None if quick else measure_overlap(device, memory_bytes, budget_s / 2),
+        sweep=() if quick else sweep,
     )
+
+
+def sweep_of(
+    device: torch.device, sizes: tuple[int, ...], pinned: bool, budget_s: float
+) -> Iterator[TransferPoint]:
+    """Copies of every size both ways, smallest first, up to the first that would take too long."""
+    on_device = torch.empty(sizes[-1], dtype=torch.uint8, device=device)
+    on_host = _host_buffer(sizes[-1], pinned)
+    slowest = float("inf")
+    for size in sizes:
+        if size / slowest > _LONGEST_COPY_S:
+            return
+        here, there = on_host[:size], on_device[:size]
+        budget = budget_s if size == min(_LARGE_BYTES, sizes[-1]) else budget_s / 4
+        out = copy_rate(there, here, device, budget)
+        back = copy_rate(here, there, device, budget)
+        yield TransferPoint("h2d", pinned, size, out)
+        yield TransferPoint("d2h", pinned, size, back)
+        slowest = min(out.value, back.value)
+
+
+def headline(sweep: tuple[TransferPoint, ...], direction: Direction, *, pinned: bool) -> Figure:
+    """The rate of the large size: the largest measured, up to where nothing changes any more."""
+    points = [
+        point
+        for point in sweep
+        if (point.direction, point.pinned) == (direction, pinned)
+        and (point.bytes <= _LARGE_BYTES or point is sweep[0])
+    ]
+    return max(points, key=lambda point: point.bytes).bytes_per_s
 
 
 def copy_rate(
@@ -84,7 +128,60 @@ def copy_rate(
     return rate(time_call(copy, device, budget_s=budget_s), source.nbytes)
 
 
-def module_rates(device: torch.device, memory_bytes: int) -> tuple[Figure, Figure]:
+def measure_overlap(
+    device: torch.device, memory_bytes: int, budget_s: float
+) -> Figure | None:
+    """How much of a pinned copy to the device hides behind a kernel (``Link.overlap_fraction``).
+
+    The copy runs on a stream of its own, as diffusers' offloading with streams does it, beside
+    matrix products that take about as long.
+    """
+    size, side = min(_OVERLAPPED_BYTES, memory_bytes // 2), _OVERLAPPED_SIDE
+    if 4 * side * side * 2 > memory_bytes // 2:
+        return None
+    source = _host_buffer(size, pinned=True)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    left = torch.zeros((side, side), dtype=torch.float16, device=device)
+    right, product = torch.zeros_like(left), torch.empty_like(left)
+    copying = torch.cuda.Stream(device)
+
+    def multiply(times: int) -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=product)
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+
+    def copy_beside(times: int) -> None:
+        computing = torch.cuda.current_stream(device)
+        copying.wait_stream(computing)
+        with torch.cuda.stream(copying):
+            copy()
+        multiply(times)
+        computing.wait_stream(copying)
+
+    alone = time_call(copy, device, budget_s=budget_s).value
+    once = time_call(lambda: multiply(1), device, budget_s=budget_s).value
+    times = max(1, min(1000, round(alone / once)))
+    computed = time_call(lambda: multiply(times), device, budget_s=budget_s).value
+    return overlap(
+        alone, computed, time_call(lambda: copy_beside(times), device, budget_s=budget_s)
+    )
+
+
+def overlap(copy_s: float, compute_s: float, both: Figure) -> Figure:
+    """Time saved by doing both at once, as a fraction of the most that can be saved."""
+
+    def fraction(seconds: float) -> float:
+        saved = (copy_s + compute_s - seconds) / min(copy_s, compute_s)
+        return min(1.0, max(0.0, saved))
+
+    return Figure(fraction(both.value), tuple(fraction(sample) for sample in both.samples))
+
+
+def module_rates(
+    device: torch.device, memory_bytes: int, rounds: int = _MODULE_ROUNDS
+) -> tuple[Figure, Figure]:
     """Bytes per second of ``module.to(device)`` and of ``module.to("cpu")``, in turn.
 
     Pageable memory both ways, and a fresh host allocation for every tensor that returns: what
@@ -93,7 +190,7 @@ def module_rates(device: torch.device, memory_bytes: int) -> tuple[Figure, Figur
     module = offloadable_module(memory_bytes)
     size = sum(parameter.nbytes for parameter in module.parameters())
     out, back = [], []
-    for _ in range(_MODULE_ROUNDS + 1):
+    for _ in range(rounds + 1):
         out.append(_seconds(lambda: module.to(device), device))
         back.append(_seconds(lambda: module.to("cpu"), device))
     return _rate_without_first(size, out), _rate_without_first(size, back)
@@ -117,6 +214,16 @@ def offloadable_module(memory_bytes: int) -> nn.Module:
         at += 1
 
 
+def _sizes(memory_bytes: int, quick: bool) -> tuple[int, ...]:
+    fitting = tuple(size for size in _SWEEP_BYTES if size <= max(MIB, memory_bytes))
+    return fitting if not quick else (min(_LARGE_BYTES, fitting[-1]),)
+
+
+def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
+    """Host memory that is really there: pages that were never written are all the same one."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+
+
 def _rate_without_first(size: int, seconds: list[float]) -> Figure:
     samples = tuple(size / second for second in seconds[1:])
     return Figure(value=statistics.median(samples), samples=samples)
@@ -131,17 +238,20 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _link_in_copy(
-    on_device: torch.Tensor, pinned: torch.Tensor, uuid: str | None
+    device: torch.device, rate_in_copy: Figure, memory_bytes: int, uuid: str | None
 ) -> tuple[int | None, int | None]:
-    """The best link state seen while copies are queued: between copies the link may step down."""
+    """The best link state seen while a copy runs: between copies the link may step down."""
     if uuid is None:
         return None, None
+    size = max(MIB, min(memory_bytes, int(rate_in_copy.value * _POLLED_COPY_S)))
+    source, target = _host_buffer(size, pinned=True), torch.empty(size, dtype=torch.uint8)
+    target = target.to(device)
     states = []
     for _ in range(_LINK_POLLS):
-        for _ in range(4):
-            on_device.copy_(pinned, non_blocking=True)
+        for _ in range(2):
+            target.copy_(source, non_blocking=True)
         states.append(nvml.link_state(uuid))
-    synchronize(on_device.device)
+    synchronize(device)
     return max((state for state in states if None not in state), default=(None, None), key=_order)
 
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -45,12 +45,38 @@ class _Calls:
     live_bytes: int = 0
 
 
+class _Result(NamedTuple):
+    """What an operator returned: enough to return the like again."""
+
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    is_single: bool
+
+    @staticmethod
+    def fits(out: Any) -> bool:
+        """Whether shapes are all there is to it: meta tensors, with nothing else among them."""
+        items = out if isinstance(out, tuple) else (out,)
+        return all(isinstance(t, Tensor) and t.is_meta for t in items)
+
+    @classmethod
+    def of(cls, out: Any) -> _Result:
+        described = ((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(out))
+        return cls(tuple(described), isinstance(out, Tensor))
+
+    def again(self) -> Any:
+        made = tuple(
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            for shape, stride, dtype in self.tensors
+        )
+        return made[0] if self.is_single else made
+
+
 @dataclass
 class _Recorder:
     """Follows storages by lifetime and sums operators by signature."""
 
     weights: set[int]
     calls: dict[tuple[str, int], _Calls] = field(default_factory=dict)
+    results: dict[str, _Result] = field(default_factory=dict)
     live_bytes: int = 0
     peak_bytes: int = 0
     block_tokens: int = 0
@@ -83,18 +109,25 @@ class _Recorder:
         calls.count += 1
         calls.live_bytes = max(calls.live_bytes, self.live_bytes)
 
-    def operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Record one dispatched operator, unless it only made a view or reserved memory."""
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one dispatched operator and record it, unless it only makes a view or is memory.
+
+        A call whose like was seen before is not run again: PyTorch computes the shapes of many
+        operators in Python, which takes longer than everything else here.
+        """
+        if _is_view(func):
+            return func(*args, **kwargs)
+        signature = _signature(str(func), args, kwargs)
+        made = self.results.get(signature)
+        out = func(*args, **kwargs) if made is None else made.again()
         outputs = _tensors(out)
         is_new = [self.adopt(t) for t in outputs]
-        if func.overloadpacket.__name__ in _ALLOCATES_ONLY:
-            return
-        if not any(is_new) and not func._schema.is_mutable:
-            return
-        self.count(
-            _signature(str(func), args, kwargs),
-            lambda: self._measure(func, args, kwargs, outputs),
-        )
+        if made is None and all(is_new) and not func._schema.is_mutable and _Result.fits(out):
+            self.results[signature] = _Result.of(out)
+        works = any(is_new) or func._schema.is_mutable
+        if works and func.overloadpacket.__name__ not in _ALLOCATES_ONLY:
+            self.count(signature, lambda: self._measure(func, args, kwargs, outputs))
+        return out
 
     def _measure(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> _Calls:
         inputs = _tensors((args, kwargs))
@@ -165,9 +198,7 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.recorder.operator(func, args, kwargs or {}, out)
-        return out
+        return self.recorder.run(func, args, kwargs or {})
 
 
 class _Attention(TorchFunctionMode):
@@ -239,6 +270,11 @@ def _self_attention_marked(module: nn.Module, recorder: _Recorder) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
 
 
 def _tensors(value: Any) -> list[Tensor]:

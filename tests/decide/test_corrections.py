@@ -1,0 +1,67 @@
+"""Replayed times replace rates, and correct what was not replayed by its kin."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from autotune.decide.choose import execution_of
+from autotune.decide.corrections import Corrections, replayable
+from autotune.decide.forward import ForwardModel
+from autotune.decide.predict import Predictor
+from autotune.optimizations import parse_settings
+from autotune.probe.machine import OperatorTime
+
+
+def slower(machine, workload, factor, keep=lambda operator: True):
+    """The machine on which every operator was replayed, at a multiple of what rates say."""
+    model = ForwardModel(machine, workload)
+    times = {
+        o.key: OperatorTime(factor * model.rate_seconds(o)) for o in replayable(workload) if keep(o)
+    }
+    return msgspec.structs.replace(machine, operators=times)
+
+
+def seconds(machine, workload, text=""):
+    prediction = Predictor(machine, workload).predict(execution_of(parse_settings(text)))
+    return {p.name: p.compute_s + p.memory_s for p in prediction.phases}
+
+
+def test_without_replay_rates_stand(traced, rtx_3080):
+    workload = traced("sd15")
+    corrections = Corrections({}, workload, lambda o: 1.0)
+    assert all(corrections.factor(o) == 1.0 for o in replayable(workload))
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
+def test_replayed_times_are_taken(traced, rtx_3080, factor):
+    workload = traced("sd15")
+    plain = seconds(rtx_3080, workload)
+    replayed = seconds(slower(rtx_3080, workload, factor), workload)
+    assert replayed == pytest.approx({k: factor * v for k, v in plain.items()})
+
+
+def test_alternatives_are_corrected_like_what_they_replace(traced, rtx_3080):
+    """Nothing of a tiled decode or a merged step is replayed: it must not look fast for that."""
+    workload = traced("sdxl")
+    machine = slower(rtx_3080, workload, 3.0)
+    for text in ("vae_tiling:tile=512", "tome:ratio=0.5:max_downsample=4", "attention_slicing"):
+        plain, corrected = seconds(rtx_3080, workload, text), seconds(machine, workload, text)
+        for phase in ("denoise", "decode"):
+            assert corrected[phase] == pytest.approx(3 * plain[phase], rel=0.15)
+
+
+def test_what_the_budget_did_not_reach_is_corrected_too(traced, rtx_3080):
+    workload = traced("sd15")
+    half = {o.key for i, o in enumerate(replayable(workload)) if i % 2}
+    machine = slower(rtx_3080, workload, 2.0, keep=lambda o: o.key in half)
+    plain, corrected = seconds(rtx_3080, workload), seconds(machine, workload)
+    assert corrected["denoise"] == pytest.approx(2 * plain["denoise"], rel=0.1)
+
+
+def test_replayed_workspace_is_taken(traced, rtx_3080):
+    workload = traced("sd15")
+    times = {o.key: OperatorTime(1e-6, workspace_bytes=7 << 20) for o in replayable(workload)}
+    machine = msgspec.structs.replace(rtx_3080, operators=times)
+    before, after = (Predictor(m, workload).predict(execution_of(())) for m in (rtx_3080, machine))
+    assert after.phases[-1].workspace_bytes < before.phases[-1].workspace_bytes

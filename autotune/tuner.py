@@ -16,6 +16,7 @@ from autotune.decide.choose import Limits, check_limits, choose
 from autotune.decide.corrections import replayable
 from autotune.decide.forward import ForwardModel
 from autotune.decide.plan import Plan
+from autotune.decide.prediction import Prediction
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
 from autotune.probe.machine import Machine
@@ -256,9 +257,28 @@ def remember_run(
         base = profile or Profile(
             key=measured.key, machine=measured.machine, created_at=now, updated_at=now
         )
+        if is_far_off(plan.prediction, phases):
+            log.info("far from the prediction: the operators will be timed again")
+            base = msgspec.structs.replace(base, machine=_forgotten(base.machine, planned.workload))
         return msgspec.structs.replace(base, runs=(*base.runs, record), updated_at=now)
 
     update_profile(measured.key, change)
+
+
+def is_far_off(prediction: Prediction, phases: tuple[PhaseMeasurement, ...]) -> bool:
+    """Whether a run took less than half or more than twice the time predicted.
+
+    No model is that wrong about an operator it has timed: the machine was busy, then or now.
+    """
+    measured = sum(p.seconds for p in phases)
+    return not prediction.seconds / 2 <= measured <= prediction.seconds * 2
+
+
+def _forgotten(machine: Machine, workload: Workload) -> Machine:
+    """The machine without the times of the workload's operators."""
+    drop = {o.key for o in replayable(workload)}
+    kept = {k: t for k, t in machine.operators.items() if k not in drop}
+    return msgspec.structs.replace(machine, operators=kept)
 
 
 def was_verified(measured: Measured, planned: Planned) -> bool:

@@ -90,6 +90,23 @@ def test_runs_are_remembered(here):
     assert len(stored.runs) == 2
 
 
+def test_a_run_far_from_its_prediction_has_its_operators_timed_again(here):
+    """A busy machine, at replay or at the run, must not spoil every later prediction."""
+    measured = machine_here("cpu")
+    planned = plan_here("demo", measured, Ask())
+    predicted = planned.plan.prediction.seconds
+
+    def known() -> int:
+        stored = load_profile(measured.key)
+        assert stored is not None
+        return len(stored.machine.operators)
+
+    tuner.remember_run(measured, planned, (PhaseMeasurement("denoise", 1.5 * predicted),))
+    assert known() > 0
+    tuner.remember_run(measured, planned, (PhaseMeasurement("denoise", 9 * predicted),))
+    assert known() == 0
+
+
 def test_another_machine_is_never_written_to_the_profile(cpu_machine):
     make_plan("demo", cpu_machine, Ask())
     assert load_profile(identity("cpu")) is None

@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as functional
 
 from autotune.probe.machine import Figure, OperatorTime
-from autotune.probe.timing import block_seconds, synchronize, time_call
+from autotune.probe.timing import (
+    DISTURBED_SPREAD,
+    block_seconds,
+    spread,
+    synchronize,
+    time_call,
+)
 from autotune.workload.workload import Operator, Trace
 
 _ROUNDS_MIN, _ROUNDS_MAX = 3, 9
@@ -91,9 +97,15 @@ def _time_in_rounds(
             # A CUDA event around one short kernel would time the event.
             taken.append(block_seconds(call, device, 1 if device.type == "cpu" else 10))
     return {
-        operator.key: OperatorTime(statistics.median(taken), _workspace(call, device))
+        operator.key: OperatorTime(_typical(taken), _workspace(call, device))
         for (operator, call), taken in zip(prepared, samples, strict=True)
     }
+
+
+def _typical(samples: list[float]) -> float:
+    """The median; where something got in the way, the quickest, which it got in the way of least."""
+    disturbed = spread(samples) > 2 * DISTURBED_SPREAD
+    return min(samples) if disturbed else statistics.median(samples)
 
 
 def host_seconds_per_operator(device: torch.device) -> Figure:

@@ -103,7 +103,7 @@ def _time_in_rounds(
 
 
 def _typical(samples: list[float]) -> float:
-    """The median; where something got in the way, the quickest, which it got in the way of least."""
+    """The median; where something got in the way, the quickest: it suffered least."""
     disturbed = spread(samples) > 2 * DISTURBED_SPREAD
     return min(samples) if disturbed else statistics.median(samples)
 

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autotune import tuner
+from autotune.cli.options import Batch, Dtype, Height, Width
 from autotune.cli.output import JsonFlag, console, print_json, progress
+from autotune.decide.choose import predict
+from autotune.decide.corrections import replayable
+from autotune.errors import RequestError
 from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Link, Machine
 from autotune.probe.pcie import line_rate
 from autotune.probe.reference import write_machine
-from autotune.units import format_bytes, format_rate, format_seconds
+from autotune.tuner import Ask, Measured
+from autotune.units import MIB, format_bytes, format_rate, format_seconds
+from autotune.workload.architecture import Architecture, find_architecture
+from autotune.workload.cache import workload_of
+from autotune.workload.request import complete_request
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,18 +48,85 @@ SaveOption = Annotated[
 ]
 
 
-def probe(device: DeviceOption = None, json: JsonFlag = False, save: SaveOption = None) -> None:
-    """Measure this machine: memory, link, kernels, attention. Remembers it in the profile."""
-    with progress("Measuring this machine") as say:
-        from autotune.tuner import machine_here
+QuickOption = Annotated[
+    bool,
+    typer.Option("--quick", help="A first look in under 3 s; the profile is left as it is."),
+]
+DeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--deep",
+        metavar="MODEL",
+        help="Also time the operators of this model, without its weights, at the size given.",
+        show_default=False,
+    ),
+]
 
-        machine = machine_here(device, remeasure=True, progress=say).machine
+_REPLAY_BUDGET_S = 30.0
+
+
+def probe(
+    device: DeviceOption = None,
+    quick: QuickOption = False,
+    deep: DeepOption = None,
+    height: Height = None,
+    width: Width = None,
+    batch: Batch = 1,
+    dtype: Dtype = "auto",
+    json: JsonFlag = False,
+    save: SaveOption = None,
+) -> None:
+    """Measure this machine: memory, link, kernels, attention. Remembers it in the profile."""
+    if quick and deep:
+        raise RequestError("--quick and --deep exclude each other", "leave one of them out")
+    architecture = None if deep is None else find_architecture(deep)  # fails before the work
+    account = None
+    with progress("Measuring this machine") as say:
+        if quick:
+            from autotune.probe.measure import measure_machine
+
+            machine = measure_machine(device, quick=True, progress=say)
+        else:
+            measured = tuner.machine_here(device, remeasure=True, progress=say)
+            if architecture is not None:
+                if say is not None:
+                    say(f"the operators of {deep}")
+                ask = Ask(height, width, batch, dtype=dtype)
+                measured, account = time_operators(measured, architecture, ask)
+            machine = measured.machine
     if save is not None:
         write_machine(machine, save)
     if json:
         print_json(machine)
     else:
         print_machine(machine)
+    if account is not None:
+        typer.echo(account, err=json)
+
+
+def time_operators(
+    measured: Measured, architecture: Architecture, ask: Ask, budget_s: float = _REPLAY_BUDGET_S
+) -> tuple[Measured, str]:
+    """The machine with a model's operators replayed, and what came of it in one sentence."""
+    request = complete_request(
+        architecture,
+        measured.machine,
+        height=ask.height,
+        width=ask.width,
+        batch=ask.batch,
+        dtype=ask.dtype,
+    )
+    workload = workload_of(architecture, request)
+    measured = tuner.replayed(measured, workload, budget_s)
+    wanted = {operator.key for operator in replayable(workload)}
+    timed = len(wanted & measured.machine.operators.keys())
+    phases = predict(measured.machine, workload, ()).prediction.phases
+    step_s = next(p.seconds for p in phases if p.name == "denoise") / request.steps
+    return measured, (
+        f"Timed {timed} of {len(wanted)} different operators of {workload.model} at "
+        f"{request.width}x{request.height}, {request.dtype}: "
+        f"a denoise step should take {format_seconds(step_s)} where nothing is optimized."
+    )
 
 
 def print_machine(machine: Machine) -> None:
@@ -99,6 +175,8 @@ def _rows(machine: Machine) -> Iterator[tuple[str, str]]:
         yield "offload hook", f"{format_seconds(kernels.offload_hook_s.value)} per layer"
     if machine.link is not None:
         yield from _link_rows(machine.link)
+    if host.disk_read_bytes_per_s is not None:
+        yield "model cache", f"read from disk at {_speed(host.disk_read_bytes_per_s.value)}"
     if machine.context_bytes:
         yield "context", format_bytes(machine.context_bytes)
 
@@ -137,6 +215,12 @@ def _link_rows(link: Link) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "from device", _copies(link.d2h_pinned_bytes_per_s, link.d2h_pageable_bytes_per_s, "")
+    pinned = [point for point in link.sweep if point.pinned and point.direction == "h2d"]
+    if pinned:
+        sizes = (f"{p.bytes // MIB} MiB {p.bytes_per_s.value / 1e9:.1f}" for p in pinned)
+        yield "  by size", f"{', '.join(sizes)} GB/s to device, pinned"
+    if link.overlap_fraction is not None:
+        yield "  overlap", f"{link.overlap_fraction.value:.0%} of a copy hides behind a kernel"
     out, back = link.module_h2d_bytes_per_s.value, link.module_d2h_bytes_per_s.value
     yield "module.to()", f"{_speed(out)} to device, {_speed(back)} back"
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from msgspec import structs
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune.probe.kernels import random
 from autotune.probe.machine import AttentionRate
@@ -29,6 +30,10 @@ from autotune.probe.timing import rate, time_call
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 XFORMERS_ABSENT = "xformers is not installed: pip install diffusers-autotune[xformers]"
+
+WRONG = "wrong result"
+
+_QUICK_BUDGET_S = 0.2
 
 _REFERENCE_ROWS = 64
 _MESSAGE_LENGTH = 240
@@ -87,12 +92,11 @@ CPU_SHAPES = (
     Shape(2, 4, 1024, 1024, 40),
     Shape(2, 8, 1024, 77, 40),
     Shape(1, 4, 2048, 2048, 64),
-    Shape(1, 2, 4096, 4096, 40),
 )
 
 
 def measure_attention(
-    device: torch.device, *, memory_bytes: int, budget_s: float = 2.5
+    device: torch.device, *, memory_bytes: int, budget_s: float = 1.5, quick: bool = False
 ) -> tuple[AttentionRate, ...]:
     """Every implementation at every shape that fits into the budget of time and memory.
 
@@ -100,18 +104,25 @@ def measure_attention(
         device: Where to run.
         memory_bytes: Device memory that one call may take; larger shapes lose batch and heads.
         budget_s: When it is spent, the shapes not reached are left out; the first always runs.
+        quick: Run SDPA and xFormers alone, at the first shape.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    shapes = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
+    shapes: tuple[Shape, ...] = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
+    implementations = implementations_on(device)
+    if quick:
+        shapes, budget_s = shapes[:1], min(budget_s, _QUICK_BUDGET_S)
+        implementations = {name: IMPLEMENTATIONS[name] for name in ("sdpa", "xformers")}
     fitted = [shape.fitted(memory_bytes, dtype.itemsize) for shape in shapes]
     deadline = time.perf_counter() + budget_s
     rates: list[AttentionRate] = []
-    implementations = dict(IMPLEMENTATIONS)
     for shape in dict.fromkeys(shape for shape in fitted if shape):
         if rates and time.perf_counter() > deadline:
             break
         share = budget_s / len(shapes) / len(implementations)
-        measured = measure_shape(shape, device, dtype, implementations, share)
+        # The math backend widens its scores to float32: twice what the others may need.
+        wide = 2 * shape.score_bytes(4) > memory_bytes
+        called = {n: c for n, c in implementations.items() if not (wide and n == "sdpa_math")}
+        measured = measure_shape(shape, device, dtype, called, share)
         rates += measured
         # What refused once is not asked again: its reason does not depend on the shapes listed
         # here.
@@ -120,6 +131,12 @@ def measure_attention(
         ):
             implementations.pop(failed.implementation)
     return tuple(rates)
+
+
+def implementations_on(device: torch.device) -> dict[str, Attention]:
+    """Those to call: with each kernel that SDPA chooses from, where it lets itself be told."""
+    backends = {"cuda": tuple(BACKENDS), "cpu": ("sdpa_flash", "sdpa_math")}
+    return IMPLEMENTATIONS | dict.fromkeys(backends.get(device.type, ()), sdpa)
 
 
 def measure_shape(
@@ -177,6 +194,16 @@ IMPLEMENTATIONS: dict[str, Attention] = {
     "sliced": sliced,
 }
 
+BACKENDS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+"""The kernels that SDPA chooses from; each is :func:`sdpa` with the others switched off."""
+
+_HEADINGS = {"sdpa_flash": "flash", "sdpa_efficient": "memory", "sdpa_cudnn": "cudnn"}
+
 
 def brief(error: BaseException) -> str:
     """An exception in one line: xFormers' pages of refusals shrink to their distinct reasons."""
@@ -229,19 +256,51 @@ def _measure(
     )
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         return structs.replace(result, error=XFORMERS_ABSENT)
+    told: list[warnings.WarningMessage] = []
     try:
-        extra, deviation = _first_call(call, tensors, reference)
-        if not deviation <= _TOLERANCE[query.dtype]:
-            wrong = f"wrong result: {deviation:.1e} relative deviation from a float64 reference"
-            return structs.replace(
-                result, extra_bytes=extra, deviation=_finite(deviation), error=wrong
-            )
-        seconds = time_call(lambda: call(*tensors), query.device, budget_s=budget_s)
+        with _backend(name, told):
+            extra, deviation = _first_call(call, tensors, reference)
+            if not deviation <= _TOLERANCE[query.dtype]:
+                wrong = f"{WRONG}: {deviation:.1e} relative deviation from a float64 reference"
+                return structs.replace(
+                    result, extra_bytes=extra, deviation=_finite(deviation), error=wrong
+                )
+            seconds = time_call(lambda: call(*tensors), query.device, budget_s=budget_s)
     except Exception as error:  # whatever a third party's kernel raises is the finding
-        return structs.replace(result, error=brief(error))
+        return structs.replace(result, error=_refusal(name, told) or brief(error))
     return structs.replace(
         result, flops_per_s=rate(seconds, shape.flops), extra_bytes=extra, deviation=deviation
     )
+
+
+@contextlib.contextmanager
+def _backend(name: str, told: list[warnings.WarningMessage]) -> Iterator[None]:
+    """SDPA restricted to the backend of that name, if there is one; warnings go to ``told``."""
+    if name not in BACKENDS:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with sdpa_kernel(BACKENDS[name]):
+                yield
+        finally:
+            told.extend(caught)
+
+
+def _refusal(name: str, told: list[warnings.WarningMessage]) -> str | None:
+    """Why SDPA refused a backend: its error says nothing, its warnings go through all of them.
+
+    ``"Flash attention kernel not used because:"``, the reason, then the next backend.
+    """
+    backend = ""
+    for warning in told:
+        text = str(warning.message).partition(" (Triggered internally")[0].strip()
+        if text.endswith("not used because:"):
+            backend = text.lower()
+        elif backend.startswith(_HEADINGS.get(name, "?")):
+            return brief(RuntimeError(text))
+    return None
 
 
 def _finite(value: float) -> float | None:

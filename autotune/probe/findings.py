@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from autotune.probe import nvml
-from autotune.probe.attention import XFORMERS_ABSENT
+from autotune.probe.attention import BACKENDS, WRONG, XFORMERS_ABSENT
 from autotune.probe.machine import Figure, GpuProcess, Link, Machine
 from autotune.probe.pcie import line_rate
 from autotune.probe.timing import spread
@@ -15,14 +16,31 @@ from autotune.units import GIB, format_bytes, format_rate
 
 _LINK_FAR_BELOW = 0.6  # pinned copies reach 0.75-0.85 of the line rate on a healthy link
 _FOREIGN_BYTES = GIB // 4
+_STOLEN_SHARE = 0.05
+_FOREIGN_GPU_PERCENT = 10  # a desktop being drawn stays below
+_AGAIN = "so its own rates are higher: measure again when it is quiet."
 _THROTTLES_THAT_MATTER = ("slowdown", "power brake")
+
+
+class Noise(NamedTuple):
+    """What else went on while the machine was measured.
+
+    Attributes:
+        foreign_cores: Cores that other processes kept busy.
+        stolen_cores: Cores' worth of time that the hypervisor gave to other machines.
+        gpu_percent: Share of the GPU that other processes took; ``None`` where nobody tells.
+    """
+
+    foreign_cores: float = 0.0
+    stolen_cores: float = 0.0
+    gpu_percent: int | None = None
 
 
 def find(
     machine: Machine,
     *,
     disturbed_above: float,
-    foreign_cores: float = 0.0,
+    noise: Noise = Noise(),  # noqa: B008 - immutable
     accelerator: bool = False,
 ) -> Machine:
     """The machine with its findings.
@@ -31,7 +49,7 @@ def find(
         machine: As measured.
         disturbed_above: Spread, as a fraction of the median, from which a figure is called
             unsteady.
-        foreign_cores: Cores that other processes kept busy meanwhile.
+        noise: What else went on meanwhile.
         accelerator: Torch has one; a CPU was then measured because somebody asked for it.
     """
     finders: tuple[Callable[[Machine], Iterator[str]], ...] = (
@@ -47,7 +65,7 @@ def find(
     if machine.device.kind == "cpu" and not accelerator:
         found = [*_no_gpu(machine), *found]
     found += _unsteady(machine, disturbed_above)
-    found += _crowded(machine, foreign_cores)
+    found += _crowded(machine, noise)
     return replace(machine, findings=tuple(found))
 
 
@@ -154,6 +172,8 @@ def _xformers_remedy(machine: Machine) -> str:
 
 def _wrong_attention(machine: Machine) -> Iterator[str]:
     for rate in machine.attention:
+        if rate.implementation in BACKENDS and not (rate.error or "").startswith(WRONG):
+            continue  # that SDPA refuses a backend is no news: it chooses another
         if rate.implementation != "xformers" and rate.error:
             tokens = f"{rate.q_tokens} tokens, head size {rate.head_dim}"
             yield f"The {rate.implementation} attention fails at {tokens}: {rate.error}."
@@ -168,14 +188,24 @@ def _unsteady(machine: Machine, above: float) -> Iterator[str]:
         )
 
 
-def _crowded(machine: Machine, foreign_cores: float) -> Iterator[str]:
+def _crowded(machine: Machine, noise: Noise) -> Iterator[str]:
     """On a CPU every figure suffers from neighbours; a GPU only needs one core that keeps up."""
     cores = machine.host.cores
     tolerated = 0.15 * cores if machine.device.kind == "cpu" else cores - 1.0
-    if foreign_cores > max(0.2, tolerated):
+    if noise.foreign_cores > max(0.2, tolerated):
         yield (
-            f"Other processes kept {foreign_cores:.1f} of {cores} cores busy while this was "
-            "measured, so its own rates are higher: measure again when it is quiet."
+            f"Other processes kept {noise.foreign_cores:.1f} of {cores} cores busy while this was "
+            f"measured, {_AGAIN}"
+        )
+    if noise.stolen_cores > _STOLEN_SHARE * cores:
+        yield (
+            f"The hypervisor gave {noise.stolen_cores:.1f} of {cores} cores to other virtual "
+            f"machines while this was measured, {_AGAIN}"
+        )
+    if noise.gpu_percent is not None and noise.gpu_percent > _FOREIGN_GPU_PERCENT:
+        yield (
+            f"Other processes kept the GPU busy for up to {noise.gpu_percent} % of the time, "
+            f"{_AGAIN}"
         )
 
 

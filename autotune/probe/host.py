@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -27,28 +28,70 @@ def read_host() -> Host:
         ram_total_bytes=total,
         ram_available_bytes=available,
         os=f"{platform.system()} {platform.release()}".strip(),
+        memlock_limit_bytes=memlock_limit(),
     )
 
 
 class Neighbours:
-    """Watches, from its creation on, how many cores other processes keep busy."""
+    """Watches, from its creation on, how many cores others keep busy or the hypervisor takes.
+
+    Only the cores that this process may run on count.
+    """
 
     def __init__(self) -> None:
-        self._start = self._read()
+        self._start = _read_times()
 
     def busy_cores(self) -> float:
-        """Cores' worth of work that was not this process's since the watch began."""
-        seconds, busy, own = (
-            now - then for now, then in zip(self._read(), self._start, strict=True)
-        )
-        return max(0.0, busy - own) / seconds if seconds > 0 else 0.0
+        """Cores' worth of work that was not this process's since the watch began.
 
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        cpu, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        waiting = cpu.idle + getattr(cpu, "iowait", 0.0)
-        guests = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)
-        return time.monotonic(), sum(cpu) - waiting - guests, own.user + own.system
+        Where a quota leaves it fewer cores than it may run on, the first ones busy are no loss.
+        """
+        seconds, busy, own, _ = self._since()
+        foreign = (busy - own) / seconds if seconds > 0 else 0.0
+        return max(0.0, foreign - (_affinity() - usable_cores()))
+
+    def stolen_cores(self) -> float:
+        """Cores' worth of time that a hypervisor gave to other virtual machines."""
+        seconds, _, _, stolen = self._since()
+        return max(0.0, stolen / seconds) if seconds > 0 else 0.0
+
+    def _since(self) -> _Times:
+        pairs = zip(_read_times(), self._start, strict=True)
+        return _Times(*(now - then for now, then in pairs))
+
+
+class _Times(NamedTuple):
+    """Seconds: of the clock, of busy cores, of this process, of stolen cores."""
+
+    clock: float
+    busy: float
+    own: float
+    stolen: float
+
+
+def _read_times() -> _Times:
+    cores, own = psutil.cpu_times(percpu=True), psutil.Process().cpu_times()
+    if hasattr(os, "sched_getaffinity"):
+        mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
+        cores = mine or cores
+    busy = stolen = 0.0
+    for core in cores:
+        taken = float(getattr(core, "steal", 0.0))
+        idle = core.idle + getattr(core, "iowait", 0.0)
+        guests = getattr(core, "guest", 0.0) + getattr(core, "guest_nice", 0.0)
+        busy += sum(core) - idle - guests - taken
+        stolen += taken
+    return _Times(time.monotonic(), busy, own.user + own.system, stolen)
+
+
+def memlock_limit() -> int | None:
+    """``RLIMIT_MEMLOCK`` in bytes; ``None`` when unlimited, or where there is no such limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def ram(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import nn
 from torch.nn import functional
 
@@ -27,37 +29,46 @@ def measure_kernels(
     *,
     memory_bytes: int,
     budget_s: float = 0.1,
+    quick: bool = False,
     progress: Progress | None = None,
 ) -> Kernels:
-    """Every rate that the device has, in about ``12 · budget_s`` plus the start of its libraries.
+    """Every rate that the device has, in about ``14 · budget_s`` plus the start of its libraries.
 
     Args:
         device: Where to measure.
         memory_bytes: Device memory that the buffers may take.
         budget_s: About how long each figure is measured.
+        quick: Measure no more than what every prediction needs: float32, float16 on a GPU, memory.
         progress: Told what is being measured.
     """
     say = progress or (lambda text: None)
     matmul, convolution, channels_last = {}, {}, {}
     for name, dtype in dtypes(device).items():
+        if quick and name == "bfloat16":
+            continue
         say(f"{name} kernels")
         try:
             product = matmul_rate(device, dtype, memory_bytes, budget_s)
             plain = convolution_rate(device, dtype, budget_s)
-            last = convolution_rate(device, dtype, budget_s, torch.channels_last)
+            last = None if quick else convolution_rate(device, dtype, budget_s, torch.channels_last)
         except (RuntimeError, TypeError):
             if dtype is torch.float32:
                 raise
             continue  # a dtype that some kernel of this device lacks is a dtype it does not have
-        matmul[name], convolution[name], channels_last[name] = product, plain, last
+        matmul[name], convolution[name] = product, plain
+        if last is not None:
+            channels_last[name] = last
+    if not quick:
+        matmul |= narrow_products(device, memory_bytes, budget_s)
     say("memory bandwidth and dispatch cost")
+    hooks = device.type != "cpu" and not quick
     return Kernels(
         matmul_flops_per_s=matmul,
         convolution_flops_per_s=convolution,
         convolution_channels_last_flops_per_s=channels_last,
         memory_bytes_per_s=memory_rate(device, memory_bytes, budget_s),
-        dispatch_s=host_seconds_per_operator(device),
-        offload_hook_s=None if device.type == "cpu" else offload_hook_cost(device, budget_s),
+        dispatch_s=bare_operator_cost(device) if quick else host_seconds_per_operator(device),
+        offload_hook_s=offload_hook_cost(device, budget_s) if hooks else None,
     )
 
 
@@ -83,12 +94,74 @@ def matmul_rate(
     device: torch.device, dtype: torch.dtype, memory_bytes: int, budget_s: float
 ) -> Figure:
     """FLOP/s of a square matrix product, large enough to fill the device."""
+    left, right = square_operands(device, dtype, memory_bytes)
+    seconds = time_call(lambda: left @ right, device, budget_s=budget_s)
+    return rate(seconds, 2 * len(left) ** 3)
+
+
+def square_operands(
+    device: torch.device, dtype: torch.dtype, memory_bytes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two random matrices, as large as is telling and fits."""
     size = 1024 if device.type == "cpu" else 4096
     while 4 * size**2 * 4 > memory_bytes and size > 512:  # two made in float32, two operands
         size //= 2
-    left, right = (random((size, size), device, dtype) for _ in range(2))
-    seconds = time_call(lambda: left @ right, device, budget_s=budget_s)
-    return rate(seconds, 2 * size**3)
+    return random((size, size), device, dtype), random((size, size), device, dtype)
+
+
+def narrow_products(device: torch.device, memory_bytes: int, budget_s: float) -> dict[str, Figure]:
+    """FLOP/s in what only some GPUs multiply: TF32 (Ampere and later), float8 (Ada and later)."""
+    if device.type != "cuda" or torch.version.hip:
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    found = {}
+    if capability >= (8, 0):
+        with contextlib.suppress(RuntimeError), float32_precision("high"):
+            found["tensorfloat32"] = matmul_rate(device, torch.float32, memory_bytes, budget_s)
+    if capability >= (8, 9):
+        with contextlib.suppress(RuntimeError, TypeError):
+            found["float8_e4m3fn"] = float8_rate(device, memory_bytes, budget_s)
+    return found
+
+
+def float8_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Figure:
+    """FLOP/s of a scaled float8 product with bfloat16 results, as quantized transformers call it.
+
+    Raises:
+        RuntimeError: the device or the library has no such kernel.
+    """
+    left, right = square_operands(device, torch.float8_e4m3fn, memory_bytes)
+    column_major, scale = right.t(), torch.ones((), device=device)
+
+    def multiply() -> object:
+        return torch._scaled_mm(
+            left, column_major, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16
+        )
+
+    return rate(time_call(multiply, device, budget_s=budget_s), 2 * len(left) ** 3)
+
+
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """PyTorch's precision of float32 products for a while; afterwards every flag as it was.
+
+    Raises:
+        RuntimeError: it cannot be read, since the process has mixed PyTorch's two ways to set it.
+    """
+    before = torch.get_float32_matmul_precision()
+    # Since PyTorch 2.9 the old setting also sets these, and putting it back does not.
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", 0)]
+    newer = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]
+    try:
+        if precision != before:
+            torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        if precision != before:
+            torch.set_float32_matmul_precision(before)
+            for backend, value in newer:
+                backend.fp32_precision = value
 
 
 def convolution_rate(
@@ -117,6 +190,21 @@ def memory_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Fig
     target = torch.empty_like(source)
     seconds = time_call(lambda: target.copy_(source), device, budget_s=budget_s)
     return rate(seconds, 2 * size)
+
+
+def bare_operator_cost(device: torch.device) -> Figure:
+    """Seconds the host spends on one small operator called alone: a lower bound of the real cost.
+
+    Milliseconds, where :func:`host_seconds_per_operator` first imports diffusers.
+    """
+    value = torch.zeros(1, device=device)
+
+    def operators() -> None:
+        for _ in range(100):
+            value.add(1)
+
+    seconds = _divided(time_call(operators, device, budget_s=0.02), 100)
+    return structs.replace(seconds, source="measured on bare operators; in a model they cost more")
 
 
 def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:

@@ -85,7 +85,7 @@ def _default_kind() -> str:
 
 
 def _gpu_identity(device: str | None, index: str) -> str:
-    gpus = nvml.visible_gpus()
+    gpus = _visible_gpus(by_index=bool(index))
     if device is None or not index:
         chosen = freest(gpus) if device is None else next(iter(gpus), None)
     else:
@@ -94,6 +94,23 @@ def _gpu_identity(device: str | None, index: str) -> str:
         names = ", ".join(f"cuda:{at} ({gpu.name})" for at, gpu in enumerate(gpus)) or "no GPU"
         raise MachineError(f"there is no device {device!r} here", f"visible: {names}; or cpu")
     return chosen.uuid
+
+
+def _visible_gpus(by_index: bool) -> tuple[nvml.Gpu, ...]:
+    """The GPUs as CUDA numbers them, by NVML where that is certain, else by asking CUDA.
+
+    Args:
+        by_index: One of them will be chosen by its index. Without that the order is of no
+            importance as long as all are visible.
+    """
+    all_visible = "CUDA_VISIBLE_DEVICES" not in os.environ
+    if nvml.numbers_as_cuda() or (all_visible and not by_index):
+        return nvml.visible_gpus()
+    import torch  # a second, on a machine with different GPUs only; starts no context
+
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    found = (nvml.gpu(str(facts.uuid)) for facts in properties)
+    return tuple(gpu for gpu in found if gpu is not None) or nvml.visible_gpus()
 
 
 def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Device:

@@ -15,7 +15,8 @@ from autotune.errors import MachineError
 from autotune.probe import nvml, timing
 from autotune.probe.attention import measure_attention
 from autotune.probe.devices import choose_device, cuda_uuid, describe, empty_cache, nvml_view
-from autotune.probe.findings import find
+from autotune.probe.disk import measure_disk
+from autotune.probe.findings import Noise, find
 from autotune.probe.host import Neighbours, read_host
 from autotune.probe.kernels import measure_kernels
 from autotune.probe.live import slug
@@ -29,20 +30,27 @@ Progress = Callable[[str], None]
 _MEMORY_SHARE = 10  # the probe takes at most this part of the free memory
 _MEMORY_MOST = 4 << 30
 
+QUICK = "A quick look: `autotune probe` measures the rest, and remembers it."
+_FIGURE_S, _QUICK_FIGURE_S = 0.1, 0.03
+
 # A CUDA context with its loaded kernels takes 300-500 MiB on GPUs since 2018; used only where
 # neither NVML's free memory before the first tensor nor this process's entry can be read.
 _CONTEXT_ESTIMATE_BYTES = 400 * MIB
 _CONTEXT_PLAUSIBLE = range(64 * MIB, 2048 * MIB)
 
 
-def measure_machine(device: str | None = None, *, progress: Progress | None = None) -> Machine:
+def measure_machine(
+    device: str | None = None, *, quick: bool = False, progress: Progress | None = None
+) -> Machine:
     """Measures a device: memory, link, kernels, attention, and the host.
 
-    Takes under 10 s beyond importing torch and at most a tenth of the free memory. Random state,
-    global flags and other processes are left alone; afterwards nothing stays allocated.
+    Takes under 10 s beyond importing torch and diffusers, and at most a tenth of the free memory.
+    Random state, global flags and other processes are left alone; afterwards nothing stays
+    allocated.
 
     Args:
         device: ``"cuda:1"``, ``"cpu"``, …; by default the GPU with most free memory, else the CPU.
+        quick: Measure in under 3 s what a first look needs; a finding says so.
         progress: Told in a few words what is being measured.
 
     Raises:
@@ -54,7 +62,7 @@ def measure_machine(device: str | None = None, *, progress: Progress | None = No
     context = _Context(chosen)
     try:
         with torch.no_grad():
-            return _measure(chosen, context, say, start)
+            return _measure(chosen, context, quick, say, start)
     except torch.OutOfMemoryError as error:
         message = f"{chosen} has too little free memory to be measured"
         raise MachineError(message, "close what else uses it, or --device cpu") from error
@@ -63,22 +71,35 @@ def measure_machine(device: str | None = None, *, progress: Progress | None = No
         empty_cache(chosen)
 
 
-def _measure(device: torch.device, context: _Context, say: Progress, start: float) -> Machine:
+def _measure(
+    device: torch.device, context: _Context, quick: bool, say: Progress, start: float
+) -> Machine:
     say("memory")
-    neighbours = Neighbours()
+    watch = _Watch(device)
     host = read_host()
     facts = describe(device, host)
     allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
+    budget_s = _QUICK_FIGURE_S if quick else _FIGURE_S
     say("kernels")
-    kernels = measure_kernels(device, memory_bytes=allowance, progress=say)
+    kernels = measure_kernels(
+        device, memory_bytes=allowance, budget_s=budget_s, quick=quick, progress=say
+    )
     link = None
     if not facts.unified_memory:
         say("transfers")
-        link = measure_link(device, memory_bytes=allowance, uuid=facts.uuid)
+        # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
+        buffer = min(allowance, host.ram_available_bytes // (2 * _MEMORY_SHARE))
+        link = measure_link(
+            device, memory_bytes=buffer, uuid=facts.uuid, budget_s=budget_s, quick=quick
+        )
     say("attention")
-    attention = measure_attention(device, memory_bytes=allowance)
+    attention = measure_attention(device, memory_bytes=allowance, quick=quick)
     facts = _still_warm(facts, device)
+    noise = watch.noise()
     empty_cache(device)
+    if not quick:
+        say("disk")
+        host = replace(host, disk_read_bytes_per_s=measure_disk())
     machine = Machine(
         name=machine_name(facts, host.cores),
         source="measured",
@@ -92,12 +113,32 @@ def _measure(device: torch.device, context: _Context, say: Progress, start: floa
         measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         measured_in_s=round(time.perf_counter() - start, 2),
     )
-    return find(
+    machine = find(
         machine,
         disturbed_above=2 * timing.DISTURBED_SPREAD,
-        foreign_cores=neighbours.busy_cores(),
+        noise=noise,
         accelerator=torch.accelerator.is_available(),
     )
+    return replace(machine, findings=(*machine.findings, QUICK)) if quick else machine
+
+
+class _Watch:
+    """What else goes on from now on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._neighbours = Neighbours()
+        self._uuid, self._since = cuda_uuid(device), time.time()
+        # Before the first kernel of this probe: whatever runs then is not its own.
+        self._before = nvml.busy_percent(self._uuid)
+
+    def noise(self) -> Noise:
+        """What went on until now."""
+        others = nvml.others_percent(self._uuid, self._since)
+        return Noise(
+            foreign_cores=self._neighbours.busy_cores(),
+            stolen_cores=self._neighbours.stolen_cores(),
+            gpu_percent=self._before if others is None else others,
+        )
 
 
 def machine_name(device: Device, cores: int) -> str:

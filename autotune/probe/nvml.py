@@ -211,9 +211,7 @@ def link_state(uuid: str | None) -> tuple[int | None, int | None]:
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The GPUs that CUDA would show this process, as CUDA numbers them, without starting CUDA.
 
-    CUDA numbers the fastest GPU first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``; NVML numbers by
-    bus. On a machine with *different* GPUs an index may thus name another one than here: whoever
-    has torch loaded should go by its UUIDs.
+    Indices are NVML's: see :func:`numbers_as_cuda` for where CUDA's are the same.
     """
     known = gpus()
     instances = {gpu.uuid: gpu.mig_instances for gpu in known if gpu.mig_enabled}
@@ -223,6 +221,17 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     by_uuid = {gpu.uuid: gpu for gpu in known}
     found = (by_uuid.get(uuid) or gpu(uuid) for uuid in uuids)
     return tuple(item for item in found if item is not None)
+
+
+def numbers_as_cuda(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether an index means the same GPU to CUDA as here.
+
+    NVML numbers by bus. CUDA puts the fastest GPU first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``:
+    with equal GPUs that is the same, with different ones only CUDA itself knows.
+    """
+    by_bus = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    by_uuid = environ.get("CUDA_VISIBLE_DEVICES", "").strip().startswith(("GPU-", "MIG-"))
+    return by_bus or by_uuid or len({gpu.name for gpu in gpus()}) <= 1
 
 
 def visible_uuids(
@@ -383,6 +392,33 @@ def _process_name(pid: int) -> str | None:
         return str(psutil.Process(pid).name())
     except (psutil.Error, ValueError, OverflowError):
         return None
+
+
+def busy_percent(uuid: str | None) -> int | None:
+    """Share of the last moments in which any kernel ran on the GPU."""
+    handle = _handle(uuid) if uuid else None
+    rates = None if handle is None else _session.ask("nvmlDeviceGetUtilizationRates", handle)
+    return None if rates is None else int(rates.gpu)
+
+
+def others_percent(uuid: str | None, since_s: float) -> int | None:
+    """The highest share of the GPU that another process took at any time since then.
+
+    Args:
+        uuid: As for :func:`gpu`.
+        since_s: Seconds since the epoch; this process must have run kernels after it.
+
+    Returns:
+        ``None`` where NVML does not tell, or does not list this process: in a container the
+        processes may be numbered as on the host, and ours would be taken for another one.
+    """
+    handle = _handle(uuid) if uuid else None
+    if handle is None:
+        return None
+    samples = _session.ask("nvmlDeviceGetProcessUtilization", handle, int(since_s * 1e6)) or ()
+    if all(sample.pid != os.getpid() for sample in samples):
+        return None
+    return max((int(item.smUtil) for item in samples if item.pid != os.getpid()), default=0)
 
 
 def own_bytes(uuid: str | None) -> int | None:

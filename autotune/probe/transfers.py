@@ -19,7 +19,8 @@ Direction = Literal["h2d", "d2h"]
 
 _SWEEP_BYTES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB)
 _LARGE_BYTES = 256 * MIB  # large enough that neither latency nor a waking link shows
-_LONGEST_COPY_S = 0.25  # a size that would take longer is left out: a link may be a hundredth of x16
+_QUICK_SWEEP_BYTES = (16 * MIB, _LARGE_BYTES)
+_LONGEST_COPY_S = 0.15  # what would take longer is left out: some links are a hundredth of others
 _MODULE_ROUNDS = 3
 _LINK_POLLS = 5
 _POLLED_COPY_S = 0.02  # longer than NVML takes to answer
@@ -44,7 +45,7 @@ def measure_link(
     *,
     memory_bytes: int,
     uuid: str | None = None,
-    budget_s: float = 0.12,
+    budget_s: float = 0.1,
     quick: bool = False,
 ) -> Link | None:
     """Copies both ways, pinned, pageable and by ``module.to()``; copies beside a kernel.
@@ -68,7 +69,9 @@ def measure_link(
     h2d = headline(sweep, "h2d", pinned=True)
     generation, width = _link_in_copy(device, h2d, sizes[-1], uuid)
     module_h2d, module_d2h = module_rates(
-        device, min(_LARGE_BYTES, sizes[-1]), rounds=1 if quick else _MODULE_ROUNDS
+        device,
+        min(_LARGE_BYTES, sizes[-1], int(h2d.value * _LONGEST_COPY_S)),
+        rounds=1 if quick else _MODULE_ROUNDS,
     )
     facts = nvml.gpu(uuid)
     return Link(
@@ -93,9 +96,9 @@ def sweep_of(
     """Copies of every size both ways, smallest first, up to the first that would take too long."""
     on_device = torch.empty(sizes[-1], dtype=torch.uint8, device=device)
     on_host = _host_buffer(sizes[-1], pinned)
-    slowest = float("inf")
+    slower = float("inf")
     for size in sizes:
-        if size / slowest > _LONGEST_COPY_S:
+        if size / slower > _LONGEST_COPY_S:
             return
         here, there = on_host[:size], on_device[:size]
         budget = budget_s if size == min(_LARGE_BYTES, sizes[-1]) else budget_s / 4
@@ -103,16 +106,15 @@ def sweep_of(
         back = copy_rate(here, there, device, budget)
         yield TransferPoint("h2d", pinned, size, out)
         yield TransferPoint("d2h", pinned, size, back)
-        slowest = min(out.value, back.value)
+        slower = min(out.value, back.value)
 
 
 def headline(sweep: tuple[TransferPoint, ...], direction: Direction, *, pinned: bool) -> Figure:
-    """The rate of the large size: the largest measured, up to where nothing changes any more."""
+    """The rate of the large size: of the largest measured, up to where rates change no more."""
     points = [
         point
         for point in sweep
-        if (point.direction, point.pinned) == (direction, pinned)
-        and (point.bytes <= _LARGE_BYTES or point is sweep[0])
+        if (point.direction, point.pinned) == (direction, pinned) and point.bytes <= _LARGE_BYTES
     ]
     return max(points, key=lambda point: point.bytes).bytes_per_s
 
@@ -128,9 +130,7 @@ def copy_rate(
     return rate(time_call(copy, device, budget_s=budget_s), source.nbytes)
 
 
-def measure_overlap(
-    device: torch.device, memory_bytes: int, budget_s: float
-) -> Figure | None:
+def measure_overlap(device: torch.device, memory_bytes: int, budget_s: float) -> Figure | None:
     """How much of a pinned copy to the device hides behind a kernel (``Link.overlap_fraction``).
 
     The copy runs on a stream of its own, as diffusers' offloading with streams does it, beside
@@ -143,7 +143,7 @@ def measure_overlap(
     target = torch.empty(size, dtype=torch.uint8, device=device)
     left = torch.zeros((side, side), dtype=torch.float16, device=device)
     right, product = torch.zeros_like(left), torch.empty_like(left)
-    copying = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def multiply(times: int) -> None:
         for _ in range(times):
@@ -215,13 +215,13 @@ def offloadable_module(memory_bytes: int) -> nn.Module:
 
 
 def _sizes(memory_bytes: int, quick: bool) -> tuple[int, ...]:
-    fitting = tuple(size for size in _SWEEP_BYTES if size <= max(MIB, memory_bytes))
-    return fitting if not quick else (min(_LARGE_BYTES, fitting[-1]),)
+    wanted = _QUICK_SWEEP_BYTES if quick else _SWEEP_BYTES
+    return tuple(size for size in wanted if size <= memory_bytes) or (MIB,)
 
 
 def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
     """Host memory that is really there: pages that were never written are all the same one."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).zero_()
 
 
 def _rate_without_first(size: int, seconds: list[float]) -> Figure:
@@ -243,9 +243,9 @@ def _link_in_copy(
     """The best link state seen while a copy runs: between copies the link may step down."""
     if uuid is None:
         return None, None
-    size = max(MIB, min(memory_bytes, int(rate_in_copy.value * _POLLED_COPY_S)))
-    source, target = _host_buffer(size, pinned=True), torch.empty(size, dtype=torch.uint8)
-    target = target.to(device)
+    size = max(MIB, min(_LARGE_BYTES, memory_bytes, int(rate_in_copy.value * _POLLED_COPY_S)))
+    source = _host_buffer(size, pinned=True)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
     states = []
     for _ in range(_LINK_POLLS):
         for _ in range(2):

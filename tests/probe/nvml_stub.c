@@ -2,6 +2,7 @@
    machine named by NVML_STUB would. Compiled with -DOLD_DRIVER it lacks what came after driver 450. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define SUCCESS 0
 #define NOT_SUPPORTED 3
@@ -15,6 +16,9 @@
 typedef struct { int index; int instance; } device;
 typedef struct { unsigned long long total, free, used; } memory;
 typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu, compute; } process;
+
+typedef struct { unsigned int gpu, memory; } utilization;
+typedef struct { unsigned int pid; unsigned long long at; unsigned int sm, memory, encoder, decoder; } share;
 
 static device devices[2] = {{0, 0}, {1, 0}}, instances[2] = {{0, 1}, {0, 2}};
 static const char *uuids[2] = {"GPU-11111111-aaaa-0000-0000-000000000000", "GPU-22222222-bbbb-0000-0000-000000000000"};
@@ -35,7 +39,7 @@ int nvmlInitWithFlags(unsigned int flags) {
 int nvmlShutdown(void) { started--; return SUCCESS; }
 int nvmlStubStarted(void) { return started; }
 const char *nvmlErrorString(int code) { return "stub error"; }
-int nvmlDeviceGetCount_v2(unsigned int *count) { *count = is("none") ? 0 : is("two") ? 2 : 1; return SUCCESS; }
+int nvmlDeviceGetCount_v2(unsigned int *count) { *count = is("none") ? 0 : is("two") || is("mixed") ? 2 : 1; return SUCCESS; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned int at, device **out) {
   calls++;
   if (lost()) return GPU_IS_LOST;
@@ -54,7 +58,7 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, device **out) {
 int nvmlDeviceGetIndex(device *gpu, unsigned int *out) { return give(out, gpu->index); }
 int nvmlDeviceGetName(device *gpu, char *name, unsigned int size) {
   if (lost()) return GPU_IS_LOST;
-  return copy(name, size, is("mig") ? "NVIDIA H100 80GB HBM3" : is("gb10") ? "NVIDIA GB10" : "NVIDIA GeForce RTX 3080");
+  return copy(name, size, is("mig") ? "NVIDIA H100 80GB HBM3" : is("gb10") ? "NVIDIA GB10" : is("mixed") && gpu->index ? "NVIDIA GeForce RTX 4090" : "NVIDIA GeForce RTX 3080");
 }
 int nvmlDeviceGetUUID(device *gpu, char *uuid, unsigned int size) {
   if (lost()) return GPU_IS_LOST;
@@ -91,6 +95,15 @@ int nvmlDeviceGetPowerManagementLimit(device *gpu, unsigned int *out) { return g
 int nvmlDeviceGetClockInfo(device *gpu, int kind, unsigned int *out) { return give(out, 210); }
 int nvmlDeviceGetMaxClockInfo(device *gpu, int kind, unsigned int *out) { return give(out, 2100); }
 int nvmlDeviceGetCurrentClocksThrottleReasons(device *gpu, unsigned long long *out) { *out = 0x5; return lost() ? GPU_IS_LOST : SUCCESS; }
+int nvmlDeviceGetUtilizationRates(device *gpu, utilization *out) { utilization answer = {37, 5}; *out = answer; return lost() ? GPU_IS_LOST : SUCCESS; }
+int nvmlDeviceGetProcessUtilization(device *gpu, share *out, unsigned int *count, unsigned long long since) {
+  /* In a container the numbers are the host's: none of them is the process that asks. */
+  share shares[3] = {{is("container") ? 4194301 : getpid(), 1, 90, 0, 0, 0}, {4194302, 1, 20, 0, 0, 0}, {4194302, 2, 35, 0, 0, 0}};
+  if (!out || *count < 3) { *count = 3; return INSUFFICIENT_SIZE; }
+  memcpy(out, shares, sizeof(shares));
+  *count = 3;
+  return SUCCESS;
+}
 #ifndef OLD_DRIVER
 int nvmlDeviceGetComputeRunningProcesses_v3(device *gpu, unsigned int *count, process *out) { return list(count, out, computing, 2); }
 int nvmlDeviceGetGraphicsRunningProcesses_v3(device *gpu, unsigned int *count, process *out) { return list(count, out, drawing, 2); }

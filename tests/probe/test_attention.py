@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import types
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from autotune.probe import attention
 from autotune.probe.attention import (
@@ -117,6 +119,76 @@ def test_present_xformers_is_really_called(monkeypatch: pytest.MonkeyPatch) -> N
     assert logging.root.manager.disable == level
 
 
+def test_every_backend_of_sdpa_runs_alone_and_leaves_no_flag() -> None:
+    flags = torch.backends.cuda
+    before = (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.cudnn_sdp_enabled())
+    for name in ("sdpa_flash", "sdpa_math"):
+        rate = measure_one(name, sdpa)
+        assert (rate.implementation, rate.error) == (name, None)
+    after = (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.cudnn_sdp_enabled())
+    assert after == before
+
+
+def test_a_backend_that_refuses_says_why() -> None:
+    def dropped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+
+    rate = measure_one("sdpa_flash", dropped)
+    assert "dropout" in rate.error
+    assert "No available kernel" not in rate.error
+    assert rate.flops_per_s is None
+
+
+def test_the_reason_is_that_of_the_backend_asked_for() -> None:
+    texts = """Memory efficient kernel not used because: (Triggered internally at x.cpp:1.)
+Memory Efficient attention has been runtime disabled. (Triggered internally at y.h:2.)
+Flash attention kernel not used because: (Triggered internally at x.cpp:3.)
+Flash attention only supports gpu architectures in the range [sm80, sm121]. (Triggered internally)
+cuDNN attention kernel not used because: (Triggered internally at x.cpp:5.)
+Torch was not compiled with cuDNN attention. (Triggered internally at w.cpp:6.)"""
+    told = [
+        warnings.WarningMessage(UserWarning(text), UserWarning, "", 0) for text in texts.split("\n")
+    ]
+    reasons = {name: attention._refusal(name, told) or "" for name in attention.BACKENDS}
+    assert "range [sm80, sm121]." in reasons["sdpa_flash"]
+    assert reasons["sdpa_cudnn"] == "RuntimeError: Torch was not compiled with cuDNN attention."
+    assert "runtime disabled" in reasons["sdpa_efficient"]
+    assert reasons["sdpa_math"] == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "backends"),
+    [
+        ("cuda:0", {"sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "sdpa_math"}),
+        ("cpu", {"sdpa_flash", "sdpa_math"}),
+        ("mps", set()),
+    ],
+)
+def test_backends_are_called_where_they_can_be_chosen(device: str, backends: set[str]) -> None:
+    names = set(attention.implementations_on(torch.device(device)))
+    assert names == backends | set(attention.IMPLEMENTATIONS)
+
+
+def test_math_is_left_out_where_its_wide_scores_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[set[str]] = []
+    monkeypatch.setattr(
+        attention, "measure_shape", lambda shape, device, dtype, calls, share: called.append(calls)
+    )
+    monkeypatch.setattr(attention, "GPU_SHAPES", GPU_SHAPES[:1])
+    for memory in (2 * GPU_SHAPES[0].score_bytes(2), 2 * GPU_SHAPES[0].score_bytes(4)):
+        with pytest.raises(TypeError):  # nothing was measured
+            measure_attention(torch.device("cuda:0"), memory_bytes=memory)
+    assert ["sdpa_math" in calls for calls in called] == [False, True]
+
+
+def test_a_quick_look_compares_sdpa_with_xformers_once() -> None:
+    with torch.no_grad():
+        rates = measure_attention(CPU, memory_bytes=1 << 30, budget_s=0.05, quick=True)
+    assert [rate.implementation for rate in rates] == ["sdpa", "xformers"]
+
+
 XFORMERS_REFUSAL = """No operator found for `memory_efficient_attention_forward` with inputs:
      query       : shape=(1, 64, 1, 32) (torch.float32)
 `fa3F@0.0.0` is not supported because:
@@ -145,7 +217,7 @@ def test_a_spent_budget_still_measures_the_first_shape() -> None:
     with torch.no_grad():
         rates = measure_attention(CPU, memory_bytes=1 << 30, budget_s=0.0)
     first = CPU_SHAPES[0]
-    assert {rate.implementation for rate in rates} == set(attention.IMPLEMENTATIONS)
+    assert {rate.implementation for rate in rates} == set(attention.implementations_on(CPU))
     assert {(rate.q_tokens, rate.head_dim) for rate in rates} == {(first.q_tokens, first.head_dim)}
 
 

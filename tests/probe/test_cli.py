@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from autotune import tuner
 from autotune.cli import machines
 from autotune.cli.env import env
 from autotune.cli.probe import probe, ranked
-from autotune.errors import MachineError
+from autotune.decide.corrections import replayable
+from autotune.errors import MachineError, ModelError, RequestError
+from autotune.probe import measure
+from autotune.probe.machine import Figure, Machine, OperatorTime, TransferPoint
 from autotune.probe.reference import load_machine, read_machine
 
 RUNNER = CliRunner()
+probe_module = sys.modules[probe.__module__]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,77 @@ def test_probe_for_people_and_programs(tmp_path: Path) -> None:
     assert read_machine(file) == load_machine("rtx-3080-10gb")
     programs = RUNNER.invoke(verb(probe), ["--json"])
     assert json.loads(programs.stdout)["name"] == "rtx-3080-10gb"
+
+
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = replace(load_machine("cpu-16-cores"), source="measured", findings=(measure.QUICK,))
+
+    def look(device: str | None, *, quick: bool, progress: object) -> Machine:
+        assert quick
+        return machine
+
+    monkeypatch.setattr(measure, "measure_machine", look)
+    return machine
+
+
+def test_a_quick_look_says_so_and_leaves_the_profile_alone(
+    quick_machine: Machine, tmp_path: Path
+) -> None:
+    done = RUNNER.invoke(verb(probe), ["--quick", "--json"])
+    assert json.loads(done.stdout)["findings"] == [measure.QUICK]
+    assert not list((tmp_path / "cache").glob("*.profile.json"))
+    assert "A quick look" in RUNNER.invoke(verb(probe), ["--quick"]).stdout
+
+
+def test_quick_and_deep_exclude_each_other() -> None:
+    done = RUNNER.invoke(verb(probe), ["--quick", "--deep", "demo"])
+    assert isinstance(done.exception, RequestError)
+
+
+def test_an_unknown_model_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuner, "machine_here", None)
+    done = RUNNER.invoke(verb(probe), ["--deep", "no-such-model"])
+    assert isinstance(done.exception, ModelError)
+
+
+@pytest.mark.usefixtures("instant_probe")
+def test_deep_says_how_many_operators_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(measured: Any, workload: Any, budget_s: float) -> Any:
+        keys = list({operator.key: None for operator in replayable(workload)})
+        times = dict.fromkeys(keys[::2], OperatorTime(1e-3))
+        machine = replace(measured.machine, operators={"of another model": OperatorTime(1)} | times)
+        return measured._replace(machine=machine)
+
+    monkeypatch.setattr(tuner, "replayed", half)
+    asked = ["--deep", "demo", "--height", "64", "--width", "64"]
+    done = RUNNER.invoke(verb(probe), asked)
+    assert done.exception is None, done.exception
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("Timed"))
+    timed, wanted = (int(number) for number in re.findall(r"\b(\d+) ", line)[:2])
+    assert timed == -(-wanted // 2)
+    assert "demo at 64x64" in line
+    programs = RUNNER.invoke(verb(probe), [*asked, "--json"])
+    assert json.loads(programs.stdout)["operators"]
+    assert programs.stderr.startswith("Timed")
+
+
+def test_the_sweep_and_what_else_was_measured_are_shown() -> None:
+    machine = load_machine("rtx-3080-10gb")
+    assert machine.link is not None
+    sweep = tuple(
+        TransferPoint(direction, True, size << 20, Figure(rate))
+        for size, rate in ((1, 9.5e9), (1024, 25.2e9))
+        for direction in ("h2d", "d2h")
+    )
+    link = replace(machine.link, sweep=sweep, overlap_fraction=Figure(0.93))
+    host = replace(machine.host, disk_read_bytes_per_s=Figure(2.3e9))
+    rows = dict(probe_module._rows(replace(machine, link=link, host=host)))
+    assert rows["  by size"] == "1 MiB 9.5, 1024 MiB 25.2 GB/s to device, pinned"
+    assert rows["  overlap"] == "93% of a copy hides behind a kernel"
+    assert rows["model cache"] == "read from disk at 2.3 GB/s"
 
 
 def test_attention_is_ranked_shape_by_shape() -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from autotune.probe import findings
 from autotune.probe.attention import XFORMERS_ABSENT
-from autotune.probe.findings import find
+from autotune.probe.findings import Noise, find
 from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Machine
 from autotune.probe.reference import load_machine
 
@@ -36,9 +36,18 @@ def test_a_healthy_machine_has_nothing_to_say() -> None:
 
 @pytest.mark.parametrize(
     ("width", "generation", "cause"),
-    [(4, 4, "slot with fewer lanes"), (16, 1, "generation 1 even under load"), (16, 4, "NUMA")],
+    [
+        (4, 4, "runs at x4, likely in a slot with fewer lanes"),
+        (8, 3, "runs at x8"),
+        (16, 1, "generation 1 even under load"),
+        (16, 3, "generation 3 even under load"),
+        (16, 4, "NUMA"),
+        (None, None, "NUMA"),
+    ],
 )
-def test_a_slow_link_has_a_likely_cause(width: int, generation: int, cause: str) -> None:
+def test_a_slow_link_has_a_likely_cause(
+    width: int | None, generation: int | None, cause: str
+) -> None:
     machine = gpu_machine()
     assert machine.link is not None
     link = replace(
@@ -50,6 +59,14 @@ def test_a_slow_link_has_a_likely_cause(width: int, generation: int, cause: str)
     text = told(replace(machine, link=link))
     assert "6.2 GB/s of the 31.5 GB/s that PCIe 4 x16 promises" in text
     assert cause in text
+
+
+def test_a_link_that_carries_what_it_promises_is_healthy_whatever_it_says() -> None:
+    """An idle link reports generation 1: the copies, not the state, decide."""
+    machine = gpu_machine()
+    assert machine.link is not None
+    link = replace(machine.link, pcie_generation_in_copy=1, pcie_width_in_copy=4)
+    assert told(replace(machine, link=link)) == ""
 
 
 def test_other_processes_are_named() -> None:
@@ -78,6 +95,10 @@ def test_unusable_xformers_says_what_to_install() -> None:
     assert told(gpu_machine(attention=(replace(broken, error=XFORMERS_ABSENT),))) == ""
     sdpa = replace(broken, implementation="sdpa", error="wrong result")
     assert "sdpa attention fails at 1 tokens" in told(gpu_machine(attention=(sdpa,)))
+    flash = replace(broken, implementation="sdpa_flash", error="RuntimeError: only sm80 and later")
+    assert told(gpu_machine(attention=(flash,))) == "", "SDPA then chooses another backend"
+    wrong = replace(flash, error="wrong result: 0.5 relative deviation")
+    assert "sdpa_flash attention fails" in told(gpu_machine(attention=(wrong,)))
 
 
 def test_throttling_and_shared_memory() -> None:
@@ -115,5 +136,12 @@ def test_noise_is_admitted() -> None:
     noisy = replace(machine.kernels.memory_bytes_per_s, samples=(1.0, 2.0, 3.0, 9.0))
     machine = replace(machine, kernels=replace(machine.kernels, memory_bytes_per_s=noisy))
     assert "Unsteady while measured, twice (memory bandwidth)" in told(machine)
-    assert "kept 7.5 of 8 cores busy" in told(machine, foreign_cores=7.5)
-    assert "cores busy" not in told(machine, foreign_cores=2.0)
+    assert "kept 7.5 of 8 cores busy" in told(machine, noise=Noise(foreign_cores=7.5))
+    assert "cores busy" not in told(machine, noise=Noise(foreign_cores=2.0))
+
+
+def test_a_shared_machine_is_admitted() -> None:
+    machine = gpu_machine()
+    assert "gave 1.5 of 8 cores to other virtual" in told(machine, noise=Noise(stolen_cores=1.5))
+    assert "GPU busy for up to 35 %" in told(machine, noise=Noise(gpu_percent=35))
+    assert told(machine, noise=Noise(stolen_cores=0.1, gpu_percent=4)) == ""

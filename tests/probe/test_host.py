@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from autotune.probe.host import Neighbours, cpu_name, ram, read_host, usable_cores
+from autotune.probe import host
+from autotune.probe.host import (
+    Neighbours,
+    cpu_name,
+    memlock_limit,
+    ram,
+    read_host,
+    usable_cores,
+)
 
 GIB = 1 << 30
 
@@ -26,10 +35,11 @@ def membership(folder: Path, text: str) -> Path:
 
 
 def test_the_real_host() -> None:
-    host = read_host()
-    assert host.cpu
-    assert 1 <= host.cores <= (os.cpu_count() or 1)
-    assert 0 < host.ram_available_bytes <= host.ram_total_bytes
+    here = read_host()
+    assert here.cpu
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert 0 < here.ram_available_bytes <= here.ram_total_bytes
+    assert here.disk_read_bytes_per_s is None, "that takes longer than reading facts may"
 
 
 def test_memory_limit_of_version_2_counts_at_any_level(tmp_path: Path) -> None:
@@ -97,3 +107,31 @@ def test_neighbours_are_never_negative() -> None:
     watch = Neighbours()
     sum(range(10**6))
     assert 0 <= watch.busy_cores() <= (os.cpu_count() or 1) + 1
+    assert 0 <= watch.stolen_cores() <= (os.cpu_count() or 1) + 1
+
+
+def test_stolen_time_is_not_the_work_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([host._Times(0, 0, 0, 0), *[host._Times(10, 25, 5, 15)] * 2])
+    monkeypatch.setattr(host, "_read_times", lambda: next(readings))
+    monkeypatch.setattr(host, "_affinity", lambda: 4)
+    monkeypatch.setattr(host, "usable_cores", lambda: 4)
+    watch = Neighbours()
+    assert (watch.busy_cores(), watch.stolen_cores()) == (2.0, 1.5)
+
+
+def test_a_quota_leaves_cores_that_others_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([host._Times(0, 0, 0, 0), host._Times(10, 630, 30, 0)])
+    monkeypatch.setattr(host, "_read_times", lambda: next(readings))
+    monkeypatch.setattr(host, "_affinity", lambda: 64)
+    monkeypatch.setattr(host, "usable_cores", lambda: 8)
+    assert Neighbours().busy_cores() == 4.0
+
+
+def test_the_limit_of_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8 << 20, resource.RLIM_INFINITY))
+    assert memlock_limit() == 8 << 20
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert memlock_limit() is None
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert memlock_limit() is None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from autotune.probe import kernels
 from autotune.probe.kernels import (
     dtypes,
+    float8_rate,
+    float32_precision,
     matmul_rate,
     measure_kernels,
     memory_rate,
+    narrow_products,
     offload_hook_cost,
     random,
 )
@@ -55,6 +61,80 @@ def test_a_dtype_that_a_kernel_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         measured = measure_kernels(CPU, memory_bytes=32 * MIB, budget_s=0.001)
     assert set(measured.matmul_flops_per_s) == {"float32"}
+
+
+def test_a_quick_look_measures_what_every_prediction_needs() -> None:
+    with torch.no_grad():
+        measured = measure_kernels(CPU, memory_bytes=32 * MIB, budget_s=0.001, quick=True)
+    assert set(measured.matmul_flops_per_s) == set(measured.convolution_flops_per_s) == {"float32"}
+    assert measured.convolution_channels_last_flops_per_s == {}
+    assert 0 < measured.dispatch_s.value < 1e-3
+    assert "bare" in measured.dispatch_s.source
+
+
+def precisions() -> list[Any]:
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    return [torch.get_float32_matmul_precision(), *(b.fp32_precision for b in backends)]
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_the_precision_of_float32_comes_back(before: str) -> None:
+    untouched = precisions()
+    with float32_precision(before):
+        inside = precisions()
+        with float32_precision("high"):
+            assert torch.get_float32_matmul_precision() == "high"
+        assert precisions() == inside
+        with pytest.raises(ZeroDivisionError), float32_precision("highest"):
+            raise ZeroDivisionError
+        assert precisions() == inside
+    assert precisions() == untouched
+
+
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [
+        ((7, 5), set()),
+        ((8, 0), {"tensorfloat32"}),
+        ((8, 9), {"tensorfloat32", "float8_e4m3fn"}),
+        ((12, 0), {"tensorfloat32", "float8_e4m3fn"}),
+    ],
+)
+def test_narrow_products_follow_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], names: set[str]
+) -> None:
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    used: list[str] = []
+
+    def product(*_: object) -> str:
+        used.append(torch.get_float32_matmul_precision())
+        return "figure"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(kernels, "matmul_rate", product)
+    monkeypatch.setattr(kernels, "float8_rate", lambda *_: "figure")
+    assert set(narrow_products(torch.device("cuda:0"), MIB, 0.001)) == names
+    assert used == ["high"] * (capability >= (8, 0))
+    assert narrow_products(CPU, MIB, 0.001) == {}
+
+
+def test_a_library_without_float8_has_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    properties = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(kernels, "matmul_rate", refuse)
+    monkeypatch.setattr(kernels, "float8_rate", refuse)
+    untouched = precisions()
+    assert narrow_products(torch.device("cuda:0"), MIB, 0.001) == {}
+    assert precisions() == untouched
+
+
+def test_float8_products_are_called_as_the_hardware_wants_them() -> None:
+    """A CPU emulates the call: its operands and their layout are the same."""
+    with torch.no_grad():
+        assert float8_rate(CPU, 4 * MIB, 0.001).value > 0
 
 
 def test_the_offload_hook_runs_where_accelerate_is(monkeypatch: pytest.MonkeyPatch) -> None:

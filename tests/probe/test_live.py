@@ -78,6 +78,51 @@ def test_identity_follows_visible_devices(under_driver: Any) -> None:
     assert under_driver("two", code, CUDA_VISIBLE_DEVICES="1") == SECOND
 
 
+FASTEST_FIRST = (
+    """
+import sys
+from types import SimpleNamespace
+uuids = [{second!r}, {first!r}][:{count}]
+facts = [SimpleNamespace(uuid=uuid.removeprefix("GPU-")) for uuid in uuids]
+cuda = SimpleNamespace(device_count=lambda: len(facts), get_device_properties=facts.__getitem__)
+sys.modules["torch"] = SimpleNamespace(cuda=cuda)
+"""
+    + IDENTITY
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "count", "key"),
+    [
+        ("cuda:0", {}, 2, SECOND),
+        ("cuda:1", {}, 2, FIRST),
+        (None, {}, 2, SECOND),
+        ("cuda:0", {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, 2, FIRST),
+        ("cuda:0", {"CUDA_VISIBLE_DEVICES": "0"}, 1, SECOND),
+        (None, {"CUDA_VISIBLE_DEVICES": "0"}, 1, SECOND),
+        ("cuda:0", {"CUDA_VISIBLE_DEVICES": FIRST}, 1, FIRST),
+        ("cuda:0", {}, 0, FIRST),
+    ],
+)
+def test_identity_among_different_gpus_is_cudas(
+    under_driver: Any, device: str | None, environment: dict[str, str], count: int, key: str
+) -> None:
+    """The second by bus is the faster one, so that CUDA calls it the first."""
+    code = FASTEST_FIRST.format(
+        build={"cuda": "13.0"}, device=device, first=FIRST, second=SECOND, count=count
+    )
+    assert under_driver("mixed", code, **environment) == key
+
+
+@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "1"}])
+def test_identity_among_equal_gpus_imports_no_torch(
+    under_driver: Any, environment: dict[str, str]
+) -> None:
+    code = IDENTITY.format(build={"cuda": "13.0"}, device="cuda:0")
+    code += "import sys; assert 'torch' not in sys.modules"
+    assert under_driver("two", code, **environment)
+
+
 def test_identity_of_a_gpu_that_is_not_there(under_driver: Any) -> None:
     code = IDENTITY.format(build={"cuda": "13.0"}, device="cuda:7")
     message = under_driver("two", code)

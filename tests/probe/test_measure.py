@@ -20,7 +20,9 @@ from autotune.probe.live import profile_key
 from autotune.probe.machine import Device, GpuProcess, Machine
 from autotune.probe.measure import (
     _CONTEXT_ESTIMATE_BYTES,
+    QUICK,
     _Context,
+    _Watch,
     machine_name,
     measure_machine,
 )
@@ -30,6 +32,7 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Machine, float, list[str]]:
+    pytest.importorskip("diffusers")  # imported once per process, and not what is measured here
     said: list[str] = []
     torch.manual_seed(3)
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
@@ -62,7 +65,28 @@ def test_the_machine_is_complete(measured: tuple[Machine, float, list[str]]) -> 
         "xformers",
         "vanilla",
         "sliced",
+        "sdpa_flash",
+        "sdpa_math",
     }
+    disk = machine.host.disk_read_bytes_per_s
+    assert disk is None or disk.value > 0
+
+
+def test_a_quick_look_is_a_whole_machine() -> None:
+    machine = measure_machine("cpu", quick=True)
+    assert machine.findings[-1] == QUICK
+    assert machine.kernels.matmul_flops_per_s["float32"].value > 0
+    assert {rate.implementation for rate in machine.attention} == {"sdpa", "xformers"}
+    assert msgspec.json.decode(msgspec.json.encode(machine), type=Machine) == machine
+
+
+def test_what_others_do_to_the_gpu_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[int | None] = [None, 12]
+    monkeypatch.setattr(devices.nvml, "busy_percent", lambda uuid: 37)
+    monkeypatch.setattr(devices.nvml, "others_percent", lambda uuid, since: shares.pop(0))
+    watch = _Watch(torch.device("cpu"))
+    assert watch.noise().gpu_percent == 37, "before the probe's own kernels"
+    assert watch.noise().gpu_percent == 12
 
 
 def test_it_survives_a_file(measured: tuple[Machine, float, list[str]]) -> None:

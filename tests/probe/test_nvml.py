@@ -143,6 +143,26 @@ def test_visible_devices_reorder_two_gpus(under_driver: Any) -> None:
     assert under_driver("two", GPUS, CUDA_VISIBLE_DEVICES="")["visible"] == []
 
 
+def test_who_keeps_the_gpu_busy(under_driver: Any) -> None:
+    code = f"""
+import json
+from autotune.probe import nvml
+print(json.dumps([nvml.busy_percent({FIRST!r}), nvml.others_percent({FIRST!r}, 0.0)]))
+"""
+    assert under_driver("desktop", code) == [37, 35]
+    assert under_driver("container", code) == [37, None], "nobody there is this process"
+    assert under_driver("none", code.replace(FIRST, "GPU-x")) == [None, None]
+
+
+def test_indices_mean_what_they_mean_to_cuda(under_driver: Any) -> None:
+    code = "import json; from autotune.probe import nvml; print(json.dumps(nvml.numbers_as_cuda()))"
+    assert under_driver("two", code)
+    assert not under_driver("mixed", code)
+    assert not under_driver("mixed", code, CUDA_VISIBLE_DEVICES="1")
+    assert under_driver("mixed", code, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+    assert under_driver("mixed", code, CUDA_VISIBLE_DEVICES="GPU-2")
+
+
 def test_forked_child_opens_nvml_again(under_driver: Any) -> None:
     code = """
 import ctypes, json, os

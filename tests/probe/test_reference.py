@@ -83,7 +83,7 @@ def test_a_machine_is_consistent(name: str) -> None:
     machine = load_machine(name)
     assert 0 < machine.device.free_bytes < machine.device.total_bytes
     assert machine.host.ram_available_bytes < machine.host.ram_total_bytes
-    assert set(machine.kernels.matmul_flops_per_s) == set(machine.kernels.convolution_flops_per_s)
+    assert set(machine.kernels.convolution_flops_per_s) <= set(machine.kernels.matmul_flops_per_s)
     assert (machine.link is None) == (machine.device.kind == "cpu")
 
 

@@ -17,6 +17,7 @@ from autotune.decide.corrections import replayable
 from autotune.decide.forward import ForwardModel
 from autotune.decide.plan import Plan
 from autotune.decide.prediction import Prediction
+from autotune.errors import RequestError
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
 from autotune.probe.machine import Machine
@@ -24,6 +25,7 @@ from autotune.probe.software import installed_versions
 from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
 from autotune.profile.staleness import stale_reasons
 from autotune.profile.store import load_profile, update_profile
+from autotune.runtime.account import shortage, ways_out
 from autotune.workload.architecture import Architecture, builtin_names, find_architecture
 from autotune.workload.cache import workload_of
 from autotune.workload.request import complete_request
@@ -117,12 +119,15 @@ def remember_machine(key: str, machine: Machine) -> Profile:
     """Store a fresh measurement; runs remembered before stay."""
 
     def change(profile: Profile | None) -> Profile:
-        now = timestamp()
-        if profile is None:
-            return Profile(key=key, machine=machine, created_at=now, updated_at=now)
-        return msgspec.structs.replace(profile, machine=machine, updated_at=now)
+        base = profile or _new_profile(key, machine)
+        return msgspec.structs.replace(base, machine=machine, updated_at=timestamp())
 
     return update_profile(key, change)
+
+
+def _new_profile(key: str, machine: Machine) -> Profile:
+    now = timestamp()
+    return Profile(key=key, machine=machine, created_at=now, updated_at=now)
 
 
 def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measured:
@@ -131,7 +136,8 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
     What was timed before is in the profile; what is timed now is added to it.
     """
     machine = measured.machine
-    operators = replayable(workload)
+    memory = machine.device.free_bytes // 10  # never disturb what else runs here
+    operators = [o for o in replayable(workload) if o.bytes <= memory]
     if all(o.key in machine.operators for o in operators):
         return measured
     import torch
@@ -144,13 +150,13 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
         torch.device(device_name(machine)),
         known=machine.operators,
         budget_s=budget_s,
-        memory_bytes=machine.device.free_bytes // 10,  # never disturb what else runs here
+        memory_bytes=memory,
         weight=lambda o: o.count * model.rate_seconds(o),
     )
 
     def change(profile: Profile | None) -> Profile:
         now = timestamp()
-        base = profile or Profile(measured.key, machine, created_at=now, updated_at=now)
+        base = profile or _new_profile(measured.key, machine)
         known = base.machine.operators | found
         updated = msgspec.structs.replace(base.machine, operators=known)
         return msgspec.structs.replace(base, machine=updated, updated_at=now)
@@ -254,9 +260,7 @@ def remember_run(
 
     def change(profile: Profile | None) -> Profile:
         now = timestamp()
-        base = profile or Profile(
-            key=measured.key, machine=measured.machine, created_at=now, updated_at=now
-        )
+        base = profile or _new_profile(measured.key, measured.machine)
         if is_far_off(plan.prediction, phases):
             log.info("far from the prediction: the operators will be timed again")
             base = msgspec.structs.replace(base, machine=_forgotten(base.machine, planned.workload))
@@ -301,26 +305,88 @@ def timestamp() -> str:
 def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
     """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
     from autotune.runtime.apply import set_by_hand
-    from autotune.runtime.tuned import Tuned
     from autotune.workload.architecture import describe_pipeline
 
-    measured = machine_here(device)
     architecture = describe_pipeline(pipe)
-    kept = set_by_hand(pipe)
-    limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *kept))
-    loaded_dtype = str(pipe.dtype).removeprefix("torch.")
-    dtype = loaded_dtype if ask.dtype == "auto" else ask.dtype
+    measured = machine_here(device or _device_of(pipe))
+    limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
+    dtype = _dtype_of(pipe) if ask.dtype == "auto" else ask.dtype
     asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
-    planned = plan_here(architecture, measured, asked)
-    return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
+    measured, asked = _with_own_attention(pipe, measured, asked)
+    return tuned(pipe, plan_loaded(architecture, measured, asked, pipe), measured)
 
 
 def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
     """Plan, then read the weights the way the plan wants; see ``autotune.load``."""
     from autotune.runtime.load import load_pipeline
-    from autotune.runtime.tuned import Tuned
 
     measured = machine_here(device)
-    planned = plan_here(loadable(model), measured, ask)
-    pipe = load_pipeline(planned.architecture, planned.plan)
+    planned = plan_loaded(loadable(model), measured, ask)
+    require_fit(planned.plan)
+    return tuned(load_pipeline(planned.architecture, planned.plan), planned, measured)
+
+
+def plan_loaded(
+    model: Architecture,
+    measured: Measured,
+    ask: Ask,
+    pipe: Any = None,
+    progress: Progress | None = None,
+) -> Planned:
+    """Plan for this process, which may hold the pipeline or a context already."""
+    from autotune.runtime.memory import with_own_memory
+
+    machine = with_own_memory(measured.machine, device_name(measured.machine), pipe)
+    return plan_here(model, measured._replace(machine=machine), ask, progress)
+
+
+def tuned(pipe: Any, planned: Planned, measured: Measured) -> Any:
+    """Apply the plan: the ``Tuned`` pipeline.
+
+    Raises:
+        RequestError: the plan does not fit; the pipeline is as it was.
+    """
+    from autotune.runtime.tuned import Tuned
+
+    require_fit(planned.plan)
     return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
+
+
+def require_fit(plan: Plan) -> None:
+    """Refuse to load or run what would run out of memory.
+
+    Raises:
+        RequestError: with the numbers and what would help.
+    """
+    if not plan.fits:
+        raise RequestError(shortage(plan), ways_out(plan))
+
+
+def _device_of(pipe: Any) -> str | None:
+    """Where the pipeline is, or is offloaded to; ``None`` while it waits in host RAM."""
+    where = str(getattr(pipe, "_execution_device", "cpu"))
+    return None if where.startswith(("cpu", "meta")) else where
+
+
+def _dtype_of(pipe: Any) -> str:
+    """The denoiser's: components may differ, and it is the largest."""
+    from autotune.optimizations.modules import denoiser
+
+    module = denoiser(pipe)
+    return str((pipe if module is None else module).dtype).removeprefix("torch.")
+
+
+def _with_own_attention(pipe: Any, measured: Measured, ask: Ask) -> tuple[Measured, Ask]:
+    """Attention processors of the user's own stay; vanilla ones are predicted as what they are."""
+    from autotune.optimizations.attention import foreign_processors
+
+    foreign = foreign_processors(pipe)
+    if not foreign:
+        return measured, ask
+    log.info("attention set by hand (%s) is kept", ", ".join(foreign))
+    without = (*ask.limits.without, "xformers", "attention_slicing")
+    limits = msgspec.structs.replace(ask.limits, without=without)
+    machine = measured.machine
+    if foreign == ("AttnProcessor",):
+        machine = msgspec.structs.replace(machine, default_attention="vanilla")
+    return measured._replace(machine=machine), msgspec.structs.replace(ask, limits=limits)

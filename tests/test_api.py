@@ -77,7 +77,7 @@ def test_what_the_user_set_is_kept(pipe):
     pipe.enable_attention_slicing("max")
     processors = pipe.unet.attn_processors
     tuned = autotune.configure(pipe, steps=3)
-    assert "attention_slicing" in tuned.plan.kept
+    assert "attention_slicing" in {s.name for s in tuned.plan.kept}
     assert "attention_slicing" in tuned.explain()
     assert pipe.unet.attn_processors == processors
     tuned.undo()

@@ -15,12 +15,20 @@ from autotune.runtime.account import (
     describe_prediction,
     describe_workload,
     shortage,
+    ways_out,
 )
 from autotune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+
+def escape(text: str) -> str:
+    """Text as it is: error messages and folder names may look like rich's markup."""
+    from rich.markup import escape as escaped
+
+    return escaped(text)
 
 
 def print_plan(plan: Plan) -> None:
@@ -35,10 +43,10 @@ def print_reasons(plan: Plan) -> None:
     """What was chosen and left out, each with its reason; what does not fit, and the ways out."""
     out = console()
     if not plan.fits:
-        out.print(f"[bold red]{shortage(plan)}[/]")
+        out.print(f"[bold red]{shortage(plan)}[/]; try {ways_out(plan)}")
     out.print(_reason_table(plan))
     for note in plan.notes:
-        out.print(f"[yellow]note[/] {note}")
+        out.print(f"[yellow]note[/] {escape(note)}")
 
 
 def print_report(report: PredictionReport) -> None:
@@ -46,15 +54,15 @@ def print_report(report: PredictionReport) -> None:
     out = console()
     names = ", ".join(map(str, report.optimizations)) or "nothing"
     grid = _grid()
-    grid.add_row("machine", describe_machine(report))
-    grid.add_row("workload", describe_workload(report))
+    grid.add_row("machine", escape(describe_machine(report)))
+    grid.add_row("workload", escape(describe_workload(report)))
     grid.add_row("with", names)
     grid.add_row("predicted", describe_prediction(report.prediction))
     grid.add_row("fits", _fit(report.fits, report.prediction, report.budget_bytes))
     out.print(grid)
     out.print(phase_table(report.prediction))
     for note in report.notes:
-        out.print(f"[yellow]note[/] {note}")
+        out.print(f"[yellow]note[/] {escape(note)}")
 
 
 def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
@@ -67,10 +75,10 @@ def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
 
 def phase_table(prediction: Prediction) -> RenderableType:
     """Memory and time per phase."""
-    table = _table("phase", "resident", "active", "workspace", "needed", "seconds", "bound by")
+    table = _table("phase", "weights", "active", "workspace", "needed", "seconds", "bound by")
     binding = prediction.binding_phase.name
     for p in prediction.phases:
-        mark = " ◀" if p.name == binding else ""
+        mark = "◀" if p.name == binding else " "
         table.add_row(
             p.name,
             *map(format_bytes, (p.resident_bytes, p.activation_bytes, p.workspace_bytes)),
@@ -89,17 +97,20 @@ def _bound(*shares: float) -> str:
 
 def _facts(plan: Plan) -> Table:
     grid = _grid()
-    chosen = ", ".join(map(str, plan.optimizations)) or "no optimization: none is worth having here"
-    grid.add_row("machine", describe_machine(plan))
-    grid.add_row("workload", describe_workload(plan))
+    nothing = "no optimization: none is worth having here" if plan.fits else "nothing makes it fit"
+    chosen = ", ".join(map(str, plan.optimizations)) or nothing
+    grid.add_row("machine", escape(describe_machine(plan)))
+    grid.add_row("workload", escape(describe_workload(plan)))
     before, after = plan.bottleneck.before, plan.bottleneck.after
     grid.add_row("bottleneck", describe_bottleneck(before))
     if before != after:
         grid.add_row("afterwards", describe_bottleneck(after))
     grid.add_row("chosen", f"[bold green]{chosen}[/]")
     if plan.kept:
-        grid.add_row("kept", ", ".join(plan.kept))
-    grid.add_row("plain", describe_prediction(plan.baseline))
+        grid.add_row("kept", ", ".join(map(str, plan.kept)))
+    plain_fits = plan.baseline.needed_bytes <= plan.budget_bytes
+    plain = describe_prediction(plan.baseline)
+    grid.add_row("plain", plain if plain_fits else f"{plain}; does not fit")
     grid.add_row("planned", describe_prediction(plan.prediction))
     grid.add_row("fits", _fit(plan.fits, plan.prediction, plan.budget_bytes))
     return grid
@@ -113,9 +124,10 @@ def _fit(fits: bool, prediction: Prediction, budget: int) -> str:
 def _reason_table(plan: Plan) -> Table:
     grid = _grid()
     for reason in plan.reasons:
-        grid.add_row(f"[green]+ {reason.optimization}[/]", reason.text)
+        grid.add_row(f"[green]+ {reason.optimization}[/]", escape(reason.text))
     for rejection in plan.rejected:
-        grid.add_row(f"[dim]- {rejection.optimization}[/]", f"[dim]{rejection.text}[/]")
+        text = escape(rejection.text)
+        grid.add_row(f"[dim]- {rejection.optimization}[/]", f"[dim]{text}[/]")
     return grid
 
 
@@ -139,7 +151,7 @@ def _comparison(prediction: Prediction, measured: tuple[PhaseMeasurement, ...]) 
 def _grid() -> Table:
     from rich.table import Table
 
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column()
     return grid
@@ -149,7 +161,7 @@ def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, 6) else "right")
     return table

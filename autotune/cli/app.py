@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import click
 import typer
 
 from autotune import __version__
@@ -14,7 +15,7 @@ from autotune.cli.optimizations import optimizations
 from autotune.cli.plan import plan, predict
 from autotune.cli.probe import probe
 from autotune.cli.run import run
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, first_line
 
 # Notes that libraries print about optional packages and profiling; errors still raise.
 _QUIET = {
@@ -48,17 +49,29 @@ def main() -> None:
     for name, level in _QUIET.items():
         os.environ.setdefault(name, level)
     try:
-        app()
+        # In standalone mode click would swallow Ctrl-C without a word.
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except AutotuneError as error:
         typer.echo(f"error: {error.message}", err=True)
         if error.hint:
             typer.echo(f"  try: {error.hint}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was written", err=True)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe has seen enough
+        sys.exit(1)
+    except Exception as error:
+        # By name: naming torch's class would import it.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        typer.echo(f"error: out of memory: {first_line(error)}", err=True)
+        typer.echo("  try: --vram-limit with less, a smaller image, or --quality high", err=True)
         sys.exit(1)
 
 

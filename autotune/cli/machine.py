@@ -14,6 +14,7 @@ from autotune.tuner import (
     machine_here,
     make_plan,
     plan_here,
+    plan_loaded,
     replayed,
     work_out,
 )
@@ -30,10 +31,10 @@ def this_machine(device: str | None = None) -> Measured:
     return measured
 
 
-def plan_on_this(model: str | Architecture, measured: Measured, ask: Ask) -> Planned:
-    """Plan for this machine; timing a new model's operators shows on a terminal."""
+def plan_on_this(model: Architecture, measured: Measured, ask: Ask) -> Planned:
+    """Plan for this process; timing a new model's operators shows on a terminal."""
     with progress("Planning: tracing and timing") as say:
-        return plan_here(model, measured, ask, say)
+        return plan_loaded(model, measured, ask, progress=say)
 
 
 def plan_on(name: str | None, model: str, ask: Ask) -> Planned:
@@ -43,9 +44,11 @@ def plan_on(name: str | None, model: str, ask: Ask) -> Planned:
         MachineError: the name is unknown or the file cannot be read.
     """
     named = _named(name)
-    return (
-        plan_on_this(model, this_machine(), ask) if named is None else make_plan(model, named, ask)
-    )
+    if named is not None:
+        return make_plan(model, named, ask)
+    measured = this_machine()
+    with progress("Planning: tracing and timing") as say:
+        return plan_here(model, measured, ask, say)
 
 
 def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Workload]:

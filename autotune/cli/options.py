@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from autotune.decide.choose import Limits
+from autotune.errors import RequestError
 from autotune.tuner import Ask
 from autotune.units import parse_bytes
 
@@ -52,9 +53,16 @@ def make_limits(quality: str, only: str, without: str, vram_limit: str | None) -
         quality=quality,
         only=_names(only),
         without=_names(without),
-        vram_limit=None if vram_limit is None else parse_bytes(vram_limit),
+        vram_limit=None if vram_limit is None else _size(vram_limit),
     )
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(n.strip() for n in text.split(",") if n.strip())
+
+
+def _size(text: str) -> int:
+    """A size with its unit: a bare 5 would be five bytes, which nobody means."""
+    if text.strip().isdigit():
+        raise RequestError(f"--vram-limit {text} has no unit", f"write it like {text.strip()}GiB")
+    return parse_bytes(text)

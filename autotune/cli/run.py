@@ -32,15 +32,17 @@ from autotune.cli.options import (
     make_limits,
 )
 from autotune.cli.output import JsonFlag, print_json
-from autotune.errors import RequestError
+from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
 from autotune.tuner import (
+    Measured,
     Planned,
-    device_name,
     loadable,
     remember_run,
+    require_fit,
     was_verified,
 )
+from autotune.tuner import tuned as apply_plan
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 DEMO_PROMPT = "a handwritten seven"
@@ -81,26 +83,34 @@ def run(
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     measured = this_machine(device)
     planned = plan_on_this(loadable(model), measured, ask)
-    tuned = _load(planned, device_name(measured.machine))
+    require_fit(planned.plan)
+    tuned = _load(planned, measured)
     options = {"seed": seed, "negative_prompt": negative_prompt}
     result, phases = tuned.measure(text, **options)
     _save(result.images, files)
     check = verify == "always" or (verify == "auto" and not was_verified(measured, planned))
     if check and measured.machine.device.kind == "cpu":
         phases = _add_peaks(tuned, phases, text, options)
-    remember_run(measured, planned, phases)
+    _remember(measured, planned, phases)
     _report(planned, phases, files, seed, json)
 
 
-def _load(planned: Planned, device: str) -> Any:
+def _remember(measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]) -> None:
+    """The image is drawn: a profile that cannot be written costs a warning, not the account."""
+    try:
+        remember_run(measured, planned, phases)
+    except ProfileError as error:
+        typer.echo(f"warning: the run is not remembered: {error}", err=True)
+
+
+def _load(planned: Planned, measured: Measured) -> Any:
     from autotune.runtime.load import load_pipeline
-    from autotune.runtime.tuned import Tuned
 
     with _quiet_libraries():
         pipe = load_pipeline(planned.architecture, planned.plan)
     shown = sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shown, desc="denoise", leave=False)
-    return Tuned(pipe, planned.plan, planned.workload, device)
+    return apply_plan(pipe, planned, measured)
 
 
 def _add_peaks(
@@ -123,12 +133,12 @@ def _report(
         measured = [msgspec.to_builtins(m) for m in phases]
         print_json({**planned.plan.to_dict(), "measured": measured, "images": files, "seed": seed})
         return
-    from autotune.cli.account import print_run
+    from autotune.cli.account import escape, print_run
     from autotune.cli.output import console
 
     print_run(planned.plan, phases)
     saved = ", ".join(map(str, files))
-    console().print(f"[bold]image[/] {saved} (seed {seed})", soft_wrap=True)
+    console().print(f"[bold]image[/] {escape(saved)} (seed {seed})", soft_wrap=True)
 
 
 # ---- what is checked before anything is measured or loaded ---------------------------------------
@@ -161,25 +171,49 @@ def _image_files(output: Path, batch: int) -> list[Path]:
     folder = output.parent
     if not folder.is_dir():
         raise RequestError(f"there is no folder {folder}", f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK) or output.is_dir():
-        raise RequestError(f"cannot write {output}", "choose another file with -o")
+    if output.is_dir():
+        raise RequestError(f"{output} is a folder", "give a file name with -o")
+    _require_writable(folder)
     if batch == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
 
 
+def _require_writable(folder: Path) -> None:
+    """Find out before the work, not after it."""
+    try:
+        handle, probe = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        Path(probe).unlink()
+    except OSError as error:
+        raise RequestError(
+            f"cannot write to {folder}: {error.strerror}", "choose another folder with -o"
+        ) from error
+
+
 def _save(images: list[Any], files: list[Path]) -> None:
     """Write each image whole or not at all."""
     for image, file in zip(images, files, strict=True):
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=file.suffix)
-        os.close(handle)
         try:
-            image.save(temporary)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            _save_one(image, file)
+        except OSError as error:
+            raise RequestError(
+                f"cannot write {file}: {error.strerror or error}",
+                "make room, or choose another folder with -o; the same --seed draws it again",
+            ) from error
+
+
+def _save_one(image: Any, file: Path) -> None:
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=file.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        image.save(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

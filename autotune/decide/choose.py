@@ -23,7 +23,7 @@ from autotune.decide.plan import (
 from autotune.decide.predict import Predictor, budget_bytes
 from autotune.decide.prediction import Prediction, find_bottleneck
 from autotune.decide.rules import broken_rule, require_coherent
-from autotune.errors import RequestError
+from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import EXACTNESS, Optimization, Parameters, Setting
 from autotune.optimizations.execution import Execution
@@ -43,7 +43,7 @@ class Limits(msgspec.Struct, frozen=True):
         quality: ``exact``, ``high`` (near-exact too), ``balanced`` (mildly lossy too) or ``fast``.
         only: Consider these alone; empty means all.
         without: Leave these out.
-        keep: Set by hand already: neither proposed nor touched.
+        keep: Set by hand already, as found: neither proposed nor touched.
         vram_limit: Most bytes of device memory to use.
         reserve: Bytes to leave free for others.
     """
@@ -51,7 +51,7 @@ class Limits(msgspec.Struct, frozen=True):
     quality: str = "exact"
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
+    keep: tuple[Setting, ...] = ()
     vram_limit: int | None = None
     reserve: int = 0
 
@@ -80,15 +80,17 @@ def choose(
     predictor = Predictor(machine, workload)
     budget = budget_bytes(machine, limits.vram_limit, limits.reserve)
     refused, options = _options(machine, workload, limits, catalogue)
-    kept = tuple(find(name).setting() for name in limits.keep)
-    chosen = select(list(_candidates(predictor, tuple(options.values()), kept)), budget)
+    kept, notes = _predictable(predictor, limits.keep)
+    candidates = list(_candidates(predictor, tuple(options.values()), kept))
+    chosen = _without_idlers(select(candidates, budget), candidates, budget)
     baseline = predictor.predict(Execution())
     context = _Context(predictor, kept, chosen, budget)
+    fits = chosen.prediction.needed_bytes <= budget
     return Plan(
         machine=summarize_machine(machine),
         workload=summarize_workload(workload),
         quality=limits.quality,
-        fits=chosen.prediction.needed_bytes <= budget,
+        fits=fits,
         budget_bytes=budget,
         bottleneck=Bottlenecks(
             find_bottleneck(baseline, budget), find_bottleneck(chosen.prediction, budget)
@@ -100,7 +102,8 @@ def choose(
         rejected=_rejections(context, options, refused),
         execution=execution_of((*kept, *chosen.settings)),
         kept=limits.keep,
-        notes=(*workload.notes, *_kept_notes(limits.keep)),
+        ways_out=_ways_out(machine, workload, limits, catalogue) if not fits else (),
+        notes=(*workload.notes, *notes),
     )
 
 
@@ -124,6 +127,7 @@ def predict(
     rule = broken_rule((s.name for s in settings), prediction)
     if rule is not None:
         notes += (f"{rule.reason} (rule {rule.id})",)
+    notes += tuple(_idle(Predictor(machine, workload), settings, prediction))
     return PredictionReport(
         machine=summarize_machine(machine),
         workload=summarize_workload(workload),
@@ -133,6 +137,14 @@ def predict(
         budget_bytes=budget,
         notes=(*workload.notes, *notes),
     )
+
+
+def _idle(predictor: Predictor, settings: tuple[Setting, ...], whole: Prediction) -> Iterator[str]:
+    """Members of a set that change neither memory nor time."""
+    for setting in settings:
+        rest = execution_of(s for s in settings if s != setting)
+        if predictor.predict(rest) == whole:
+            yield f"{setting}: changes nothing here"
 
 
 def execution_of(settings: Iterable[Setting]) -> Execution:
@@ -152,6 +164,20 @@ def select(candidates: list[Candidate], budget: int) -> Candidate:
     fastest = min(c.prediction.seconds for c in fitting)
     close = [c for c in fitting if c.prediction.seconds <= fastest * (1 + TOLERANCE)]
     return min(close, key=_smallness)
+
+
+def _without_idlers(chosen: Candidate, candidates: list[Candidate], budget: int) -> Candidate:
+    """Drop members that buy less than the tolerance: close to the fastest, but not worth having."""
+    by_set = {frozenset(map(str, c.settings)): c for c in candidates}
+    for setting in chosen.settings:
+        rest = by_set.get(frozenset(str(s) for s in chosen.settings if s != setting))
+        if rest is None or rest.prediction.needed_bytes > max(
+            budget, chosen.prediction.needed_bytes
+        ):
+            continue
+        if rest.prediction.seconds <= chosen.prediction.seconds * (1 + TOLERANCE):
+            return _without_idlers(rest, candidates, budget)
+    return chosen
 
 
 def _smallness(candidate: Candidate) -> tuple[object, ...]:
@@ -208,7 +234,7 @@ def _allowed_settings(
 ) -> tuple[Setting, ...] | str:
     """The settings to try, or the reason why there are none."""
     name = optimization.name
-    if name in limits.keep:
+    if name in {s.name for s in limits.keep}:
         return "you set it by hand: left as it is"
     if name in limits.without:
         return "you left it out (--without)"
@@ -227,6 +253,44 @@ def _allowed_settings(
 
 def _within(optimization: Optimization, parameters: Parameters, quality: str) -> bool:
     return QUALITIES.index(optimization.quality(parameters)) <= QUALITIES.index(quality)
+
+
+def _predictable(
+    predictor: Predictor, keep: tuple[Setting, ...]
+) -> tuple[tuple[Setting, ...], tuple[str, ...]]:
+    """What was set by hand, as far as it can be predicted here, and a note on each."""
+    kept: list[Setting] = []
+    notes = []
+    for setting in keep:
+        try:
+            predictor.predict(execution_of((*kept, setting)))
+        except OptimizationError as error:
+            notes.append(f"{setting} was set by hand and is kept, but not predicted: {error}")
+        else:
+            kept.append(setting)
+            notes.append(f"{setting} was set by hand and is kept")
+    return tuple(kept), tuple(notes)
+
+
+def _ways_out(
+    machine: Machine,
+    workload: Workload,
+    limits: Limits,
+    catalogue: Mapping[str, Optimization],
+) -> tuple[str, ...]:
+    """What would make it fit: the next quality level that does, as predicted, and the usual."""
+    ways = []
+    for quality in QUALITIES[QUALITIES.index(limits.quality) + 1 :]:
+        offered = choose(
+            machine, workload, msgspec.structs.replace(limits, quality=quality), catalogue
+        )
+        if offered.fits:
+            chosen = ", ".join(map(str, offered.optimizations))
+            ways.append(f"quality {quality} ({chosen})")
+            break
+    if workload.request.batch > 1:
+        ways.append("a smaller batch")
+    return (*ways, "a smaller image", "closing programs that hold memory")
 
 
 def _candidates(
@@ -295,16 +359,16 @@ def _reject(context: _Context, name: str, settings: tuple[Setting, ...]) -> Reje
             return Rejection(name, rule.reason, rule.id)
     options = [(*rest, s) for s in settings]
     predicted = [Candidate(o, context.predict(o)) for o in options]
-    best = min(predicted, key=lambda c: c.prediction.seconds)
+    fitting = [c for c in predicted if c.prediction.needed_bytes <= context.budget]
+    best = min(fitting or predicted, key=lambda c: c.prediction.seconds)
     text = explain_rejected(best.prediction, chosen.prediction, context.budget)
     if rule is not None:
         replaced = ", ".join(s.name for s in chosen.settings if s not in rest)
-        return Rejection(name, f"{rule.reason}; in place of {replaced} it {text}", rule.id)
+        alternative = f"in place of {replaced} it {text}"
+        return Rejection(
+            name, f"does not go with {replaced}: {rule.reason}; {alternative}", rule.id
+        )
     rule = broken_rule((s.name for s in best.settings), best.prediction)
     if rule is not None:
         return Rejection(name, rule.reason, rule.id)
     return Rejection(name, text)
-
-
-def _kept_notes(keep: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{name} was set by hand and is kept" for name in keep)

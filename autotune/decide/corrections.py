@@ -32,7 +32,7 @@ class Corrections:
         kin: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for operator in replayable(workload):
             estimated, measured = estimate(operator), times.get(operator.key)
-            if measured is None or estimated <= 0:
+            if measured is None or measured.seconds is None or estimated <= 0:
                 continue
             self._factors[operator.key] = measured.seconds / estimated
             sums = kin[operator.kind, operator.dtype]
@@ -46,10 +46,6 @@ class Corrections:
             return 1.0
         own = self._factors.get(operator.key)
         return own if own is not None else self._kin.get((operator.kind, operator.dtype), 1.0)
-
-    def is_replayed(self, operator: Operator) -> bool:
-        """Whether this very operator was timed."""
-        return operator.key in self._factors
 
 
 def replayable(workload: Workload) -> list[Operator]:

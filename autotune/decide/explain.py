@@ -42,10 +42,16 @@ def _reason(without: Prediction, chosen: Prediction, budget: int) -> str:
 
 def explain_rejected(added: Prediction, chosen: Prediction, budget: int) -> str:
     """What adding an optimization to the chosen set would do to time and memory."""
+    if added.needed_bytes > budget >= chosen.needed_bytes:
+        binding = added.binding_phase
+        return (
+            f"would not fit: {binding.name} needs {format_bytes(binding.needed_bytes)} of "
+            f"{format_bytes(budget)}"
+        )
     gain = chosen.seconds - added.seconds
     time = f"{format_seconds(added.seconds)} instead of {format_seconds(chosen.seconds)}"
     if gain > 0.001 * chosen.seconds:
-        verdict = f"would gain only {gain / chosen.seconds:.1%} ({time})"
+        verdict = f"would gain {gain / chosen.seconds:.1%} ({time})"
     elif gain < -0.001 * chosen.seconds:
         verdict = f"would be slower: {time}"
     else:

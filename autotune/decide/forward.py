@@ -139,7 +139,7 @@ class ForwardModel:
         """
         if operator.kind != "convolution" or self._machine.device.kind != "cuda" or channels_last:
             return 0
-        replayed = self._machine.operators.get(operator.key) if self._machine.operators else None
+        replayed = self._machine.operators.get(operator.key)
         if replayed is not None and replayed.workspace_bytes is not None:
             return replayed.workspace_bytes
         if not self._has_tensor_cores(operator.dtype):
@@ -147,8 +147,12 @@ class ForwardModel:
         return operator.in_bytes + operator.out_bytes
 
     def _has_tensor_cores(self, dtype: str) -> bool:
-        capability = float(self._machine.device.compute_capability or 0)
-        return capability >= (8.0 if dtype == "float32" else 7.0)
+        """GTX 16xx shares its capability with cards that have them: the rates tell them apart."""
+        rates = self._machine.kernels.matmul_flops_per_s
+        half = rates.get("float16") or rates.get("bfloat16")
+        if half is None or half.value < 2 * rates["float32"].value:
+            return False
+        return dtype != "float32" or float(self._machine.device.compute_capability or 0) >= 8.0
 
 
 def _rate(rates: dict[str, Figure], dtype: str) -> float:

@@ -10,7 +10,7 @@ from autotune.decide.prediction import Bottleneck, Prediction
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import Request, Workload
+from autotune.workload.workload import Workload
 
 
 class MachineSummary(msgspec.Struct, frozen=True):
@@ -67,6 +67,7 @@ class Plan(msgspec.Struct, frozen=True):
         budget_bytes: Free memory less the runtime's context and the reserve, or the user's limit.
         baseline: The prediction with no optimization at all.
         kept: Optimizations that the user had set by hand and that were left alone.
+        ways_out: When it does not fit: what would help, one phrase each.
         execution: The same set as the runtime and the predictor read it.
     """
 
@@ -82,20 +83,13 @@ class Plan(msgspec.Struct, frozen=True):
     reasons: tuple[Reason, ...]
     rejected: tuple[Rejection, ...]
     execution: Execution
-    kept: tuple[str, ...] = ()
+    kept: tuple[Setting, ...] = ()
+    ways_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def request(self) -> Request:
-        """What was asked, as a request."""
-        w = self.workload
-        return Request(w.height, w.width, w.batch, w.steps, w.guidance_scale, w.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
-        plain["optimizations"] = [setting_dict(s) for s in self.optimizations]
-        return plain
+        return _plain(self)
 
 
 class PredictionReport(msgspec.Struct, frozen=True):
@@ -111,14 +105,16 @@ class PredictionReport(msgspec.Struct, frozen=True):
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
-        plain["optimizations"] = [setting_dict(s) for s in self.optimizations]
-        return plain
+        return _plain(self)
 
 
-def setting_dict(setting: Setting) -> dict[str, Any]:
-    """``parameters`` always present, also when there are none."""
-    return {"name": setting.name, "parameters": dict(setting.parameters)}
+def _plain(value: Plan | PredictionReport) -> dict[str, Any]:
+    """Plain values, with ``parameters`` always present, also when there are none."""
+    plain: dict[str, Any] = msgspec.to_builtins(value)
+    plain["optimizations"] = [
+        {"name": s.name, "parameters": dict(s.parameters)} for s in value.optimizations
+    ]
+    return plain
 
 
 def summarize_machine(machine: Machine) -> MachineSummary:

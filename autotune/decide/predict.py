@@ -80,9 +80,9 @@ class Predictor:
 
     def _run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
         forward = self._forward(phase, run, execution)
-        resident = self._resident_bytes(run, execution) + run.upcast_bytes
-        shares = [forward.compute_s, forward.memory_s, 0.0, forward.launch_s]
-        compute, memory, _, launch = (s * run.calls for s in shares)
+        resident = self._resident_bytes(run, execution)
+        compute, memory = forward.compute_s * run.calls, forward.memory_s * run.calls
+        launch = forward.launch_s * run.calls
         transfer = self._transfer_s(run, execution)
         activation = forward.activation_bytes
         workspace = forward.workspace_bytes + self._fixed_bytes()
@@ -115,15 +115,19 @@ class Predictor:
     def _resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         component = self._components[run.component]
         if execution.placement == "device":
-            return self.workload.weight_bytes
+            return self.workload.weight_bytes + run.upcast_bytes
         moved = set(self.workload.offload_order)
         staying = sum(c.weight_bytes for c in self.workload.components if c.name not in moved)
+        upcast = 1 + run.upcast_bytes / max(component.weight_bytes, 1)
         if execution.placement == "model_offload":
-            return component.weight_bytes + staying
-        return component.largest_leaf_bytes + staying
+            return int(component.weight_bytes * upcast) + staying
+        return int(component.largest_leaf_bytes * upcast) + staying
 
     def _transfer_s(self, run: ComponentRun, execution: Execution) -> float:
-        """Model offload moves a component in and out once; sequential every leaf at every call."""
+        """Model offload moves a component in and out once; sequential every leaf at every call.
+
+        A component that is upcast crosses in the wider dtype, and goes back in its own.
+        """
         link = self.machine.link
         if execution.placement == "device" or run.component not in self.workload.offload_order:
             return 0.0
@@ -133,13 +137,14 @@ class Predictor:
                 f"{self.machine.name} has none: device and host share their memory",
             )
         component = self._components[run.component]
+        inward = component.weight_bytes + run.upcast_bytes
         if execution.placement == "model_offload":
             return (
-                component.weight_bytes / link.module_h2d_bytes_per_s.value
+                inward / link.module_h2d_bytes_per_s.value
                 + component.weight_bytes / link.module_d2h_bytes_per_s.value
             )
         hook = self.machine.kernels.offload_hook_s
-        per_call = component.weight_bytes / link.h2d_pageable_bytes_per_s.value
+        per_call = inward / link.h2d_pageable_bytes_per_s.value
         per_call += component.leaf_count * (hook.value if hook else 0.0)
         return per_call * run.calls
 
@@ -150,7 +155,7 @@ class Predictor:
         if phase == "encode":  # transformers' encoders bring their own attention
             execution, kernel = Execution(), Kernel("sdpa")
         elif phase == "decode":
-            execution = _decoding(execution)
+            execution = self._decoding(execution)
             kernel = self._kernel(execution)
         key = (
             phase,
@@ -165,6 +170,20 @@ class Predictor:
             trace = self._trace(run, execution) if phase == "decode" else run.trace
             cost = self._forwards[key] = self._model.cost(trace, execution, kernel)
         return cost
+
+    def _decoding(self, execution: Execution) -> Execution:
+        """What of an execution reaches the VAE: not slicing, whose setter it lacks, nor merging.
+
+        Its one wide head stays with PyTorch's kernel where there is one.
+        """
+        has_sdpa = self.machine.default_attention == "sdpa"
+        return Execution(
+            attention="" if has_sdpa else execution.attention,
+            channels_last=execution.channels_last,
+            decode_sliced=execution.decode_sliced,
+            decode_tile=execution.decode_tile,
+            placement=execution.placement,
+        )
 
     def _trace(self, run: ComponentRun, execution: Execution) -> Trace:
         variant = execution.decode_variant
@@ -187,17 +206,6 @@ class Predictor:
         if execution.attention_slices:
             return Kernel("sliced", execution.attention_slices)
         return Kernel(execution.attention or self.machine.default_attention)
-
-
-def _decoding(execution: Execution) -> Execution:
-    """What of an execution reaches the VAE: not slicing, whose setter it lacks, nor merging."""
-    return Execution(
-        attention=execution.attention,
-        channels_last=execution.channels_last,
-        decode_sliced=execution.decode_sliced,
-        decode_tile=execution.decode_tile,
-        placement=execution.placement,
-    )
 
 
 def budget_bytes(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> int:

@@ -75,9 +75,13 @@ class Optimization(ABC):
             A function that puts back what was there. Where ``apply`` fails, it has done so itself.
         """
 
+    def found(self, pipe: Any) -> Parameters | None:
+        """The parameters with which the pipeline already has it, set by hand; ``None`` if not."""
+        return None
+
     def is_set(self, pipe: Any) -> bool:
-        """Whether the pipeline already has it, set by hand."""
-        return False
+        """Whether the pipeline already has it."""
+        return self.found(pipe) is not None
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
         """Parameter values that the search should consider."""

@@ -45,8 +45,8 @@ class ChannelsLast(Optimization):
                 module.to(memory_format=torch.channels_last)
         return undo
 
-    def is_set(self, pipe: Any) -> bool:
-        return any(_is_channels_last(m) for m in diffusers_modules(pipe))
+    def found(self, pipe: Any) -> Parameters | None:
+        return {} if any(_is_channels_last(m) for m in diffusers_modules(pipe)) else None
 
 
 def _is_channels_last(module: Any) -> bool:

@@ -30,3 +30,8 @@ def drop_bound_forwards(module: Any) -> None:
 def has_class(workload: Workload, class_name: str) -> bool:
     """Whether a component of the workload is of that class."""
     return any(c.class_name == class_name for c in workload.components)
+
+
+def denoiser(pipe: Any) -> Any:
+    """The pipeline's UNet or transformer, ``None`` when it has neither."""
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)

@@ -40,6 +40,8 @@ class _Offload(Optimization):
                 module.to(where)
 
         with undone_on_failure(undo):
+            # diffusers prefers a number remembered from before to the index 0 that we give.
+            pipe.__dict__.pop("_offload_gpu_id", None)
             self._enable(pipe, device)
         return undo
 
@@ -60,8 +62,8 @@ class ModelCpuOffload(_Offload):
     def _enable(self, pipe: Any, device: str) -> None:
         pipe.enable_model_cpu_offload(device=device)
 
-    def is_set(self, pipe: Any) -> bool:
-        return _hook_names(pipe) == {"CpuOffload"}
+    def found(self, pipe: Any) -> Parameters | None:
+        return {} if any(type(h).__name__ == "CpuOffload" for h in _hooks(pipe)) else None
 
 
 class SequentialCpuOffload(_Offload):
@@ -77,12 +79,13 @@ class SequentialCpuOffload(_Offload):
     def _enable(self, pipe: Any, device: str) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
 
-    def is_set(self, pipe: Any) -> bool:
-        return "AlignDevicesHook" in _hook_names(pipe)
+    def found(self, pipe: Any) -> Parameters | None:
+        # A device map attaches the same hook, but leaves the weights where they are.
+        return {} if any(getattr(h, "offload", False) for h in _hooks(pipe)) else None
 
 
-def _hook_names(pipe: Any) -> set[str]:
-    """Class names of the accelerate hooks on the pipeline's components or their layers."""
+def _hooks(pipe: Any) -> list[Any]:
+    """The accelerate hooks on the pipeline's components and their layers."""
     modules = [m for c in pipe.components.values() if hasattr(c, "modules") for m in c.modules()]
-    hooks = (getattr(m, "_hf_hook", None) for m in modules)
-    return {type(h).__name__ for h in hooks if h is not None} - {"SequentialHook"}
+    hooks = [m._hf_hook for m in modules if hasattr(m, "_hf_hook")]
+    return [single for h in hooks for single in getattr(h, "hooks", (h,))]

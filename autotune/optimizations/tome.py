@@ -70,8 +70,9 @@ class ToMe(Optimization):
             tomesd.apply_patch(pipe, ratio=ratio, max_downsample=depth)
         return undo
 
-    def is_set(self, pipe: Any) -> bool:
-        return hasattr(getattr(pipe, "unet", None), "_tome_info")
+    def found(self, pipe: Any) -> Parameters | None:
+        info = getattr(getattr(pipe, "unet", None), "_tome_info", None)
+        return None if info is None else {k: info["args"][k] for k in self.defaults}
 
     def before_image(self, pipe: Any, parameters: Parameters, seed: int) -> None:
         """Restart ToMe's generator: it runs on from image to image, so seeds would not repeat."""

@@ -48,8 +48,8 @@ class VaeSlicing(_DecodeSwitch):
     def _variant(self, parameters: Parameters) -> str:
         return "sliced"
 
-    def is_set(self, pipe: Any) -> bool:
-        return bool(getattr(_vae(pipe), "use_slicing", False))
+    def found(self, pipe: Any) -> Parameters | None:
+        return {} if getattr(_vae(pipe), "use_slicing", False) else None
 
 
 class VaeTiling(_DecodeSwitch):
@@ -93,8 +93,11 @@ class VaeTiling(_DecodeSwitch):
             )
         return super().apply(pipe, parameters, device)
 
-    def is_set(self, pipe: Any) -> bool:
-        return bool(getattr(_vae(pipe), "use_tiling", False))
+    def found(self, pipe: Any) -> Parameters | None:
+        vae = _vae(pipe)
+        if not getattr(vae, "use_tiling", False):
+            return None
+        return {"tile": int(getattr(vae, "tile_sample_min_size", self.defaults["tile"]))}
 
 
 def _vae(pipe: Any) -> Any:

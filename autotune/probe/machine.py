@@ -133,9 +133,12 @@ class AttentionRate(Value, frozen=True):
 
 
 class OperatorTime(Value, frozen=True):
-    """One operator run alone on random data; ``workspace_bytes`` is beside its output."""
+    """One operator run alone on random data; ``workspace_bytes`` is beside its output.
 
-    seconds: float
+    ``seconds`` is ``None`` where it cannot be run alone, because its values matter.
+    """
+
+    seconds: float | None
     workspace_bytes: int | None = None
 
 

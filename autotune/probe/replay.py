@@ -8,6 +8,7 @@ forward, and memory is needed for the largest operator only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as functional
 
+from autotune.probe.devices import empty_cache
 from autotune.probe.machine import Figure, OperatorTime
 from autotune.probe.timing import (
     DISTURBED_SPREAD,
@@ -35,9 +37,12 @@ _WARM_UP_SHARE = 0.3
 """Of the budget, for the first call of each operator: lazy kernels and algorithm choice."""
 
 
+_CUDA_CALLS = 10
+
+
 class _Prepared(NamedTuple):
     operator: Operator
-    call: Callable[[], Any]
+    calls: tuple[Callable[[], Any], ...]
 
 
 def replay(
@@ -60,30 +65,37 @@ def replay(
         weight: Estimated seconds of all calls of an operator.
 
     Returns:
-        New times by ``Operator.key``. Operators that cannot be run alone are left out.
+        New times by ``Operator.key``; ``seconds`` is ``None`` where one cannot be run alone.
     """
     start = time.perf_counter()
     wanted = {o.key: o for o in operators if o.key not in known and o.bytes <= memory_bytes}
     buffers = _Buffers(wanted.values(), device)
     ready: dict[str, _Prepared] = {}
+    alone: dict[str, OperatorTime] = {}  # cannot be run alone
     with torch.no_grad():
         for operator in sorted(wanted.values(), key=weight, reverse=True):
             if time.perf_counter() - start > _WARM_UP_SHARE * budget_s:
                 break
-            call = _warmed_up(operator, buffers)
-            if call is not None:
-                ready[operator.key] = _Prepared(operator, call)
+            calls = _warmed_up(operator, buffers)
+            if calls:
+                ready[operator.key] = _Prepared(operator, calls)
+            else:
+                alone[operator.key] = OperatorTime(None)
         in_order = [ready[key] for key in wanted if key in ready]
-        return _time_in_rounds(in_order, device, start + budget_s)
+        times = _time_in_rounds(in_order, device, start + budget_s)
+    empty_cache(device)
+    return alone | times
 
 
-def _warmed_up(operator: Operator, buffers: _Buffers) -> Callable[[], Any] | None:
+def _warmed_up(operator: Operator, buffers: _Buffers) -> tuple[Callable[[], Any], ...]:
+    """Calls of the operator, each on other parts of the buffers; empty when it cannot run alone."""
+    copies = 1 if buffers.device.type == "cpu" else _CUDA_CALLS
     try:
-        call = rebuild(operator.signature, buffers)
-        call()
+        calls = tuple(rebuild(operator.signature, buffers) for _ in range(copies))
+        calls[0]()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return None  # its values matter (an index, a mask): rates stand in for it
-    return call
+        return ()  # its values matter (an index, a mask): rates stand in for it
+    return calls
 
 
 def _time_in_rounds(
@@ -93,13 +105,18 @@ def _time_in_rounds(
     for done in range(_ROUNDS_MAX):
         if done >= _ROUNDS_MIN and time.perf_counter() > deadline:
             break
-        for (_, call), taken in zip(prepared, samples, strict=True):
-            # A CUDA event around one short kernel would time the event.
-            taken.append(block_seconds(call, device, 1 if device.type == "cpu" else 10))
+        for (_, calls), taken in zip(prepared, samples, strict=True):
+            taken.append(_once(calls, device))
     return {
-        operator.key: OperatorTime(_typical(taken), _workspace(call, device))
-        for (operator, call), taken in zip(prepared, samples, strict=True)
+        operator.key: OperatorTime(_typical(taken), _workspace(calls[0], device))
+        for (operator, calls), taken in zip(prepared, samples, strict=True)
     }
+
+
+def _once(calls: tuple[Callable[[], Any], ...], device: torch.device) -> float:
+    """Mean seconds of the calls, back to back."""
+    every = itertools.cycle(calls)
+    return block_seconds(lambda: next(every)(), device, len(calls), ahead=True)
 
 
 def _typical(samples: list[float]) -> float:
@@ -165,7 +182,8 @@ def _sum_of(traced: Trace, device: torch.device) -> float:
         memory_bytes=1 << 30,
         weight=lambda operator: operator.bytes,
     )
-    return sum(o.count * times[o.key].seconds for o in traced.operators if o.key in times)
+    known = {key: measured.seconds or 0.0 for key, measured in times.items()}
+    return sum(o.count * known.get(o.key, 0.0) for o in traced.operators)
 
 
 def _workspace(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ DISTURBED_SPREAD = 0.15
 _BLOCK_S = (
     2e-3  # a sample lasts at least this long, so that clock and event resolution do not matter
 )
+_HEAD_START_CYCLES = 1_000_000  # about half a millisecond: longer than queueing some ten calls
 _SAMPLES_MIN, _SAMPLES_MAX, _REPEATS_MAX = 3, 25, 1000
 
 Call = Callable[[], object]
@@ -47,10 +48,10 @@ def time_call(call: Call, device: torch.device, *, budget_s: float = 0.1) -> Fig
     return Figure(value=statistics.median(series), samples=tuple(series))
 
 
-def block_seconds(call: Call, device: torch.device, repeats: int) -> float:
+def block_seconds(call: Call, device: torch.device, repeats: int, *, ahead: bool = False) -> float:
     """Mean seconds of ``repeats`` calls in a row, from an idle device to an idle device."""
     if device.type == "cuda":
-        return _event_seconds(call, device, repeats)
+        return _event_seconds(call, device, repeats, ahead=ahead)
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -90,10 +91,13 @@ def _series(call: Call, device: torch.device, repeats: int, budget_s: float) -> 
     return samples
 
 
-def _event_seconds(call: Call, device: torch.device, repeats: int) -> float:
+def _event_seconds(call: Call, device: torch.device, repeats: int, *, ahead: bool) -> float:
     with torch.cuda.device(device):
         start, end = (_timing_event() for _ in range(2))
         torch.cuda.synchronize(device)
+        if ahead:
+            # The device waits while the calls are queued: short kernels are timed, not dispatch.
+            torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(repeats):
             call()

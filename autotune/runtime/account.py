@@ -47,11 +47,10 @@ def describe_machine(plan: Plan | PredictionReport) -> str:
 
 
 def describe_prediction(prediction: Prediction) -> str:
-    """``"30.9 s, peak 5.15 GiB (denoise)"``."""
-    peak = max(prediction.phases, key=lambda p: p.peak_bytes)
-    return (
-        f"{format_seconds(prediction.seconds)}, peak {format_bytes(peak.peak_bytes)} ({peak.name})"
-    )
+    """``"30.9 s, needs 5.15 GiB (denoise)"``."""
+    binding = prediction.binding_phase
+    needed = f"needs {format_bytes(binding.needed_bytes)} ({binding.name})"
+    return f"{format_seconds(prediction.seconds)}, {needed}"
 
 
 def _lines(plan: Plan) -> Iterator[str]:
@@ -62,7 +61,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"plain       {describe_prediction(plan.baseline)}"
     yield f"planned     {describe_prediction(plan.prediction)}"
     if not plan.fits:
-        yield shortage(plan)
+        yield f"{shortage(plan)}; try {ways_out(plan)}"
     chosen = (
         ", ".join(map(str, plan.optimizations)) or "nothing: no optimization is worth having here"
     )
@@ -74,23 +73,17 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def shortage(plan: Plan) -> str:
-    """The numbers when nothing fits, and the usual ways out."""
+    """The numbers when nothing fits."""
     phase = plan.prediction.binding_phase
     return (
         f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "
-        f"{format_bytes(plan.budget_bytes)} are available; {ways_out(plan)}"
+        f"{format_bytes(plan.budget_bytes)} are available"
     )
 
 
 def ways_out(plan: Plan) -> str:
-    """What a user can change."""
-    higher = {"exact": "--quality high", "high": "--quality balanced", "balanced": "--quality fast"}
-    steps = ["a smaller image", "closing programs that hold memory"]
-    if plan.workload.batch > 1:
-        steps.insert(0, "a smaller batch")
-    if plan.quality in higher:
-        steps.insert(0, higher[plan.quality])
-    return "try " + " or ".join(steps)
+    """What would help, in one line."""
+    return " or ".join(plan.ways_out)
 
 
 def compare(

@@ -14,9 +14,10 @@ from autotune.optimizations.base import Setting, Undo, undone_on_failure
 log = logging.getLogger("autotune")
 
 
-def set_by_hand(pipe: Any) -> tuple[str, ...]:
-    """Names of the optimizations that the pipeline already has."""
-    return tuple(name for name, optimization in CATALOGUE.items() if optimization.is_set(pipe))
+def set_by_hand(pipe: Any) -> tuple[Setting, ...]:
+    """The optimizations that the pipeline already has, with the parameters they have."""
+    found = ((name, optimization.found(pipe)) for name, optimization in CATALOGUE.items())
+    return tuple(Setting(name, parameters) for name, parameters in found if parameters is not None)
 
 
 def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
@@ -35,7 +36,7 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     """
     undos: list[Undo] = []
     try:
-        if not _offloads(plan):
+        if not _offloads(plan) and not _has_device_map(pipe):
             undos.append(_move(pipe, device))
         for setting in _in_order(plan.optimizations):
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
@@ -51,7 +52,11 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
 
 def _offloads(plan: Plan) -> bool:
     """Whether hooks, ours or the user's, decide where weights are."""
-    return bool(OFFLOADS & ({s.name for s in plan.optimizations} | set(plan.kept)))
+    return bool(OFFLOADS & {s.name for s in (*plan.optimizations, *plan.kept)})
+
+
+def _has_device_map(pipe: Any) -> bool:
+    return getattr(pipe, "hf_device_map", None) is not None
 
 
 def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:

@@ -56,8 +56,8 @@ def _dtype_keyword() -> str:
 def _read(cls: Any, weights: str, options: dict[str, Any]) -> Any:
     try:
         return cls.from_pretrained(weights, **options)
-    except (OSError, ValueError):
-        if "variant" not in options:
+    except (OSError, ValueError) as error:
+        if "variant" not in options or options["variant"] not in str(error):
             raise
         # Not every repository has the 16-bit variant: the full one is cast while loading.
         rest = {k: v for k, v in options.items() if k != "variant"}

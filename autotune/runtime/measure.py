@@ -73,7 +73,7 @@ class PhaseMeter:
         if self._current is None:
             return
         if self._device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self._device)
         elapsed = time.perf_counter() - self._started
         self._seconds[self._current] = self._seconds.get(self._current, 0.0) + elapsed
         if self._device.type == "cuda":

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from autotune.decide.plan import Plan
+from autotune.errors import RequestError
 from autotune.optimizations import find
 from autotune.optimizations.base import Undo
 from autotune.profile.profile import PhaseMeasurement
@@ -43,11 +44,18 @@ class Tuned:
 
         Returns:
             The pipeline's output.
+
+        Raises:
+            RequestError: both ``seed`` and ``generator`` are given.
         """
         if "generator" not in options:
             options["generator"] = self._generator(secrets.randbits(63) if seed is None else seed)
-        self._before_image(options["generator"])
-        return self.pipe(prompt, **(self._defaults(prompt) | options))
+        elif seed is not None:
+            raise RequestError("both seed and generator are given", "give one of them")
+        if self._undo is not None:
+            self._before_image(options["generator"])
+        prompts = _count(prompt, options.get("prompt_embeds"))
+        return self.pipe(prompt, **(self._defaults(prompts) | options))
 
     def explain(self) -> str:
         """The account of the plan: machine, bottleneck, what was chosen and left out, and why."""
@@ -56,8 +64,8 @@ class Tuned:
     def undo(self) -> None:
         """Put the pipeline back to the state before; a second call does nothing."""
         if self._undo is not None:
-            undo, self._undo = self._undo, None
-            undo()
+            self._undo()  # interrupted, it goes on where it was when called again
+            self._undo = None
 
     def measure(
         self, prompt: Any = None, **options: Any
@@ -82,9 +90,8 @@ class Tuned:
 
         return cpu_peaks(short, self._workload.weight_bytes)
 
-    def _defaults(self, prompt: Any) -> dict[str, Any]:
+    def _defaults(self, prompts: int) -> dict[str, Any]:
         w = self.plan.workload
-        prompts = len(prompt) if isinstance(prompt, (list, tuple)) else 1
         return {
             "height": w.height,
             "width": w.width,
@@ -104,6 +111,13 @@ class Tuned:
         seed = 0 if first is None else first.initial_seed()
         for setting in self.plan.optimizations:
             find(setting.name).before_image(self.pipe, setting.parameters, seed)
+
+
+def _count(prompt: Any, embeddings: Any) -> int:
+    """Prompts in one call, as texts or as embeddings: they share the batch that was planned."""
+    if embeddings is not None:
+        return int(embeddings.shape[0])
+    return len(prompt) if isinstance(prompt, (list, tuple)) else 1
 
 
 def with_peaks(

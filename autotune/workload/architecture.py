@@ -37,6 +37,7 @@ class Architecture(Value, frozen=True):
         name: What the user called it.
         pipeline: Class name in diffusers, ``"StableDiffusionXLPipeline"``.
         components: Pipeline attribute → module configuration; modules with weights only.
+        scheduler: Its scheduler's class name; some run the denoiser more than once a step.
         half_dtype: The 16-bit dtype its weights are published for.
         weights: Folder or hub id that holds the weights, ``None`` where there are none to load.
         variant: File variant of the 16-bit weights (``"fp16"``), where the repository has one.
@@ -48,6 +49,7 @@ class Architecture(Value, frozen=True):
     name: str
     pipeline: str
     components: dict[str, ComponentConfig]
+    scheduler: str = ""
     half_dtype: str = "float16"
     weights: str | None = None
     variant: str | None = None
@@ -74,7 +76,9 @@ def find_architecture(model: str) -> Architecture:
         ModelError: it is none of these, or the folder is not a pipeline.
     """
     if model == DEMO:
-        return msgspec.structs.replace(_read_folder(model_path()), name=DEMO)
+        # Twenty DDIM steps are what it was judged with.
+        demo = _read_folder(model_path())
+        return msgspec.structs.replace(demo, name=DEMO, steps=20, guidance_scale=7.5)
     if model in builtin_names():
         return _read_builtin(model)
     path = os.path.expanduser(model)  # unlike pathlib, os.path answers for any text at all
@@ -108,6 +112,7 @@ def describe_pipeline(pipe: Any) -> Architecture:
         name=name,
         pipeline=type(pipe).__name__,
         components={n: _describe_module(pipe, n, m) for n, m in modules.items()},
+        scheduler=type(components.get("scheduler")).__name__,
         weights=name,
     )
 
@@ -168,8 +173,14 @@ def _read_folder(folder: Path) -> Architecture:
         name=str(folder),
         pipeline=pipeline,
         components=dict(_read_components(folder, index)),
+        scheduler=_class_in(index.get("scheduler")),
         weights=str(folder),
     )
+
+
+def _class_in(entry: Any) -> str:
+    """The class of a ``[library, class]`` entry, empty where there is none."""
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else ""
 
 
 def _read_components(folder: Path, index: dict[str, Any]) -> list[tuple[str, ComponentConfig]]:

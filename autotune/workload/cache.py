@@ -6,6 +6,7 @@ the oldest are removed when there are too many. Losing one costs a second.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from autotune import __version__
 from autotune.errors import ProfileError
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
+from autotune.workload.request import denoiser_calls, is_guided
 from autotune.workload.workload import Request, Workload
 
 MAX_FILES = 64
@@ -42,9 +43,10 @@ def workload_of(architecture: Architecture, request: Request) -> Workload:
 
 def _asked(workload: Workload, architecture: Architecture, request: Request) -> Workload:
     """The stored trace under the name and with the steps that were asked for now."""
+    calls = denoiser_calls(architecture, request.steps)
     phases = tuple(
         msgspec.structs.replace(
-            phase, runs=tuple(msgspec.structs.replace(r, calls=request.steps) for r in phase.runs)
+            phase, runs=tuple(msgspec.structs.replace(r, calls=calls) for r in phase.runs)
         )
         if phase.name == "denoise"
         else phase
@@ -66,15 +68,24 @@ def _path(architecture: Architecture, request: Request) -> Path | None:
 
 def _digest(architecture: Architecture, request: Request) -> str:
     # Whether guidance doubles the batch matters to a trace; its value and the steps do not.
-    guided = float(request.guidance_scale > 1) * 2
+    guided = float(is_guided(architecture, request)) * 2
     parts = (
         architecture.pipeline,
         architecture.components,
         msgspec.structs.replace(request, steps=1, guidance_scale=guided),
-        __version__,
+        _tracer(),
         *(_version(p) for p in ("torch", "diffusers", "transformers")),
     )
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
+
+
+@functools.cache
+def _tracer() -> str:
+    """A digest of the code that traces: another tracer would have traced otherwise."""
+    digest = hashlib.sha256()
+    for name in ("components", "phases", "request", "trace", "variants", "workload"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

@@ -6,16 +6,18 @@ device; the trace does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from autotune.errors import ModelError, first_line
+from autotune.units import format_bytes
 from autotune.workload.architecture import Architecture
 from autotune.workload.components import build_on_meta, describe
-from autotune.workload.request import latent_size
+from autotune.workload.request import denoiser_calls, is_guided, latent_size
 from autotune.workload.trace import trace
 from autotune.workload.variants import decode_variants, switched
 from autotune.workload.workload import ComponentRun, Phase, Request, Trace, Workload
@@ -38,22 +40,48 @@ def trace_workload(architecture: Architecture, request: Request) -> Workload:
     Raises:
         ModelError: the pipeline has a component that cannot be built or traced.
     """
+    _require_text_to_image(architecture)
     dtype = getattr(torch, request.dtype)
     modules = {n: build_on_meta(n, c, dtype) for n, c in architecture.components.items()}
     denoiser = _denoiser_name(architecture)
     height, width = latent_size(architecture, request)
-    encode = Phase("encode", tuple(_encoder_runs(modules, request)))
+    encode = Phase("encode", tuple(_encoder_runs(modules, architecture, request)))
     denoise = Phase("denoise", (_denoise_run(denoiser, modules[denoiser], architecture, request),))
     decode = Phase("decode", (_decode_run(modules["vae"], architecture, request),))
+    phases = tuple(p for p in (encode, denoise, decode) if p.runs)
     return Workload(
         model=architecture.name,
         pipeline=architecture.pipeline,
         request=request,
         components=tuple(describe(n, m) for n, m in modules.items()),
-        phases=tuple(p for p in (encode, denoise, decode) if p.runs),
+        phases=phases,
         offload_order=_offload_order(architecture),
         latent_tokens=height * width,
+        notes=tuple(_untraced(modules, phases)),
     )
+
+
+_OTHER_TASKS = (
+    "Img2Img", "Inpaint", "ControlNet", "Upscale", "Adapter", "Depth2Img", "Pix2Pix", "Video",
+)  # fmt: skip
+
+
+def _require_text_to_image(architecture: Architecture) -> None:
+    task = next((t for t in _OTHER_TASKS if t in architecture.pipeline), None)
+    if task is not None:
+        raise ModelError(
+            f"cannot plan for {architecture.pipeline} yet: only text-to-image is traced",
+            "use the model's text-to-image pipeline",
+        )
+
+
+def _untraced(modules: dict[str, nn.Module], phases: tuple[Phase, ...]) -> Iterator[str]:
+    """A note for each component that is loaded and may run, but is in no phase."""
+    traced = {r.component for p in phases for r in p.runs}
+    for name, module in modules.items():
+        if name not in traced:
+            size = format_bytes(describe(name, module).weight_bytes)
+            yield f"{name}: its weights ({size}) are counted, its run is not traced"
 
 
 def _denoiser_name(architecture: Architecture) -> str:
@@ -93,9 +121,13 @@ def _trace_call(name: str, module: nn.Module, call: _Call) -> Trace:
 # ---- encode -------------------------------------------------------------------------------------
 
 
-def _encoder_runs(modules: dict[str, nn.Module], request: Request) -> list[ComponentRun]:
+def _encoder_runs(
+    modules: dict[str, nn.Module], architecture: Architecture, request: Request
+) -> list[ComponentRun]:
     """Text encoders see one prompt per call; guidance adds a call for the negative prompt."""
-    calls = 2 if request.guidance_scale > 1 else 1
+    # SDXL's pipelines take zeros for the negative prompt that was not given.
+    encodes_twice = is_guided(architecture, request) and "XL" not in architecture.pipeline
+    calls = 2 if encodes_twice else 1
     encoders = {n: m for n, m in modules.items() if n.startswith("text_encoder")}
     return [
         ComponentRun(component=n, calls=calls, trace=_trace_call(n, m, _encode_call(m)))
@@ -120,7 +152,9 @@ def _denoise_run(
     make = _DENOISERS[type(denoiser).__name__]
     call = make(denoiser, architecture, request)
     return ComponentRun(
-        component=name, calls=request.steps, trace=_trace_call(name, denoiser, call)
+        component=name,
+        calls=denoiser_calls(architecture, request.steps),
+        trace=_trace_call(name, denoiser, call),
     )
 
 
@@ -128,8 +162,7 @@ def _unet_call(unet: Any, architecture: Architecture, request: Request) -> _Call
     """A guided UNet sees the unconditional and the conditional half in one batch."""
     dtype = getattr(torch, request.dtype)
     config = unet.config
-    guided = request.guidance_scale > 1 and getattr(config, "time_cond_proj_dim", None) is None
-    batch = request.batch * (2 if guided else 1)
+    batch = request.batch * (2 if is_guided(architecture, request) else 1)
     height, width = latent_size(architecture, request)
     tokens = architecture.config("text_encoder").get("max_position_embeddings", 77)
     latents = torch.empty(batch, config.in_channels, height, width, dtype=dtype, device="meta")
@@ -174,17 +207,17 @@ _DENOISERS: dict[str, Callable[[Any, Architecture, Request], _Call]] = {
 # ---- decode -------------------------------------------------------------------------------------
 
 
+_SLICES_TRACED = 4
+"""A sliced decode repeats itself: so many images are traced, the others are counted."""
+
+
 def _decode_run(vae: nn.Module, architecture: Architecture, request: Request) -> ComponentRun:
     upcast = _decodes_in_float32(architecture, request)
     before = describe("vae", vae).weight_bytes
     if upcast:
         vae.float()
-    call = _decode_call(vae, architecture, request)
-    variants = {}
-    for variant in decode_variants(request):
-        with switched(vae, variant):
-            variants[variant] = _trace_call("vae", vae, call)
-    whole = _trace_call("vae", vae, call)
+    whole = _trace_call("vae", vae, _decode_call(vae, architecture, request))
+    variants = {v: _variant(vae, v, architecture, request) for v in decode_variants(request)}
     after = describe("vae", vae).weight_bytes
     if upcast:
         nn.Module.to(vae, getattr(torch, request.dtype))
@@ -192,8 +225,38 @@ def _decode_run(vae: nn.Module, architecture: Architecture, request: Request) ->
         component="vae",
         calls=1,
         trace=whole,
-        variants={k: v for k, v in variants.items() if v != whole},
+        variants={name: trace for name, trace in variants.items() if trace != whole},
         upcast_bytes=after - before,
+    )
+
+
+def _variant(vae: nn.Module, variant: str, architecture: Architecture, request: Request) -> Trace:
+    traced = request.batch
+    if variant.startswith("sliced"):
+        traced = min(request.batch, _SLICES_TRACED)
+    few = msgspec.structs.replace(request, batch=traced)
+    with switched(vae, variant):
+        found = _trace_call("vae", vae, _decode_call(vae, architecture, few))
+    image_bytes = 3 * request.height * request.width * next(vae.parameters()).element_size()
+    return (
+        found if traced == request.batch else _repeated(found, request.batch, traced, image_bytes)
+    )
+
+
+def _repeated(trace: Trace, batch: int, traced: int, image_bytes: int) -> Trace:
+    """The trace of a few images as that of a batch: as much more work, and the images that wait."""
+    waiting = (batch - traced) * image_bytes
+    operators = tuple(
+        msgspec.structs.replace(
+            o, count=o.count * batch // traced, live_bytes=o.live_bytes + waiting
+        )
+        for o in trace.operators
+    )
+    return Trace(
+        operators=operators,
+        # At the end the images are joined: all of them, twice.
+        activation_bytes=max(trace.activation_bytes + waiting, 2 * batch * image_bytes),
+        dispatches=sum(o.count for o in operators),
     )
 
 

@@ -81,6 +81,23 @@ def latent_size(architecture: Architecture, request: Request) -> tuple[int, int]
     return request.height // factor, request.width // factor
 
 
+def denoiser_calls(architecture: Architecture, steps: int) -> int:
+    """Forwards of the denoiser for so many steps: second-order schedulers look twice.
+
+    As ``len(scheduler.timesteps)`` after ``set_timesteps(steps)`` in diffusers.
+    """
+    name = architecture.scheduler
+    if name.startswith(("Heun", "KDPM2")):
+        return 2 * steps - 1
+    return steps + 1 if name == "PNDMScheduler" and steps > 1 else steps
+
+
+def is_guided(architecture: Architecture, request: Request) -> bool:
+    """Whether classifier-free guidance runs: distilled UNets take the scale as an input instead."""
+    takes_scale = architecture.config("unet").get("time_cond_proj_dim") is not None
+    return request.guidance_scale > 1 and not takes_scale
+
+
 def _pipeline_defaults(architecture: Architecture) -> tuple[int, float]:
     """Steps and guidance of the pipeline's own ``__call__``, unless the architecture says."""
     if architecture.steps is not None and architecture.guidance_scale is not None:
@@ -118,7 +135,7 @@ def _preferred_dtype(architecture: Architecture, machine: Machine) -> str:
         wanted = "float16"
     if machine.device.kind == "cpu" or wanted not in rates:
         return "float32"
-    return wanted
+    return wanted if rates[wanted].value > rates["float32"].value else "float32"
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

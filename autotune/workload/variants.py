@@ -23,8 +23,14 @@ def decode_variants(request: Request) -> tuple[str, ...]:
 
 
 def tile_sizes(request: Request) -> tuple[int, ...]:
-    """A tile side in pixels that really cuts the image: 512 as VAEs are trained on, or half."""
+    """A tile side in pixels that really cuts the image.
+
+    512, as most VAEs are trained on; half of a smaller image; a quarter of one so large that 512
+    would make hundreds of tiles.
+    """
     longest = max(request.height, request.width)
+    if longest > 2048:
+        return (-(-longest // 4 // 64) * 64,)
     if longest > 512:
         return (512,)
     half = longest // 2 // 64 * 64

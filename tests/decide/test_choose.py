@@ -12,7 +12,7 @@ from autotune.decide.predict import Predictor
 from autotune.decide.rules import broken_rule
 from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, parse_settings
-from autotune.optimizations.base import EXACTNESS
+from autotune.optimizations.base import EXACTNESS, Setting
 from autotune.probe.machine import Figure, Machine
 from autotune.probe.reference import load_machine
 from autotune.units import GIB
@@ -183,8 +183,8 @@ def test_only_and_without(traced, rtx_3080):
 
 
 def test_what_was_set_by_hand_is_kept(traced, rtx_3080):
-    plan = choose(rtx_3080, traced("sdxl"), Limits(keep=("sequential_cpu_offload",)))
-    assert plan.kept == ("sequential_cpu_offload",)
+    plan = choose(rtx_3080, traced("sdxl"), Limits(keep=(Setting("sequential_cpu_offload"),)))
+    assert plan.kept == (Setting("sequential_cpu_offload"),)
     assert plan.execution.placement == "sequential_offload"
     assert "model_cpu_offload" not in {s.name for s in plan.optimizations}
     offload = next(r for r in plan.rejected if r.optimization == "model_cpu_offload")

@@ -70,7 +70,8 @@ def test_sequential_offload_moves_every_weight_at_every_step(traced, rtx_3080):
     few, many = traced("sd15", steps=10), traced("sd15", steps=20)
     text = "sequential_cpu_offload"
     ten, twenty = (phase(predicted(rtx_3080, w, text), "denoise") for w in (few, many))
-    assert twenty.transfer_s == pytest.approx(2 * ten.transfer_s)
+    # SD 1.5's own scheduler, PNDM, runs the UNet once more than it has steps.
+    assert twenty.transfer_s / 21 == pytest.approx(ten.transfer_s / 11)
     assert ten.resident_bytes == few.component("unet").largest_leaf_bytes
 
 

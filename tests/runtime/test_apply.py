@@ -12,6 +12,7 @@ import torch
 
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE
+from autotune.optimizations.base import Setting
 from autotune.runtime.apply import apply_plan, set_by_hand
 
 ALL = "attention_slicing,tome:ratio=0.5:max_downsample=2,vae_slicing,channels_last"
@@ -20,12 +21,16 @@ NAMES = ("attention_slicing", "tome", "vae_slicing", "channels_last", "model_cpu
 PlanOf = Callable[..., Any]
 
 
+def names_set_by_hand(pipe: Any) -> tuple[str, ...]:
+    return tuple(s.name for s in set_by_hand(pipe))
+
+
 def test_all_at_once_and_back(pipe: Any, plan_of: PlanOf, draw: Any, snapshot: Any) -> None:
     plan, _ = plan_of(pipe, ALL)
     plain = draw(pipe)
     before = snapshot(pipe)
     undo = apply_plan(pipe, plan, "cpu")
-    assert set(set_by_hand(pipe)) == {s.name for s in plan.optimizations}
+    assert set(names_set_by_hand(pipe)) == {s.name for s in plan.optimizations}
     assert not torch.equal(draw(pipe), plain)
     undo()
     assert set_by_hand(pipe) == ()
@@ -147,10 +152,10 @@ def test_kept_offload_decides_where_weights_are(
     sd_pipe.enable_model_cpu_offload(device="cpu")
     before = snapshot(sd_pipe)
     plan, _ = plan_of(sd_pipe, "vae_slicing")
-    kept = msgspec.structs.replace(plan, kept=("model_cpu_offload",))
+    kept = msgspec.structs.replace(plan, kept=(Setting("model_cpu_offload"),))
     monkeypatch.setattr(type(sd_pipe), "to", lambda *_: pytest.fail("weights were moved"))
     undo = apply_plan(sd_pipe, kept, "cpu")
-    assert set_by_hand(sd_pipe) == ("model_cpu_offload", "vae_slicing")
+    assert names_set_by_hand(sd_pipe) == ("model_cpu_offload", "vae_slicing")
     undo()
     assert snapshot(sd_pipe) == before
 
@@ -170,11 +175,31 @@ def test_kept_offload_decides_where_weights_are(
 def test_what_the_user_set_is_recognised(pipe: Any, name: str, by_hand: Any) -> None:
     assert set_by_hand(pipe) == ()
     by_hand(pipe)
-    assert set_by_hand(pipe) == (name,)
+    assert names_set_by_hand(pipe) == (name,)
+
+
+def test_what_the_user_set_is_found_with_its_parameters(sd_pipe: Any) -> None:
+    sd_pipe.enable_attention_slicing("max")
+    sd_pipe.vae.enable_tiling()
+    sd_pipe.vae.tile_sample_min_size = 96
+    __import__("tomesd").apply_patch(sd_pipe, ratio=0.4, max_downsample=2)
+    assert {s.name: s.parameters for s in set_by_hand(sd_pipe)} == {
+        "attention_slicing": {"slices": "max"},
+        "tome": {"ratio": 0.4, "max_downsample": 2},
+        "vae_tiling": {"tile": 96},
+    }
+
+
+def test_a_device_map_is_no_sequential_offload(sd_pipe: Any) -> None:
+    """``device_map`` attaches accelerate's hook as well, but leaves the weights where they are."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(sd_pipe.text_encoder, AlignDevicesHook(execution_device="cpu"))
+    assert set_by_hand(sd_pipe) == ()
 
 
 def test_xformers_set_by_hand_is_recognised_by_its_processors(sd_pipe: Any) -> None:
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
     sd_pipe.unet.set_attn_processor(XFormersAttnProcessor())
-    assert set_by_hand(sd_pipe) == ("xformers",)
+    assert names_set_by_hand(sd_pipe) == ("xformers",)

@@ -10,7 +10,6 @@ import torch
 
 from autotune.errors import OptimizationError
 from autotune.runtime.tuned import Tuned, with_peaks
-from autotune.workload.workload import Request
 
 PlanOf = Callable[..., Any]
 MERGE = "tome:ratio=0.5:max_downsample=2"
@@ -85,7 +84,8 @@ def test_it_explains_itself(tuned: Tuned) -> None:
     for word in ("machine", "workload", "bottleneck", "plain", "planned", "chosen", "left out"):
         assert f"\n{word}" in f"\n{text}"
     assert "tome:ratio=0.5,max_downsample=2" in text
-    assert tuned.plan.request == Request(64, 64, 2, 2, 7.5, "float32")
+    asked = tuned.plan.workload
+    assert (asked.height, asked.width, asked.batch, asked.steps) == (64, 64, 2, 2)
 
 
 def test_measuring_draws_and_times_each_phase(tuned: Tuned, snapshot: Any) -> None:

@@ -65,7 +65,7 @@ def test_16_bit_only_where_it_is_computed(
         ({"float16"}, "float16"),
         (set(), "float32"),
     ):
-        figures = dict.fromkeys({"float32", *known}, rates["float16"])
+        figures = {"float32": rates["float32"], **dict.fromkeys(known, rates["float16"])}
         machine = msgspec.structs.replace(
             rtx_3080, kernels=msgspec.structs.replace(kernels, matmul_flops_per_s=figures)
         )

@@ -71,6 +71,8 @@ def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
     out.print(_facts(plan))
     print_reasons(plan)
     out.print(_comparison(plan.prediction, measured))
+    if all(m.peak_bytes is None for m in measured):
+        out.print("memory was checked in an earlier run; --verify always checks it again")
 
 
 def phase_table(prediction: Prediction) -> RenderableType:

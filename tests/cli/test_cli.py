@@ -176,6 +176,7 @@ BAD = {
     "incoherent": ["predict", "sdxl", "--machine", "t4-16gb",
                    "--with", "xformers,attention_slicing"],
     "no link": ["predict", "sdxl", "--machine", "cpu-16-cores", "--with", "model_cpu_offload"],
+    "limit without a unit": ["plan", "sdxl", "--machine", "t4-16gb", "--vram-limit", "5"],
     "bad limit": ["plan", "sdxl", "--machine", "t4-16gb", "--vram-limit", "lots"],
     "unknown machine": ["plan", "sdxl", "--machine", "rtx-9090"],
     "missing machine file": ["plan", "sdxl", "--machine", "./nowhere.json"],
@@ -201,6 +202,27 @@ def test_bad_input_gets_one_line_and_a_remedy(case, tmp_path):
     assert lines[1].startswith("  try: ")
     assert len(lines) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
+    """The line says what is short of what, and a quality level is offered only if it would fit."""
+    done = autotune("run", "--vram-limit", "10MiB", "-o", "out.png", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "does not fit: decode needs" in done.stderr
+    assert "quality" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    larger = ("--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png")
+    offered = autotune("run", *larger, cwd=tmp_path)
+    assert "quality high (vae_tiling" in offered.stderr
+    drawn = autotune("run", *larger, "--quality", "high", "--steps", "2", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path):
+    done = autotune("run", "-o", "/proc/out.png", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot write to /proc" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unusable_cache_folder(tmp_path):

@@ -58,7 +58,7 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, device **out) {
 int nvmlDeviceGetIndex(device *gpu, unsigned int *out) { return give(out, gpu->index); }
 int nvmlDeviceGetName(device *gpu, char *name, unsigned int size) {
   if (lost()) return GPU_IS_LOST;
-  return copy(name, size, is("mig") ? "NVIDIA H100 80GB HBM3" : is("gb10") ? "NVIDIA GB10" : is("mixed") && gpu->index ? "NVIDIA GeForce RTX 4090" : "NVIDIA GeForce RTX 3080");
+  return copy(name, size, is("mig") ? "NVIDIA H100 80GB HBM3" : is("gb10") ? "NVIDIA GB10" : is("laptop") ? "NVIDIA GeForce RTX 3050 Laptop GPU" : is("mixed") && gpu->index ? "NVIDIA GeForce RTX 4090" : "NVIDIA GeForce RTX 3080");
 }
 int nvmlDeviceGetUUID(device *gpu, char *uuid, unsigned int size) {
   if (lost()) return GPU_IS_LOST;
@@ -87,10 +87,12 @@ int nvmlDeviceGetComputeRunningProcesses_v2(device *gpu, unsigned int *count, pr
 int nvmlDeviceGetGraphicsRunningProcesses_v2(device *gpu, unsigned int *count, process *out) { return list(count, out, drawing, 2); }
 int nvmlSystemGetDriverVersion(char *version, unsigned int size) { return copy(version, size, "575.51.03"); }
 int nvmlDeviceGetCudaComputeCapability(device *gpu, int *major, int *minor) { *major = 8; *minor = 6; return lost() ? GPU_IS_LOST : SUCCESS; }
-int nvmlDeviceGetCurrPcieLinkGeneration(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, 1); }
+/* A laptop's link rests at generation 1 and wakes up while it is watched, as it does in a copy. */
+static int watched;
+int nvmlDeviceGetCurrPcieLinkGeneration(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, is("laptop") && watched++ ? 4 : 1); }
 int nvmlDeviceGetMaxPcieLinkGeneration(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, 4); }
-int nvmlDeviceGetCurrPcieLinkWidth(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, 16); }
-int nvmlDeviceGetMaxPcieLinkWidth(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, 16); }
+int nvmlDeviceGetCurrPcieLinkWidth(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, is("laptop") ? 8 : 16); }
+int nvmlDeviceGetMaxPcieLinkWidth(device *gpu, unsigned int *out) { return is("gb10") ? NOT_SUPPORTED : give(out, is("laptop") ? 8 : 16); }
 int nvmlDeviceGetPowerManagementLimit(device *gpu, unsigned int *out) { return give(out, 320000); }
 int nvmlDeviceGetClockInfo(device *gpu, int kind, unsigned int *out) { return give(out, 210); }
 int nvmlDeviceGetMaxClockInfo(device *gpu, int kind, unsigned int *out) { return give(out, 2100); }

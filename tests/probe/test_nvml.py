@@ -60,6 +60,21 @@ def test_processes_are_merged_largest_first_and_named(under_driver: Any) -> None
     assert processes[2] == {"pid": 4194303}, "an unknown size is absent, not huge"
 
 
+def test_laptop_whose_idle_link_rests_at_generation_1(under_driver: Any) -> None:
+    code = """
+import sys, msgspec
+from autotune.probe import nvml
+(gpu,) = nvml.gpus()
+awake = nvml.link_state(gpu.uuid)
+idle = (gpu.pcie_generation, gpu.pcie_width)
+most = (gpu.pcie_generation_max, gpu.pcie_width_max)
+sys.stdout.buffer.write(msgspec.json.encode({"name": gpu.name, "links": [idle, awake, most]}))
+"""
+    answer = under_driver("laptop", code)
+    assert answer["name"] == "NVIDIA GeForce RTX 3050 Laptop GPU"
+    assert answer["links"] == [[1, 8], [4, 8], [4, 8]]
+
+
 def test_h100_split_by_mig_shows_one_instance(under_driver: Any) -> None:
     answer = under_driver("mig", GPUS)
     (gpu,) = answer["gpus"]

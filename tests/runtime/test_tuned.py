@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotune.errors import OptimizationError
+from autotune.errors import OptimizationError, RequestError
 from autotune.runtime.tuned import Tuned, with_peaks
 
 PlanOf = Callable[..., Any]
@@ -118,3 +118,20 @@ def test_peaks_of_another_pass_are_added(tuned: Tuned) -> None:
     added = with_peaks(phases, {"denoise": 5})
     assert [p.peak_bytes for p in added] == [None, 5, None]
     assert [p.seconds for p in added] == [p.seconds for p in phases]
+
+
+def test_after_undo_it_still_draws(tuned: Tuned) -> None:
+    """Token merging was in the plan: nothing of it may be looked for once it is gone."""
+    tuned.undo()
+    assert len(tuned("a cat", seed=1, output_type="pt").images) == tuned.plan.workload.batch
+
+
+def test_embeddings_share_the_planned_batch(tuned: Tuned) -> None:
+    embeds, negative = tuned.pipe.encode_prompt(["a cat", "a dog"], "cpu", 1, True)[:2]
+    out = tuned(prompt_embeds=embeds, negative_prompt_embeds=negative, output_type="pt")
+    assert len(out.images) == max(2, tuned.plan.workload.batch)
+
+
+def test_seed_and_generator_are_one_too_many(tuned: Tuned) -> None:
+    with pytest.raises(RequestError, match="both seed and generator"):
+        tuned("a cat", seed=1, generator=torch.Generator())

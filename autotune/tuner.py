@@ -18,6 +18,7 @@ from autotune.decide.forward import ForwardModel
 from autotune.decide.plan import Plan
 from autotune.decide.prediction import Prediction
 from autotune.errors import RequestError
+from autotune.probe import nvml
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
 from autotune.probe.machine import Machine
@@ -104,13 +105,16 @@ def machine_here(
 
 
 def _why_measure(profile: Profile | None) -> tuple[str, ...]:
-    if profile is None:
-        return ("no profile of this machine yet",)
-    live = refresh(profile.machine)
+    return ("no profile of this machine yet",) if profile is None else why_stale(profile)
+
+
+def why_stale(profile: Profile) -> tuple[str, ...]:
+    """Why this machine's profile must be measured again, compared with what is installed now."""
+    gpu = nvml.gpu(profile.machine.device.uuid)
     return stale_reasons(
         profile,
         software=installed_versions(),
-        driver=live.device.driver,
+        driver=gpu.driver if gpu else None,
         host=read_host(),
     )
 

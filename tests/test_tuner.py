@@ -49,6 +49,15 @@ def test_measured_again_when_something_changed(here, monkeypatch):
     assert any("99.0" in r for r in again.reasons)
 
 
+def test_a_new_driver_makes_the_profile_stale(rtx_3080, monkeypatch):
+    """The driver is read now: the remembered machine still has the one it was measured with."""
+    device = msgspec.structs.replace(rtx_3080.device, uuid="GPU-1", driver="580.82")
+    profile = tuner._new_profile("GPU-1", msgspec.structs.replace(rtx_3080, device=device))
+    gpu = tuner.nvml.Gpu(index=0, name="A", uuid="GPU-1", driver="590.44")
+    monkeypatch.setattr(tuner.nvml, "gpu", lambda uuid: gpu if uuid == "GPU-1" else None)
+    assert "driver 580.82 → 590.44" in tuner.why_stale(profile)
+
+
 def test_asked_to_measure(here):
     machine_here("cpu")
     assert machine_here("cpu", remeasure=True).reasons == ("asked to",)

@@ -8,7 +8,6 @@ import typer
 
 from autotune.decide.choose import Limits
 from autotune.errors import RequestError
-from autotune.tuner import Ask
 from autotune.units import parse_bytes
 
 Height = Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")]
@@ -27,20 +26,6 @@ Device = Annotated[str | None, typer.Option(help="cuda:1, cpu, …; the GPU with
 MachineName = Annotated[
     str | None, typer.Option("--machine", help="A reference machine or a JSON file; this machine.")
 ]
-
-
-def make_ask(
-    height: int | None,
-    width: int | None,
-    batch: int,
-    steps: int | None,
-    guidance: float | None,
-    dtype: str,
-    limits: Limits,
-    frames: int | None = None,
-) -> Ask:
-    """The options as one value."""
-    return Ask(height, width, batch, steps, guidance, dtype, limits, frames)
 
 
 def make_limits(quality: str, only: str, without: str, vram_limit: str | None) -> Limits:

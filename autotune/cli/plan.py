@@ -19,12 +19,12 @@ from autotune.cli.options import (
     VramLimit,
     Width,
     Without,
-    make_ask,
     make_limits,
 )
 from autotune.cli.output import JsonFlag, print_json
 from autotune.decide.choose import predict as predict_set
 from autotune.optimizations import parse_settings
+from autotune.tuner import Ask
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name such as sdxl.")]
 
@@ -46,7 +46,7 @@ def plan(
 ) -> None:
     """Decide how to run MODEL here or elsewhere, and say why."""
     limits = make_limits(quality, only, without, vram_limit)
-    ask = make_ask(height, width, batch, steps, guidance, dtype, limits)
+    ask = Ask(height, width, batch, steps, guidance, dtype, limits)
     planned = plan_on(machine, model, ask).plan
     if json:
         print_json(planned.to_dict())
@@ -75,7 +75,7 @@ def predict(
     """Predict a given set of optimizations, without choosing."""
     settings = parse_settings(with_)
     limits = make_limits("exact", "", "", vram_limit)
-    ask = make_ask(height, width, batch, steps, guidance, dtype, limits, frames)
+    ask = Ask(height, width, batch, steps, guidance, dtype, limits, frames)
     here, workload = work_out_on(machine, model, ask)
     report = predict_set(here, workload, settings, limits)
     if json:

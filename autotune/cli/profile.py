@@ -15,7 +15,6 @@ from autotune.errors import MachineError, ProfileError
 from autotune.probe.machine import Machine
 from autotune.profile import store
 from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
-from autotune.profile.staleness import stale_reasons
 from autotune.profile.store import StoredProfile
 from autotune.units import format_bytes, format_seconds
 
@@ -177,17 +176,11 @@ def _updated_at(stored: StoredProfile) -> str:
 
 def _stale(profile: Profile) -> tuple[str, ...] | None:
     """Why this machine's profile must be measured again; ``None`` for another machine's."""
-    from autotune.probe import host, nvml, software
+    from autotune.probe import nvml
+    from autotune.tuner import why_stale
 
-    gpu = nvml.gpu(profile.machine.device.uuid)
-    if gpu is None and profile.key not in _own_keys():
-        return None
-    return stale_reasons(
-        profile,
-        software=software.installed_versions(),
-        driver=gpu.driver if gpu else None,
-        host=host.read_host(),
-    )
+    is_here = nvml.gpu(profile.machine.device.uuid) is not None or profile.key in _own_keys()
+    return why_stale(profile) if is_here else None
 
 
 def _confirm(files: Sequence[Path]) -> None:

@@ -28,13 +28,13 @@ from autotune.cli.options import (
     VramLimit,
     Width,
     Without,
-    make_ask,
     make_limits,
 )
 from autotune.cli.output import JsonFlag, print_json
 from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
 from autotune.tuner import (
+    Ask,
     Measured,
     Planned,
     loadable,
@@ -75,7 +75,7 @@ def run(
 ) -> None:
     """Plan for this machine, load MODEL that way, draw an image."""
     limits = make_limits(quality, only, without, vram_limit)
-    ask = make_ask(height, width, batch, steps, guidance, dtype, limits)
+    ask = Ask(height, width, batch, steps, guidance, dtype, limits)
     if verify not in ("auto", "always", "never"):
         raise RequestError(f"unknown --verify {verify!r}", "use auto, always or never")
     files = _image_files(output, batch)

@@ -50,19 +50,25 @@ Draw = Callable[..., Any]
 @pytest.fixture
 def sd_pipe() -> Any:
     """Like SD 1.5: one text encoder, cross-attention at every level of the UNet."""
-    return build_sd()
+    return _build("sd")
 
 
 @pytest.fixture
 def sdxl_pipe() -> Any:
     """Like SDXL: two text encoders, size conditions, no attention at the latent's resolution."""
-    return build_sdxl()
+    return _build("sdxl")
 
 
 @pytest.fixture(params=["sd", "sdxl"])
 def pipe(request: pytest.FixtureRequest) -> Any:
     """Each of the two in turn."""
-    return {"sd": build_sd, "sdxl": build_sdxl}[request.param]()
+    return _build(request.param)
+
+
+def _build(kind: str) -> Any:
+    from tests.pipelines import BUILDERS  # imports torch, which most tests do without
+
+    return BUILDERS[kind]()
 
 
 @pytest.fixture
@@ -83,120 +89,6 @@ def draw() -> Draw:
         ).images
 
     return draw_images
-
-
-def build_sd() -> Any:
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        cross_attention_dim=32,
-        attention_head_dim=4,  # as in SD 1.5, diffusers reads this as the number of heads
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    pipe = StableDiffusionPipeline(
-        vae=_build_vae(),
-        text_encoder=_build_encoder(CLIPTextModel),
-        tokenizer=_build_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return _ready(pipe)
-
-
-def build_sdxl() -> Any:
-    import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        cross_attention_dim=64,
-        attention_head_dim=(2, 4),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
-    )
-    pipe = StableDiffusionXLPipeline(
-        vae=_build_vae(),
-        text_encoder=_build_encoder(CLIPTextModel),
-        text_encoder_2=_build_encoder(CLIPTextModelWithProjection),
-        tokenizer=_build_tokenizer(),
-        tokenizer_2=_build_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-    return _ready(pipe)
-
-
-def _ready(pipe: Any) -> Any:
-    for module in pipe.components.values():
-        if hasattr(module, "eval"):
-            module.eval().requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _build_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=64,
-    )
-
-
-def _build_encoder(cls: Any) -> Any:
-    from transformers import CLIPTextConfig
-
-    return cls(
-        CLIPTextConfig(
-            vocab_size=54,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            projection_dim=32,
-            bos_token_id=52,
-            eos_token_id=53,
-            pad_token_id=53,
-        )
-    )
-
-
-def _build_tokenizer() -> Any:
-    """Byte pairs of single letters, so that no vocabulary file is needed."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
 
 
 # ---- state --------------------------------------------------------------------------------------

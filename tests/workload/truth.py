@@ -1,9 +1,10 @@
 """What every call of every component of a real pipeline really allocates on the CPU.
 
 The profiler tells when PyTorch's allocator gives memory out and takes it back, and inside which
-operator. Each call of a component is a window over these events. Scratch, which is given out and
-taken back inside one operator, is told apart: it depends on the processor's kernels (oneDNN's
-reordered operands, im2col buffers, the flash kernel's accumulators) and no trace of tensors has it.
+operator. Each call of a component is a window over these events. Scratch is told apart, because it
+depends on the device and no trace of tensors has it: what is given out and taken back inside one
+operator (oneDNN's reordered operands, im2col buffers, the flash kernel's accumulators), and Python
+numbers, which are tensors on the host for a moment wherever the others are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ METHODS = ("forward", "encode", "decode")
 
 _MARK = "truth:"
 
+_NUMBER_BYTES = 8
+"""Of ``tensor / 2.0``'s number: a double or a long, made before the operator is called."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -33,8 +37,10 @@ class Call:
         component: Its name in the pipeline.
         method: One of ``METHODS``.
         peak_bytes: The most that was alive at once of what the call allocated, plus its inputs.
-        peak_without_scratch_bytes: The same, without what operators take inside for a while.
+        peak_without_scratch_bytes: The same, without operators' scratch and without numbers.
         input_bytes: The storages of the tensors it was given, weights apart.
+        held_bytes: What the pipeline had allocated and not freed when the call began, the inputs
+            among it, except for what the caller made before.
         outputs: Shapes of the tensors it returned.
         arguments: What it was given, by position and by name, tensors on the meta device.
     """
@@ -44,6 +50,7 @@ class Call:
     peak_bytes: int
     peak_without_scratch_bytes: int
     input_bytes: int
+    held_bytes: int
     outputs: tuple[tuple[int, ...], ...]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -83,6 +90,7 @@ def truth(pipe: Any, call: Callable[[], Any], rounding: int = 1) -> list[Call]:
                 made,
                 peak_bytes=made.input_bytes + peak,
                 peak_without_scratch_bytes=made.input_bytes + tensors,
+                held_bytes=sum(e.bytes for e in events if e.time < start),
             )
         )
     return measured
@@ -115,7 +123,7 @@ def _recorded(name: str, module: nn.Module, calls: list[Call], rounding: int) ->
                 return original(*args, **kwargs)
             index = len(calls)
             inputs = _storage_bytes((args, kwargs), weights, rounding)
-            calls.append(Call(name, method, 0, 0, inputs, (), _on_meta(args, kwargs)))
+            calls.append(Call(name, method, 0, 0, inputs, 0, (), _on_meta(args, kwargs)))
             depth += 1
             try:
                 with torch.profiler.record_function(f"{_MARK}{index}"):
@@ -146,8 +154,8 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = value.values()
-    elif hasattr(value, "latent_dist"):  # an encoder's output
-        value = [value.latent_dist.parameters]
+    elif isinstance(getattr(value, "parameters", None), Tensor):  # an encoder's distribution
+        value = [value.parameters]
     elif not isinstance(value, (list, tuple)):
         return []
     return [t for item in value for t in _tensors(item)]
@@ -190,6 +198,7 @@ class _Event:
     pointer: int
     bytes: int
     operator: int  # the one that it happened in, 0 for none
+    is_number: bool
 
 
 def _profile(call: Callable[[], Any]) -> list[Any]:
@@ -221,16 +230,20 @@ def _windows(nodes: list[Any]) -> dict[int, tuple[int, int]]:
 
 
 def _events(nodes: list[Any]) -> list[_Event]:
-    return sorted(_memory_events(nodes, 0), key=lambda e: e.time)
+    return sorted(_memory_events(nodes, 0, is_free=True), key=lambda e: e.time)
 
 
-def _memory_events(nodes: list[Any], operator: int) -> Iterator[_Event]:
+def _memory_events(nodes: list[Any], operator: int, is_free: bool) -> Iterator[_Event]:
+    """Events below ``nodes``, which are inside ``operator``, or free of any, composite or not."""
     for node in nodes:
-        inside = operator or (node.id if _is_operator(node.name) else 0)
         if node.name == "[memory]":
             fields = node.extra_fields
-            yield _Event(node.start_time_ns, fields.ptr, fields.alloc_size, inside)
-        yield from _memory_events(node.children, inside)
+            is_number = is_free and fields.alloc_size == _NUMBER_BYTES
+            yield _Event(node.start_time_ns, fields.ptr, fields.alloc_size, operator, is_number)
+        inside = operator or (node.id if _is_operator(node.name) else 0)
+        yield from _memory_events(
+            node.children, inside, is_free and not node.name.startswith("aten::")
+        )
 
 
 @functools.cache
@@ -264,7 +277,7 @@ def _up(size: int, rounding: int) -> int:
 
 
 def _scratch(events: list[_Event]) -> set[int]:
-    """Indices of what was both given out and taken back inside one operator."""
+    """Indices of what was both given out and taken back inside one operator, and of numbers."""
     given: dict[int, int] = {}
     scratch = set()
     for i, event in enumerate(events):
@@ -272,7 +285,7 @@ def _scratch(events: list[_Event]) -> set[int]:
             given[event.pointer] = i
         elif (start := given.pop(event.pointer, None)) is not None:
             owner = events[start].operator
-            if owner and owner == event.operator:
+            if (owner and owner == event.operator) or events[start].is_number:
                 scratch |= {start, i}
     return scratch
 

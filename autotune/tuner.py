@@ -68,6 +68,7 @@ class Ask(msgspec.Struct, frozen=True):
         dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         limits: Quality, memory limits, optimizations allowed.
         frames: Video frames; image models draw one.
+        options: Further arguments of the pipeline that decide what runs (``strength``).
     """
 
     height: int | None = None
@@ -78,6 +79,7 @@ class Ask(msgspec.Struct, frozen=True):
     dtype: str = "auto"
     limits: Limits = Limits()
     frames: int | None = None
+    options: dict[str, bool | int | float | str] = {}
 
 
 def machine_here(
@@ -180,14 +182,18 @@ def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
 
 
 def plan_here(
-    model: str | Architecture, measured: Measured, ask: Ask, progress: Progress | None = None
+    model: str | Architecture,
+    measured: Measured,
+    ask: Ask,
+    progress: Progress | None = None,
+    pipe: Any = None,
 ) -> Planned:
     """The same for this machine, whose kernels are timed on the workload's own operators first.
 
     Raises:
         ModelError, RequestError, OptimizationError: see the stages.
     """
-    architecture, workload = work_out(model, measured.machine, ask)
+    architecture, workload = work_out(model, measured.machine, ask, pipe)
     if progress is not None:
         progress("the model's operators")
     machine = replayed(measured, workload, REPLAY_S).machine
@@ -195,9 +201,15 @@ def plan_here(
 
 
 def work_out(
-    model: str | Architecture, machine: Machine, ask: Ask
+    model: str | Architecture, machine: Machine, ask: Ask, pipe: Any = None
 ) -> tuple[Architecture, Workload]:
     """The model's architecture, and the traced workload of the completed request.
+
+    Args:
+        model: A name, or an architecture found before.
+        machine: Decides the dtype where the user leaves it open.
+        ask: What the user asks for.
+        pipe: The loaded pipeline, where there is one.
 
     Raises:
         ModelError, RequestError: see the stages.
@@ -214,8 +226,9 @@ def work_out(
         guidance_scale=ask.guidance_scale,
         dtype=ask.dtype,
         frames=ask.frames,
+        options=ask.options,
     )
-    return architecture, workload_of(architecture, request)
+    return architecture, workload_of(architecture, request, pipe)
 
 
 def loadable(model: str) -> Architecture:
@@ -341,7 +354,7 @@ def plan_loaded(
     from autotune.runtime.memory import with_own_memory
 
     machine = with_own_memory(measured.machine, device_name(measured.machine), pipe)
-    return plan_here(model, measured._replace(machine=machine), ask, progress)
+    return plan_here(model, measured._replace(machine=machine), ask, progress, pipe)
 
 
 def tuned(pipe: Any, planned: Planned, measured: Measured) -> Any:

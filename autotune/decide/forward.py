@@ -14,13 +14,25 @@ from autotune.workload.workload import Operator, Trace, Workload
 
 
 class ForwardCost(NamedTuple):
-    """Seconds by what bounds them; bytes at the peak, and what libraries take on top of it."""
+    """One call.
+
+    Attributes:
+        compute_s: Operators bound by arithmetic.
+        memory_s: Operators bound by memory bandwidth.
+        launch_s: What the device waits for the host.
+        activation_bytes: At the peak.
+        workspace_bytes: What libraries take on top of it.
+        weight_reads: Operators that read weights: about one for each layer called.
+        weight_reads_bytes: Weights that they read; tiles read them again.
+    """
 
     compute_s: float
     memory_s: float
     launch_s: float
     activation_bytes: int
     workspace_bytes: int
+    weight_reads: int
+    weight_reads_bytes: int
 
 
 class Bound(NamedTuple):
@@ -76,8 +88,15 @@ class ForwardModel:
             peak = max(peak, operator.live_bytes + own)
             workspace = self._workspace(operator, execution.channels_last)
             with_workspace = max(with_workspace, operator.live_bytes + workspace)
-        launch = self._launch_s(host, compute + memory)
-        return ForwardCost(compute, memory, launch, peak, max(0, with_workspace - peak))
+        return ForwardCost(
+            compute,
+            memory,
+            self._launch_s(host, compute + memory),
+            peak,
+            max(0, with_workspace - peak),
+            weight_reads=sum(o.count for o in trace.operators if o.weight_bytes),
+            weight_reads_bytes=sum(o.count * o.weight_bytes for o in trace.operators),
+        )
 
     def _launch_s(self, host: float, device: float) -> float:
         """The CPU runs what it dispatches; other devices wait for the host if it is slower."""

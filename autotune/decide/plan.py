@@ -35,6 +35,8 @@ class WorkloadSummary(msgspec.Struct, frozen=True):
     guidance_scale: float
     dtype: str
     weight_bytes: int
+    frames: int = 1
+    options: dict[str, bool | int | float | str] = {}
 
 
 class Bottlenecks(msgspec.Struct, frozen=True):
@@ -138,4 +140,6 @@ def summarize_workload(workload: Workload) -> WorkloadSummary:
         guidance_scale=r.guidance_scale,
         dtype=r.dtype,
         weight_bytes=workload.weight_bytes,
+        frames=r.frames,
+        options=r.options,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from autotune.decide.attention import Kernel
 from autotune.decide.forward import ForwardCost, ForwardModel
+from autotune.decide.placement import Weights
 from autotune.decide.prediction import PhasePrediction, Prediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
@@ -26,6 +27,9 @@ unused blocks back before it fails, so only a part of that must be free."""
 SEGMENT_BYTES = 20 * MIB
 """The allocator's segment for tensors of 1 to 10 MiB: the last one is half empty on average."""
 
+ESTIMATE_MARGIN = 1.0
+"""Share of the activations to keep free on top, where they are a guess from the weights."""
+
 
 class Predictor:
     """Predicts executions of one workload on one machine.
@@ -38,7 +42,7 @@ class Predictor:
     def __init__(self, machine: Machine, workload: Workload) -> None:
         self.machine = machine
         self.workload = workload
-        self._components = {c.name: c for c in workload.components}
+        self._weights = Weights(machine, workload)
         self._model = ForwardModel(machine, workload)
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
 
@@ -79,14 +83,16 @@ class Predictor:
         )
 
     def _run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
-        forward = self._forward(phase, run, execution)
-        resident = self._resident_bytes(run, execution)
+        forward = self._forward(run, execution)
+        resident = self._weights.resident_bytes(run, execution)
         compute, memory = forward.compute_s * run.calls, forward.memory_s * run.calls
         launch = forward.launch_s * run.calls
-        transfer = self._transfer_s(run, execution)
+        transfer = self._weights.transfer_s(run, execution, forward)
         activation = forward.activation_bytes
         workspace = forward.workspace_bytes + self._fixed_bytes()
         margin = self._margin_bytes(activation)
+        if run.is_estimated:
+            margin += int(ESTIMATE_MARGIN * activation)
         return PhasePrediction(
             name=phase,
             resident_bytes=resident,
@@ -110,56 +116,18 @@ class Predictor:
     def _fixed_bytes(self) -> int:
         return CUBLAS_BYTES if self.machine.device.kind == "cuda" else 0
 
-    # ---- weights: where they are, and what moving them takes ------------------------------------
-
-    def _resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
-        component = self._components[run.component]
-        if execution.placement == "device":
-            return self.workload.weight_bytes + run.upcast_bytes
-        moved = set(self.workload.offload_order)
-        staying = sum(c.weight_bytes for c in self.workload.components if c.name not in moved)
-        upcast = 1 + run.upcast_bytes / max(component.weight_bytes, 1)
-        if execution.placement == "model_offload":
-            return int(component.weight_bytes * upcast) + staying
-        return int(component.largest_leaf_bytes * upcast) + staying
-
-    def _transfer_s(self, run: ComponentRun, execution: Execution) -> float:
-        """Model offload moves a component in and out once; sequential every leaf at every call.
-
-        A component that is upcast crosses in the wider dtype, and goes back in its own.
-        """
-        link = self.machine.link
-        if execution.placement == "device" or run.component not in self.workload.offload_order:
-            return 0.0
-        if link is None:
-            raise OptimizationError(
-                f"{execution.placement} needs a link between host and device",
-                f"{self.machine.name} has none: device and host share their memory",
-            )
-        component = self._components[run.component]
-        inward = component.weight_bytes + run.upcast_bytes
-        if execution.placement == "model_offload":
-            return (
-                inward / link.module_h2d_bytes_per_s.value
-                + component.weight_bytes / link.module_d2h_bytes_per_s.value
-            )
-        hook = self.machine.kernels.offload_hook_s
-        per_call = inward / link.h2d_pageable_bytes_per_s.value
-        per_call += component.leaf_count * (hook.value if hook else 0.0)
-        return per_call * run.calls
-
     # ---- one forward ----------------------------------------------------------------------------
 
-    def _forward(self, phase: str, run: ComponentRun, execution: Execution) -> ForwardCost:
-        kernel = self._kernel(execution)
-        if phase == "encode":  # transformers' encoders bring their own attention
+    def _forward(self, run: ComponentRun, execution: Execution) -> ForwardCost:
+        if run.role == "encoder":  # transformers' encoders bring their own attention
             execution, kernel = Execution(), Kernel("sdpa")
-        elif phase == "decode":
+        elif run.role == "autoencoder":
             execution = self._decoding(execution)
             kernel = self._kernel(execution)
+        else:
+            kernel = self._kernel(execution)
         key = (
-            phase,
-            run.component,
+            id(run),
             kernel,
             execution.merge,
             execution.channels_last,
@@ -167,7 +135,7 @@ class Predictor:
         )
         cost = self._forwards.get(key)
         if cost is None:
-            trace = self._trace(run, execution) if phase == "decode" else run.trace
+            trace = self._trace(run, execution) if run.role == "autoencoder" else run.trace
             cost = self._forwards[key] = self._model.cost(trace, execution, kernel)
         return cost
 

@@ -11,17 +11,18 @@ from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.variants import has_tiles, restore, switch, tile_sizes
+from autotune.workload.variants import has_tiles, restore, switch
 from autotune.workload.workload import Workload
 
 
 class _DecodeSwitch(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         before = switch(pipe.vae, self._variant(parameters))
-        own = {k: before[k] for k in self._fields if k in before}
+        own = {k: v for k, v in before.items() if k.startswith(self._fields)}
         return lambda: restore(pipe.vae, own)
 
     _fields: tuple[str, ...]
+    """How the names of the attributes begin that it changes."""
 
     @abstractmethod
     def _variant(self, parameters: Parameters) -> str: ...
@@ -38,7 +39,7 @@ class VaeSlicing(_DecodeSwitch):
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if workload.request.batch == 1:
             return "a batch of one has nothing to slice"
-        if not _has_variant(workload, "sliced"):
+        if "sliced" not in _variants(workload):
             return "slicing changes nothing in this VAE's decode"
         return None
 
@@ -60,17 +61,16 @@ class VaeTiling(_DecodeSwitch):
     relieves = "vram of decode"
     exactness = "near-exact"
     defaults = {"tile": 512}
-    _fields = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    _fields = ("use_tiling", "tile_")
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         request = workload.request
-        tiles = tile_sizes(request)
-        if not any(_has_variant(workload, f"tiled:{t}") for t in tiles):
+        if not _tiles(workload):
             return f"a decode at {request.width}x{request.height} is not cut into tiles by this VAE"
         return None
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
-        return tuple({"tile": t} for t in tile_sizes(workload.request))
+        return tuple({"tile": t} for t in _tiles(workload))
 
     def check(self, parameters: Parameters) -> None:
         tile = int(parameters["tile"])
@@ -97,13 +97,20 @@ class VaeTiling(_DecodeSwitch):
         vae = _vae(pipe)
         if not getattr(vae, "use_tiling", False):
             return None
-        return {"tile": int(getattr(vae, "tile_sample_min_size", self.defaults["tile"]))}
+        sizes = (getattr(vae, f"tile_sample_min_{name}", None) for name in ("size", "height"))
+        return {"tile": next((int(s) for s in sizes if s), self.defaults["tile"])}
 
 
 def _vae(pipe: Any) -> Any:
     return getattr(pipe, "vae", None)
 
 
-def _has_variant(workload: Workload, variant: str) -> bool:
+def _variants(workload: Workload) -> set[str]:
     runs = [r for p in workload.phases if p.name == "decode" for r in p.runs]
-    return any(variant in r.variants for r in runs)
+    return {v for r in runs for v in r.variants}
+
+
+def _tiles(workload: Workload) -> list[int]:
+    """Tile sides that were traced and change the decode."""
+    found = (v.removeprefix("tiled:") for v in _variants(workload) if v.startswith("tiled:"))
+    return sorted(map(int, found))

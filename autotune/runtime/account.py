@@ -32,8 +32,10 @@ def describe_workload(plan: Plan | PredictionReport) -> str:
     """``"sdxl 1024x1024, 30 steps, batch 1, float16, 6.5 GiB of weights"``."""
     w = plan.workload
     images = f", batch {w.batch}" if w.batch > 1 else ""
+    frames = f", {w.frames} frames" if w.frames > 1 else ""
+    options = "".join(f", {k}={v}" for k, v in w.options.items())
     return (
-        f"{w.model} {w.width}x{w.height}, {w.steps} steps{images}, {w.dtype}, "
+        f"{w.model} {w.width}x{w.height}{frames}, {w.steps} steps{images}{options}, {w.dtype}, "
         f"{format_bytes(w.weight_bytes)} of weights"
     )
 

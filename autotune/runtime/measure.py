@@ -30,7 +30,7 @@ class PhaseMeter:
     """
 
     def __init__(self, pipe: Any, workload: Workload, device: str) -> None:
-        self._phases = {r.component: p.name for p in workload.phases for r in p.runs}
+        self._phases = {(r.component, r.entry): p.name for p in workload.phases for r in p.runs}
         self._pipe = pipe
         self._device = torch.device(device)
         self._current: str | None = None
@@ -50,9 +50,9 @@ class PhaseMeter:
     def watch(self) -> Iterator[None]:
         """Measure the calls inside; the pipeline is as before afterwards."""
         with ExitStack() as stack:
-            for component, phase in self._phases.items():
+            for (component, entry), phase in self._phases.items():
                 module = getattr(self._pipe, component)
-                stack.enter_context(_called(module, functools.partial(self._enter, phase)))
+                stack.enter_context(_called(module, entry, functools.partial(self._enter, phase)))
             try:
                 yield
                 self._leave()
@@ -83,26 +83,30 @@ class PhaseMeter:
 
 
 @contextmanager
-def _called(module: Any, tell: Callable[[], None]) -> Iterator[None]:
-    """Tell when a module's forward, or an autoencoder's decode, begins."""
-    handle = module.register_forward_pre_hook(lambda *_: tell())
-    decode: Any = getattr(module, "decode", None)
-    own = module.__dict__.get("decode")
+def _called(module: Any, entry: str, tell: Callable[[], None]) -> Iterator[None]:
+    """Tell when a module's forward, or an autoencoder's encode or decode, begins."""
+    if entry == "forward":
+        handle = module.register_forward_pre_hook(lambda *_: tell())
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    method = getattr(module, entry)
+    own = module.__dict__.get(entry)
 
+    @functools.wraps(method)
     def told(*args: Any, **kwargs: Any) -> Any:
         tell()
-        return decode(*args, **kwargs)
+        return method(*args, **kwargs)
 
-    if decode is not None:
-        module.decode = told
+    setattr(module, entry, told)
     try:
         yield
     finally:
-        handle.remove()
-        if decode is not None:
-            del module.decode
+        delattr(module, entry)
         if own is not None:
-            module.decode = own
+            setattr(module, entry, own)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from typing import Any
 
@@ -15,6 +16,7 @@ from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import explain_plan
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.workload.arguments import copies_name, guidance_name
 from autotune.workload.workload import Workload
 
 
@@ -55,7 +57,10 @@ class Tuned:
         if self._undo is not None:
             self._before_image(options["generator"])
         prompts = _count(prompt, options.get("prompt_embeds"))
-        return self.pipe(prompt, **(self._defaults(prompts) | options))
+        options = self._defaults(prompts) | options
+        if prompt is None:  # some pipelines draw from images alone
+            return self.pipe(**options)
+        return self.pipe(prompt=prompt, **options)
 
     def explain(self) -> str:
         """The account of the plan: machine, bottleneck, what was chosen and left out, and why."""
@@ -91,14 +96,21 @@ class Tuned:
         return cpu_peaks(short, self._workload.weight_bytes)
 
     def _defaults(self, prompts: int) -> dict[str, Any]:
+        """What was planned for, as far as this pipeline takes it."""
         w = self.plan.workload
-        return {
+        parameters = inspect.signature(self.pipe.__call__).parameters
+        planned: dict[str, Any] = {
             "height": w.height,
             "width": w.width,
-            "num_images_per_prompt": max(1, w.batch // prompts),
+            "num_frames": w.frames,
             "num_inference_steps": w.steps,
-            "guidance_scale": w.guidance_scale,
+            guidance_name(parameters): w.guidance_scale,
+            **w.options,
         }
+        copies = copies_name(parameters)
+        if copies is not None:
+            planned[copies] = max(1, w.batch // prompts)
+        return {k: v for k, v in planned.items() if k in parameters}
 
     def _generator(self, seed: int) -> Any:
         import torch

@@ -23,11 +23,15 @@ DEMO = "demo"
 
 
 class ComponentConfig(Value, frozen=True):
-    """One module: the library and class that ``model_index.json`` names, and its configuration."""
+    """One part: the library and class that ``model_index.json`` names, and its configuration.
+
+    ``dtype`` is empty for what runs in the request's dtype, as nearly everything does.
+    """
 
     library: str
     class_name: str
     config: dict[str, Any]
+    dtype: str = ""
 
 
 class Architecture(Value, frozen=True):
@@ -37,24 +41,36 @@ class Architecture(Value, frozen=True):
         name: What the user called it.
         pipeline: Class name in diffusers, ``"StableDiffusionXLPipeline"``.
         components: Pipeline attribute → module configuration; modules with weights only.
-        scheduler: Its scheduler's class name; some run the denoiser more than once a step.
+        schedulers: Pipeline attribute → scheduler configuration; a few pipelines have two.
+        tokenizers: Pipeline attribute → the most tokens it gives to a text encoder.
+        options: The constructor's other arguments, as ``model_index.json`` holds them.
         half_dtype: The 16-bit dtype its weights are published for.
         weights: Folder or hub id that holds the weights, ``None`` where there are none to load.
         variant: File variant of the 16-bit weights (``"fp16"``), where the repository has one.
         steps: The pipeline's default number of denoise steps, where it is not diffusers' own.
         guidance_scale: The same for guidance.
+        height: Pixels that the model is meant for, where its configuration does not say.
+        width: The same for the width.
+        frames: Frames of the video that it is meant for; ``None`` for images.
+        parameters: Component → published number of parameters, for the built-in files.
         source: Where configuration values were read, for the built-in files.
     """
 
     name: str
     pipeline: str
     components: dict[str, ComponentConfig]
-    scheduler: str = ""
+    schedulers: dict[str, ComponentConfig] = {}
+    tokenizers: dict[str, int] = {}
+    options: dict[str, Any] = {}
     half_dtype: str = "float16"
     weights: str | None = None
     variant: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    parameters: dict[str, int] = {}
     source: str = ""
 
     def config(self, component: str) -> dict[str, Any]:
@@ -112,9 +128,42 @@ def describe_pipeline(pipe: Any) -> Architecture:
         name=name,
         pipeline=type(pipe).__name__,
         components={n: _describe_module(pipe, n, m) for n, m in modules.items()},
-        scheduler=type(components.get("scheduler")).__name__,
+        schedulers={
+            n: ComponentConfig("diffusers", type(c).__name__, _plain(c.config))
+            for n, c in components.items()
+            if hasattr(c, "set_timesteps")
+        },
+        tokenizers={
+            n: _limit(c.model_max_length)
+            for n, c in components.items()
+            if hasattr(c, "model_max_length")
+        },
+        options=_options(dict(pipe.config)),
         weights=name,
     )
+
+
+UNLIMITED_TOKENS = 1 << 20
+"""Tokenizers without a limit say 10³⁰, which no JSON reader takes for an integer."""
+
+
+def _limit(tokens: float) -> int:
+    return int(min(tokens, UNLIMITED_TOKENS))
+
+
+def _options(index: dict[str, Any]) -> dict[str, Any]:
+    """What ``model_index.json`` holds besides components: flags and numbers."""
+    return {
+        k: v
+        for k, v in index.items()
+        if not k.startswith("_") and isinstance(v, (bool, int, float, str))
+    }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Configurations hold dtypes and enums here and there; a trace needs what JSON can carry."""
+    values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return {k: v for k, v in values.items() if not k.startswith("_")}
 
 
 def _describe_module(pipe: Any, name: str, module: Any) -> ComponentConfig:
@@ -123,9 +172,7 @@ def _describe_module(pipe: Any, name: str, module: Any) -> ComponentConfig:
     library, class_name = pipe.config[name]
     config = getattr(module, "config", {})
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    # Configurations hold dtypes and enums here and there; a trace only needs what JSON can carry.
-    values = json.loads(json.dumps(plain, default=str))
-    return ComponentConfig(library=library, class_name=class_name, config=values)
+    return ComponentConfig(library=library, class_name=class_name, config=_plain(plain))
 
 
 def _looks_like_path(model: str) -> bool:
@@ -147,11 +194,17 @@ def _read_builtin(name: str) -> Architecture:
     return msgspec.json.decode(file.read_bytes(), type=Architecture)
 
 
+_CONFIGURATIONS = [
+    "model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json",
+]  # fmt: skip
+"""Files of a repository that say what it is; no weights among them."""
+
+
 def _read_hub(repository: str) -> Architecture:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(repository, allow_patterns=["model_index.json", "*/config.json"])
+        folder = snapshot_download(repository, allow_patterns=_CONFIGURATIONS)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"cannot read {repository} from the Hugging Face hub: {first_line(error)}",
@@ -169,30 +222,38 @@ def _read_folder(folder: Path) -> Architecture:
         raise ModelError(
             f"{folder}/model_index.json names no pipeline class", "is this a diffusers pipeline?"
         )
+    components, schedulers, tokenizers = _read_parts(folder, index)
     return Architecture(
         name=str(folder),
         pipeline=pipeline,
-        components=dict(_read_components(folder, index)),
-        scheduler=_class_in(index.get("scheduler")),
+        components=components,
+        schedulers=schedulers,
+        tokenizers=tokenizers,
+        options=_options(index),
         weights=str(folder),
     )
 
 
-def _class_in(entry: Any) -> str:
-    """The class of a ``[library, class]`` entry, empty where there is none."""
-    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else ""
-
-
-def _read_components(folder: Path, index: dict[str, Any]) -> list[tuple[str, ComponentConfig]]:
-    found = []
+def _read_parts(
+    folder: Path, index: dict[str, Any]
+) -> tuple[dict[str, ComponentConfig], dict[str, ComponentConfig], dict[str, int]]:
+    """Modules, schedulers and tokenizers that ``model_index.json`` names, by their files."""
+    components: dict[str, ComponentConfig] = {}
+    schedulers: dict[str, ComponentConfig] = {}
+    tokenizers: dict[str, int] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or not all(entry):
             continue
-        config = folder / name / "config.json"
-        if config.exists():  # schedulers and tokenizers have none: they hold no weights
-            library, class_name = map(str, entry)
-            found.append((name, ComponentConfig(library, class_name, _read_json(config, folder))))
-    return found
+        library, class_name = map(str, entry)
+        part = folder / name
+        for file, found in (("config.json", components), ("scheduler_config.json", schedulers)):
+            if (part / file).exists():
+                config = _read_json(part / file, folder)
+                found[name] = ComponentConfig(library, class_name, config)
+        if (part / "tokenizer_config.json").exists():
+            limit = _read_json(part / "tokenizer_config.json", folder).get("model_max_length")
+            tokenizers[name] = _limit(limit or UNLIMITED_TOKENS)
+    return components, schedulers, tokenizers
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:

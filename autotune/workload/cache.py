@@ -12,49 +12,39 @@ import os
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from autotune.errors import ProfileError
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
-from autotune.workload.request import denoiser_calls, is_guided
 from autotune.workload.workload import Request, Workload
 
-MAX_FILES = 64
+MAX_FILES = 256
 
 
-def workload_of(architecture: Architecture, request: Request) -> Workload:
+def workload_of(architecture: Architecture, request: Request, pipe: Any = None) -> Workload:
     """The workload from the cache, else traced now (which imports torch) and stored.
+
+    Args:
+        architecture: The model.
+        request: A complete request.
+        pipe: The loaded pipeline, where there is one.
 
     Raises:
         ModelError: the model cannot be traced.
+        RequestError: its pipeline refuses the request.
     """
     path = _path(architecture, request)
     workload = _read(path) if path else None
     if workload is None:
         from autotune.workload.phases import trace_workload
 
-        workload = trace_workload(architecture, request)
+        workload = trace_workload(architecture, request, pipe)
         if path:
             _write(path, workload)
-    return _asked(workload, architecture, request)
-
-
-def _asked(workload: Workload, architecture: Architecture, request: Request) -> Workload:
-    """The stored trace under the name and with the steps that were asked for now."""
-    calls = denoiser_calls(architecture, request.steps)
-    phases = tuple(
-        msgspec.structs.replace(
-            phase, runs=tuple(msgspec.structs.replace(r, calls=calls) for r in phase.runs)
-        )
-        if phase.name == "denoise"
-        else phase
-        for phase in workload.phases
-    )
-    return msgspec.structs.replace(
-        workload, model=architecture.name, request=request, phases=phases
-    )
+    return msgspec.structs.replace(workload, model=architecture.name)
 
 
 def _path(architecture: Architecture, request: Request) -> Path | None:
@@ -67,12 +57,13 @@ def _path(architecture: Architecture, request: Request) -> Path | None:
 
 
 def _digest(architecture: Architecture, request: Request) -> str:
-    # Whether guidance doubles the batch matters to a trace; its value and the steps do not.
-    guided = float(is_guided(architecture, request)) * 2
     parts = (
         architecture.pipeline,
         architecture.components,
-        msgspec.structs.replace(request, steps=1, guidance_scale=guided),
+        architecture.schedulers,
+        architecture.tokenizers,
+        architecture.options,
+        request,
         _tracer(),
         *(_version(p) for p in ("torch", "diffusers", "transformers")),
     )
@@ -83,8 +74,8 @@ def _digest(architecture: Architecture, request: Request) -> str:
 def _tracer() -> str:
     """A digest of the code that traces: another tracer would have traced otherwise."""
     digest = hashlib.sha256()
-    for name in ("components", "phases", "request", "trace", "variants", "workload"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,44 @@ from torch import nn
 from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import ComponentConfig
 from autotune.workload.workload import Component
+
+
+def meta_module(
+    name: str, component: ComponentConfig, dtype: torch.dtype, live: Mapping[str, Any]
+) -> nn.Module:
+    """A component on the meta device: from its configuration, else like the loaded one.
+
+    Args:
+        name: The pipeline's attribute.
+        component: Its class and configuration.
+        dtype: That it will run in.
+        live: Loaded modules by attribute; empty where nothing is loaded.
+
+    Raises:
+        ModelError: it cannot be built, and is not loaded either.
+    """
+    loaded = live.get(name)
+    if loaded is None:
+        return build_on_meta(name, component, dtype)
+    try:
+        built = build_on_meta(name, component, dtype)
+    except ModelError:
+        return like_on_meta(loaded)
+    return built if _shapes(built) == _shapes(loaded) else like_on_meta(loaded)
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in module.parameters()]
+
+
+def like_on_meta(module: nn.Module) -> nn.Module:
+    """A copy of a loaded module without its data: for adapters and classes of the user's own."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, memo).eval()
 
 
 def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> nn.Module:
@@ -49,11 +88,16 @@ def describe(name: str, module: nn.Module) -> Component:
         name=name,
         class_name=type(module).__name__,
         parameters=sum(p.numel() for p in parameters),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weight_bytes=weight_bytes(module),
         largest_leaf_bytes=max(leaves, default=0),
         leaf_count=len(leaves),
         tensor_count=len(parameters),
     )
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters, in the dtypes they have."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _own_bytes(module: nn.Module) -> int:

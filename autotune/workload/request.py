@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from autotune.errors import ModelError, RequestError
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+from autotune.errors import RequestError
 from autotune.probe.machine import Machine
 from autotune.workload.architecture import Architecture
 from autotune.workload.workload import Request
 
-MAX_SIDE, MAX_BATCH, MAX_STEPS = 16384, 1024, 1000
+MAX_SIDE, MAX_BATCH, MAX_STEPS, MAX_FRAMES = 16384, 1024, 1000, 10_000
 DTYPES = ("float32", "float16", "bfloat16")
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -23,26 +27,29 @@ def complete_request(
     guidance_scale: float | None = None,
     dtype: str = "auto",
     frames: int | None = None,
+    options: dict[str, bool | int | float | str] | None = None,
 ) -> Request:
     """Fill in what the user left out, and refuse what the model cannot draw.
 
     Raises:
         RequestError: a size that the model's factor does not divide, or an absurd number.
     """
-    native_height, native_width = native_size(architecture)
-    default_steps, default_guidance = _pipeline_defaults(architecture)
+    native = native_request(architecture)
     request = Request(
-        height=native_height if height is None else height,
-        width=native_width if width is None else width,
+        height=native.height if height is None else height,
+        width=native.width if width is None else width,
         batch=batch,
-        steps=default_steps if steps is None else steps,
-        guidance_scale=default_guidance if guidance_scale is None else guidance_scale,
+        steps=native.steps if steps is None else steps,
+        guidance_scale=native.guidance_scale if guidance_scale is None else guidance_scale,
         dtype=_resolve_dtype(dtype, architecture, machine),
+        frames=native.frames if frames is None else frames,
+        options=options or {},
     )
-    if frames not in (None, 1):
+    if native.frames == 1 and request.frames != 1:
         raise RequestError(
-            f"{architecture.name} draws images, not {frames} frames", "leave --frames out"
+            f"{architecture.name} draws images, not {request.frames} frames", "leave --frames out"
         )
+    _check_range("frames", request.frames, 1, MAX_FRAMES)
     _check_range("batch", request.batch, 1, MAX_BATCH)
     _check_range("steps", request.steps, 1, MAX_STEPS)
     if not 0 <= request.guidance_scale <= 1000:
@@ -50,72 +57,130 @@ def complete_request(
             f"guidance {request.guidance_scale} is out of range", "use 0 to 30; 7.5 is usual"
         )
     for name, pixels in (("height", request.height), ("width", request.width)):
-        _check_side(name, pixels, vae_factor(architecture))
+        _check_side(name, pixels, size_factor(architecture))
     return request
 
 
-def native_size(architecture: Architecture) -> tuple[int, int]:
+class Native(NamedTuple):
+    """What a model is asked for when the user says nothing."""
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance_scale: float
+
+
+def native_request(architecture: Architecture) -> Native:
+    """Size, steps and guidance: the architecture's, else those of its pipeline's ``__call__``."""
+    defaults = _Defaults(architecture.pipeline)
+    height, width = native_size(architecture, defaults)
+    guidance = architecture.guidance_scale
+    return Native(
+        height=height,
+        width=width,
+        frames=architecture.frames or _native_frames(architecture, defaults),
+        steps=architecture.steps or int(defaults.number("num_inference_steps", 50)),
+        guidance_scale=defaults.guidance() if guidance is None else guidance,
+    )
+
+
+def _native_frames(architecture: Architecture, defaults: _Defaults) -> int:
+    """1 for images; video pipelines take ``num_frames``, whose default may be the model's."""
+    if not defaults.takes("num_frames"):
+        return 1
+    frames = architecture.config("transformer").get("sample_frames") or USUAL_FRAMES
+    return int(defaults.number("num_frames", frames))
+
+
+USUAL_FRAMES = 49
+"""Of a video where neither the model nor its pipeline says: two to six seconds."""
+
+
+class _Defaults:
+    """The default arguments of a pipeline class's ``__call__``, looked up when first asked for.
+
+    Built-in architectures say everything themselves, so that diffusers need not be imported.
+    """
+
+    def __init__(self, pipeline: str) -> None:
+        self._pipeline = pipeline
+
+    @functools.cached_property
+    def _values(self) -> dict[str, Any]:
+        import diffusers
+
+        cls = getattr(diffusers, self._pipeline, None)
+        parameters = inspect.signature(cls.__call__).parameters if cls else {}
+        return {name: p.default for name, p in parameters.items()}
+
+    def takes(self, name: str) -> bool:
+        """Whether there is such an argument."""
+        return name in self._values
+
+    def number(self, name: str, fallback: float) -> float:
+        """The default where it is a number."""
+        value = self._values.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number and value is not None else fallback
+
+    def guidance(self) -> float:
+        """Qwen-Image guides by ``true_cfg_scale``; its ``guidance_scale`` is ``None``."""
+        return self.number("guidance_scale", self.number("true_cfg_scale", 7.5))
+
+
+def native_size(architecture: Architecture, defaults: _Defaults | None = None) -> tuple[int, int]:
     """Height and width in pixels that the model was trained at."""
+    if architecture.height and architecture.width:
+        return architecture.height, architecture.width
     config = architecture.config("unet") or architecture.config("transformer")
+    factor = vae_factor(architecture)
     sample = config.get("sample_size")
-    if sample is None:
-        sample = architecture.config("vae").get("sample_size", 512) // vae_factor(architecture)
     height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    return height * vae_factor(architecture), width * vae_factor(architecture)
+    height = height or config.get("sample_height")
+    width = width or config.get("sample_width")
+    if isinstance(height, int) and isinstance(width, int):
+        return height * factor, width * factor
+    defaults = defaults or _Defaults(architecture.pipeline)
+    pixels = architecture.config("vae").get("sample_size") or DEFAULT_SIDE
+    side = int(pixels) // factor * factor
+    return int(defaults.number("height", side)), int(defaults.number("width", side))
+
+
+DEFAULT_SIDE = 1024
+"""Pixels of a side where neither the model nor its pipeline says: what current models draw."""
+
+_FACTOR_NAMES = ("spatial_compression_ratio", "scale_factor_spatial")
+_CHANNEL_NAMES = ("block_out_channels", "encoder_block_out_channels")
 
 
 def vae_factor(architecture: Architecture) -> int:
     """Pixels per latent element along a side."""
-    channels = architecture.config("vae").get("block_out_channels")
-    if not channels:
-        raise ModelError(
-            f"{architecture.name} has no VAE that can be traced",
-            "give a latent diffusion pipeline with a `vae`",
-        )
-    return int(2 ** (len(channels) - 1))
+    vae = architecture.config("vae")
+    for name in _FACTOR_NAMES:
+        if isinstance(vae.get(name), int):
+            return int(vae[name]) * _patch(vae)
+    for name in _CHANNEL_NAMES:
+        if vae.get(name):
+            return int(2 ** (len(vae[name]) - 1)) * _patch(vae)
+    halved = vae.get("temperal_downsample") or vae.get("temporal_downsample")  # so it is spelled
+    return int(2 ** len(halved)) if halved else USUAL_FACTOR
 
 
-def latent_size(architecture: Architecture, request: Request) -> tuple[int, int]:
-    """Height and width of the latent."""
-    factor = vae_factor(architecture)
-    return request.height // factor, request.width // factor
+USUAL_FACTOR = 8
+"""Of nearly every autoencoder; the pipeline itself refuses what it cannot draw."""
 
 
-def denoiser_calls(architecture: Architecture, steps: int) -> int:
-    """Forwards of the denoiser for so many steps: second-order schedulers look twice.
-
-    As ``len(scheduler.timesteps)`` after ``set_timesteps(steps)`` in diffusers.
-    """
-    name = architecture.scheduler
-    if name.startswith(("Heun", "KDPM2")):
-        return 2 * steps - 1
-    return steps + 1 if name == "PNDMScheduler" and steps > 1 else steps
+def _patch(config: dict[str, Any]) -> int:
+    patch = config.get("patch_size")
+    return patch if isinstance(patch, int) else 1
 
 
-def is_guided(architecture: Architecture, request: Request) -> bool:
-    """Whether classifier-free guidance runs: distilled UNets take the scale as an input instead."""
-    takes_scale = architecture.config("unet").get("time_cond_proj_dim") is not None
-    return request.guidance_scale > 1 and not takes_scale
-
-
-def _pipeline_defaults(architecture: Architecture) -> tuple[int, float]:
-    """Steps and guidance of the pipeline's own ``__call__``, unless the architecture says."""
-    if architecture.steps is not None and architecture.guidance_scale is not None:
-        return architecture.steps, architecture.guidance_scale
-    import inspect
-
-    import diffusers
-
-    cls = getattr(diffusers, architecture.pipeline, None)
-    parameters = inspect.signature(cls.__call__).parameters if cls else {}
-
-    def default(name: str, fallback: float) -> float:
-        value = parameters[name].default if name in parameters else fallback
-        return float(value) if isinstance(value, (int, float)) else fallback
-
-    steps = architecture.steps or int(default("num_inference_steps", 50))
-    guidance = architecture.guidance_scale
-    return steps, default("guidance_scale", 7.5) if guidance is None else guidance
+def size_factor(architecture: Architecture) -> int:
+    """What a side must be a multiple of: latent elements times a transformer's patch."""
+    patch = architecture.config("transformer").get("patch_size", 1)
+    spatial = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    return vae_factor(architecture) * max(1, int(spatial or 1))
 
 
 def _resolve_dtype(dtype: str, architecture: Architecture, machine: Machine) -> str:

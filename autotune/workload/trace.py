@@ -7,6 +7,7 @@ UNet about a second.
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from autotune.workload.workload import AttentionShape, Operator, Trace
@@ -119,7 +121,7 @@ class _Recorder:
             return func(*args, **kwargs)
         signature = _signature(str(func), args, kwargs)
         made = self.results.get(signature)
-        out = func(*args, **kwargs) if made is None else made.again()
+        out = _run(func, args, kwargs) if made is None else made.again()
         outputs = _tensors(out)
         is_new = [self.adopt(t) for t in outputs]
         if made is None and all(is_new) and not func._schema.is_mutable and _Result.fits(out):
@@ -145,15 +147,21 @@ class _Recorder:
             block_tokens=self.block_tokens,
         )
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], out: Tensor
+    ) -> None:
         """Record one symbolic attention call; inputs are (batch, heads, tokens, head_dim)."""
-        batch, heads, tokens, dim = query.shape
+        *batch, heads, tokens, dim = query.shape if query.dim() > 3 else (1, *query.shape)
         shape = AttentionShape(
-            batch=batch, heads=heads, q_tokens=tokens, kv_tokens=key.shape[2], head_dim=dim
+            batch=math.prod(batch),
+            heads=heads,
+            q_tokens=tokens,
+            kv_tokens=key.shape[-2],
+            head_dim=dim,
         )
-        in_bytes = sum(_bytes(t) for t in (query, key, value))
+        in_bytes = sum(_bytes(t) for t in _tensors((query, key, value, options)))
         self.count(
-            _signature("attention", (query, key, value), {}),
+            _signature("attention", (query, key, value), options),
             lambda: _Calls(
                 name="attention",
                 kind="attention",
@@ -211,16 +219,32 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-        query, key, value = given["query"], given["key"], given["value"]
-        batch, heads, tokens, _ = query.shape
-        # Flash kernels return (batch, heads, tokens, dim) laid out as (batch, tokens, heads, dim).
-        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        self.recorder.attention(query, key, value, out)
+        given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+        *batch, tokens, _ = query.shape
+        if query.dim() < 4:
+            out = query.new_empty(*batch, tokens, value.shape[-1])
+        else:
+            # Flash kernels return (batch, heads, tokens, dim) laid out as (batch, tokens, heads,
+            # dim).
+            *outer, heads = batch
+            out = query.new_empty(*outer, tokens, heads, value.shape[-1]).transpose(-3, -2)
+        options = {k: v for k, v in given.items() if isinstance(v, Tensor) or v}
+        self.recorder.attention(query, key, value, options, out)
         return out
 
 
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
 def trace(module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> Trace:
+    """The first part of ``trace_call``."""
+    return trace_call(module, call, inputs)[0]
+
+
+def trace_call(
+    module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]
+) -> tuple[Trace, Any]:
     """Run ``call`` once, on meta tensors, and record what it does.
 
     Args:
@@ -229,7 +253,7 @@ def trace(module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> T
         inputs: The tensors the call is given: they count as alive throughout.
 
     Returns:
-        Its operators and the peak of its activations in bytes.
+        Its operators and the peak of its activations in bytes; and what the call returned.
     """
     weights = {
         t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(recurse=True))
@@ -243,9 +267,7 @@ def trace(module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> T
         stack.enter_context(_Attention(recorder))
         stack.enter_context(_Dispatch(recorder))
         out = call()
-    result = recorder.trace()
-    del out
-    return result
+    return recorder.trace(), out
 
 
 @contextmanager
@@ -270,6 +292,45 @@ def _self_attention_marked(module: nn.Module, recorder: _Recorder) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run one operator; where shapes are not enough for it, run it on zeros.
+
+    Some operators have no meta kernel, and some read values (``.item()``, ``.cpu()``): a model that
+    asks whether its inputs are black, say, is told that they are.
+    """
+    try:
+        return func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):
+        out = on_zeros(func, args, kwargs)
+    wants_host = str(kwargs.get("device")) == "cpu"
+    return out if wants_host else tree_map_only(Tensor, lambda t: t.to("meta"), out)
+
+
+MOST_ZEROS_BYTES = 4 << 30
+"""Zeros are real memory once they are written to: more than this is not worth an answer."""
+
+
+def on_zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on the CPU with zeros in place of its meta tensors.
+
+    Raises:
+        RuntimeError: the operator refuses zeros too, or they would fill the host's memory.
+    """
+    size = sum(_bytes(t) for t in _tensors((args, kwargs)) if t.is_meta)
+    if size > MOST_ZEROS_BYTES:
+        raise RuntimeError(f"{func} would need {size} bytes of zeros to be run")
+    args, kwargs = tree_map_only(Tensor, _zeros, (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    return func(*args, **kwargs)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _is_view(func: Any) -> bool:

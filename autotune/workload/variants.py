@@ -11,13 +11,14 @@ from typing import Any
 
 from autotune.workload.workload import Request
 
-_TILE_FIELDS = ("tile_sample_min_size", "tile_latent_min_size")
+VIDEO_TILE = 256
+"""Side in pixels that diffusers' video autoencoders tile with by default."""
 
 
-def decode_variants(request: Request) -> tuple[str, ...]:
-    """Switches that can change this decode: slicing needs a batch, tiling a larger image."""
-    tiles = [f"tiled:{t}" for t in tile_sizes(request)]
-    if request.batch == 1:
+def variants_of(vae: Any, request: Request) -> tuple[str, ...]:
+    """Switches that can change this call: slicing needs a batch, tiling a larger image."""
+    tiles = [f"tiled:{t}" for t in tile_sizes(request)] if has_tiles(vae) else []
+    if request.batch == 1 or not hasattr(vae, "use_slicing"):
         return tuple(tiles)
     return ("sliced", *tiles, *(f"sliced+{t}" for t in tiles))
 
@@ -26,9 +27,11 @@ def tile_sizes(request: Request) -> tuple[int, ...]:
     """A tile side in pixels that really cuts the image.
 
     512, as most VAEs are trained on; half of a smaller image; a quarter of one so large that 512
-    would make hundreds of tiles.
+    would make hundreds of tiles; for video the 256 of its autoencoders.
     """
     longest = max(request.height, request.width)
+    if request.frames > 1 and longest > VIDEO_TILE:
+        return (VIDEO_TILE,)
     if longest > 2048:
         return (-(-longest // 4 // 64) * 64,)
     if longest > 512:
@@ -38,25 +41,26 @@ def tile_sizes(request: Request) -> tuple[int, ...]:
 
 
 def has_tiles(vae: Any) -> bool:
-    """Whether this VAE lets its tile size be set in the way that ``switch`` does."""
-    return all(hasattr(vae, f) for f in _TILE_FIELDS) and hasattr(vae, "use_tiling")
+    """Whether this autoencoder lets its tile size be set in the way that ``switch`` does."""
+    return hasattr(vae, "use_tiling") and any(
+        hasattr(vae, f) for f in ("tile_sample_min_size", "tile_sample_min_height")
+    )
 
 
 def switch(vae: Any, variant: str) -> dict[str, Any]:
-    """Put the VAE on the path that the variant names.
+    """Put the autoencoder on the path that the variant names.
 
     Returns:
         The attributes as they were, for ``restore``.
     """
-    fields = ("use_slicing", "use_tiling", *_TILE_FIELDS)
-    before = {f: getattr(vae, f) for f in fields if hasattr(vae, f)}
+    names = ("use_slicing", "use_tiling", *(n for n in vars(vae) if n.startswith("tile_")))
+    before = {n: getattr(vae, n) for n in names if hasattr(vae, n)}
     for part in filter(None, variant.split("+")):
         name, _, size = part.partition(":")
         if name == "sliced":
             vae.enable_slicing()
         elif name == "tiled":
-            vae.enable_tiling()
-            _set_tile(vae, int(size))
+            _tile(vae, int(size))
     return before
 
 
@@ -68,7 +72,7 @@ def restore(vae: Any, before: dict[str, Any]) -> None:
 
 @contextmanager
 def switched(vae: Any, variant: str) -> Iterator[None]:
-    """The VAE on another path for a while."""
+    """The autoencoder on another path for a while."""
     before = switch(vae, variant)
     try:
         yield
@@ -76,9 +80,21 @@ def switched(vae: Any, variant: str) -> Iterator[None]:
         restore(vae, before)
 
 
-def _set_tile(vae: Any, pixels: int) -> None:
-    if not has_tiles(vae):
+def _tile(vae: Any, pixels: int) -> None:
+    """Turn tiling on; image autoencoders have one size, the others one for each direction."""
+    if not hasattr(vae, "tile_sample_min_height"):
+        vae.enable_tiling()
+        if has_tiles(vae):
+            factor = 2 ** (len(vae.config.block_out_channels) - 1)
+            vae.tile_sample_min_size = pixels
+            vae.tile_latent_min_size = pixels // factor
         return
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.tile_sample_min_size = pixels
-    vae.tile_latent_min_size = pixels // factor
+    sizes: dict[str, Any] = dict.fromkeys(
+        ("tile_sample_min_height", "tile_sample_min_width"), pixels
+    )
+    for way in ("height", "width"):
+        stride = getattr(vae, f"tile_sample_stride_{way}", None)
+        if stride is not None:  # the same share of overlap as by default
+            whole = getattr(vae, f"tile_sample_min_{way}")
+            sizes[f"tile_sample_stride_{way}"] = int(pixels * stride / whole)
+    vae.enable_tiling(**sizes)

@@ -7,15 +7,18 @@ a list of operators. Nothing here imports torch: a workload can be stored and pl
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 from autotune.probe.machine import Value
 
 
 class Request(Value, frozen=True):
-    """The image asked for.
+    """The image or video asked for.
 
-    ``height`` and ``width`` are pixels, ``batch`` is images per call, ``dtype`` is what is computed
-    in. A ``guidance_scale`` above 1 doubles the denoiser's batch where the model guides itself.
+    ``height`` and ``width`` are pixels, ``batch`` is images (or videos) per call, ``dtype`` is what
+    is computed in. A ``guidance_scale`` above 1 doubles the denoiser's work where the model guides
+    itself. ``frames`` is 1 for images. ``options`` are further arguments of the pipeline that
+    decide what runs, such as ``strength`` or ``max_sequence_length``.
     """
 
     height: int
@@ -24,6 +27,8 @@ class Request(Value, frozen=True):
     steps: int
     guidance_scale: float
     dtype: str
+    frames: int = 1
+    options: dict[str, bool | int | float | str] = {}
 
 
 class AttentionShape(Value, frozen=True):
@@ -80,6 +85,11 @@ class Operator(Value, frozen=True):
     block_tokens: int = 0
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one call reads."""
+        return max(0, self.bytes - self.in_bytes - self.out_bytes)
+
+    @property
     def key(self) -> str:
         """Names the signature in a machine's replayed operators."""
         return hashlib.blake2b(self.signature.encode(), digest_size=8).hexdigest()
@@ -121,28 +131,39 @@ class Component(Value, frozen=True):
     tensor_count: int
 
 
+Role = Literal["encoder", "denoiser", "autoencoder"]
+"""encoder: of prompts and images (its library brings its own attention). denoiser: what runs at
+every step, ControlNets included. autoencoder: between pixels and latents."""
+
+
 class ComponentRun(Value, frozen=True):
-    """A phase's use of a component.
+    """A phase's use of a component: all its calls on inputs of the same shapes.
 
     Attributes:
         component: Its name in the pipeline.
-        calls: Forwards per generation.
-        trace: One forward.
-        variants: The same forward with its code path switched (``"sliced"``, ``"tiled:512"``), each
+        role: What it is for.
+        calls: Calls per generation.
+        trace: One call.
+        entry: The method called, ``"forward"`` or an autoencoder's ``"encode"`` or ``"decode"``.
+        variants: The same call with its code path switched (``"sliced"``, ``"tiled:512"``), each
             really traced; absent where switching changes nothing.
         upcast_bytes: Extra weight bytes while it runs in a wider dtype than it is stored in
             (SDXL's fp16 VAE decodes in float32).
+        is_estimated: The trace is a guess from the weights: the module could not be traced.
     """
 
     component: str
+    role: Role
     calls: int
     trace: Trace
+    entry: str = "forward"
     variants: dict[str, Trace] = {}
     upcast_bytes: int = 0
+    is_estimated: bool = False
 
 
 class Phase(Value, frozen=True):
-    """``"encode"``, ``"denoise"`` or ``"decode"``: the runs follow one another."""
+    """``"encode"``, ``"denoise"`` or ``"decode"``; its runs in the order of their first call."""
 
     name: str
     runs: tuple[ComponentRun, ...]
@@ -157,7 +178,10 @@ class Workload(Value, frozen=True):
         request: The image asked for.
         components: Every module of the pipeline with weights.
         phases: In order of execution.
-        offload_order: Components that model offload moves, in the pipeline's own order.
+        offload_order: Components that model offload moves in a chain, in the pipeline's own order:
+            each that is called sends the one before it in this order back to the host.
+        offload_apart: Components that model offload moves to the device when they are called and
+            back only at the end (a ControlNet); those in neither tuple stay on the device.
         latent_tokens: Height times width of the latent: what token merging compares a block with.
         notes: What is estimated rather than traced, one sentence each.
     """
@@ -169,6 +193,7 @@ class Workload(Value, frozen=True):
     phases: tuple[Phase, ...]
     offload_order: tuple[str, ...]
     latent_tokens: int
+    offload_apart: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -180,9 +205,11 @@ class Workload(Value, frozen=True):
     def key(self) -> str:
         """What was asked, in one line: names this workload in profiles."""
         r = self.request
+        frames = f" frames {r.frames}" if r.frames > 1 else ""
+        options = "".join(f" {k}={v}" for k, v in sorted(r.options.items()))
         return (
-            f"{self.model} {r.width}x{r.height} batch {r.batch} steps {r.steps} "
-            f"guidance {r.guidance_scale:g} {r.dtype}"
+            f"{self.model} {r.width}x{r.height}{frames} batch {r.batch} steps {r.steps} "
+            f"guidance {r.guidance_scale:g} {r.dtype}{options}"
         )
 
     def component(self, name: str) -> Component:

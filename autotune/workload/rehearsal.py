@@ -1,0 +1,342 @@
+"""Rehearse a generation: the pipeline's own ``__call__``, with modules that have no data.
+
+The pipeline's Python runs for real, on the CPU: prompts are encoded, the scheduler steps, latents
+have values. Its modules are on the meta device. Each call of one is intercepted and traced there
+(once for the same shapes), so that what runs when, how often, on which shapes and in which dtype is
+read off the pipeline itself, whichever pipeline it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from autotune.errors import ModelError, RequestError, first_line
+from autotune.workload.architecture import Architecture
+from autotune.workload.arguments import call_arguments
+from autotune.workload.standins import (
+    CLIP_PIXELS,
+    StandInProcessor,
+    StandInTokenizer,
+    Unprocessed,
+)
+from autotune.workload.trace import on_zeros, trace_call
+from autotune.workload.workload import Request, Trace
+
+ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_features")
+"""Methods by which pipelines call their modules."""
+
+
+class Call(NamedTuple):
+    """One call of a component on the meta device: enough to make it again.
+
+    ``module``'s own ``entry`` is meant: what stands in its place now intercepts.
+    """
+
+    component: str
+    entry: str
+    module: nn.Module
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the call is given."""
+        return [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
+
+    def trace(self) -> tuple[Trace, Any]:
+        """What the call does, and what it returns."""
+        return trace_call(
+            self.module, lambda: self.function(*self.args, **self.kwargs), self.tensors
+        )
+
+
+Tracer = Callable[[Call], Any]
+"""Told of every call with new shapes; returns what the call returns, on the meta device."""
+
+
+def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str, str]]:
+    """Run the pipeline once for a request.
+
+    Args:
+        pipe: A pipeline whose modules are on the meta device; see ``meta_pipeline``.
+        request: What to draw.
+        tracer: Traces calls.
+
+    Returns:
+        Component, entry and signature of every call of a module, in order.
+
+    Raises:
+        RequestError: the pipeline refuses the request.
+        ModelError: its ``__call__`` fails on meta modules.
+    """
+    script = _Script(tracer)
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        for name, module in modules.items():
+            stack.enter_context(_intercepted(name, module, script))
+        stack.enter_context(_optional_imports(type(pipe)))
+        stack.enter_context(script.glue)
+        arguments = call_arguments(pipe, request)
+        try:
+            pipe(**arguments)
+        except ModelError:
+            raise
+        except Exception as error:  # the code of any pipeline
+            raise _failure(error, pipe) from error
+    return script.calls
+
+
+def _failure(error: Exception, pipe: Any) -> Exception:
+    raised_in = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if "check_inputs" in raised_in:
+        return RequestError(
+            f"{_name(pipe)} refuses: {first_line(error)}", "ask for a size or length it takes"
+        )
+    return ModelError(f"cannot rehearse {_name(pipe)}: {first_line(error)}")
+
+
+def _name(pipe: Any) -> str:
+    return type(pipe).__name__
+
+
+class _Script:
+    """The calls made so far, and the outputs of those with the same shapes."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.calls: list[tuple[str, str, str]] = []
+        self.glue = _Glue()
+        self._tracer = tracer
+        self._outputs: dict[tuple[str, str, str], Any] = {}
+
+    def call(self, component: str, entry: str, module: nn.Module, function: Any) -> Any:
+        @functools.wraps(function)
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            if self.glue.is_paused:  # a module calls itself, while it is traced
+                return function(*args, **kwargs)
+            with self.glue.paused():
+                args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+                signature = _signature(module, args, kwargs)
+                key = (component, entry, signature)
+                if key not in self._outputs:
+                    call = Call(component, entry, module, function, args, kwargs)
+                    self._outputs[key] = self._tracer(call)
+            self.calls.append(key)
+            return self._outputs[key]
+
+        return intercepted
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _signature(module: nn.Module, args: Any, kwargs: Any) -> str:
+    """Shapes, dtypes and switches; numbers (a timestep, a scale) do not change what runs."""
+    leaves, structure = tree_flatten((args, kwargs))
+    plain = [
+        [str(v.dtype), *v.shape] if isinstance(v, Tensor) else v
+        for v in leaves
+        if isinstance(v, (Tensor, bool, str)) or v is None
+    ]
+    return json.dumps([str(structure), plain, str(_dtype(module))])
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters()), None)
+
+
+@contextmanager
+def _intercepted(name: str, module: nn.Module, script: _Script) -> Iterator[None]:
+    entries = [e for e in ENTRIES if callable(getattr(module, e, None))]
+    for entry in entries:
+        own = getattr(module, entry)
+        module.__dict__[entry] = script.call(name, entry, module, own)
+    try:
+        yield
+    finally:
+        for entry in entries:
+            module.__dict__.pop(entry, None)
+
+
+class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Between the modules, what they returned has shapes only: where that is not enough, zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a module is traced."""
+        self.is_paused = True
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()  # type: ignore[no-untyped-call]
+            self.is_paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError):
+            if not any(
+                isinstance(v, Tensor) and v.is_meta for v in tree_flatten((args, kwargs))[0]
+            ):
+                raise
+            return on_zeros(func, args, kwargs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A rehearsal's warnings are about stand-ins."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _optional_imports(cls: type) -> Iterator[None]:
+    """Some pipelines clean prompts with ftfy, and fail without it: here nothing is dirty."""
+    module = sys.modules.get(cls.__module__)
+    missing = module is not None and "prompt_clean" in vars(module) and not hasattr(module, "ftfy")
+    if missing:
+        module.ftfy = types.SimpleNamespace(fix_text=lambda text: text)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if missing:
+            del module.ftfy  # type: ignore[union-attr]
+
+
+# ---- the pipeline -------------------------------------------------------------------------------
+
+
+def meta_pipeline(
+    architecture: Architecture, modules: dict[str, nn.Module], cls: Any = None
+) -> Any:
+    """The pipeline around modules on the meta device, with stand-ins for what has no weights.
+
+    Args:
+        architecture: Names its class, schedulers, tokenizers and options.
+        modules: Pipeline attribute → module on the meta device.
+        cls: The pipeline's class where it is not one of diffusers'.
+
+    Raises:
+        ModelError: there is no such class, or it does not take these parts.
+    """
+    import diffusers
+
+    cls = cls or getattr(diffusers, architecture.pipeline, None)
+    if cls is None:
+        raise ModelError(
+            f"{architecture.pipeline} is no pipeline of the installed diffusers",
+            "upgrade diffusers, or load the pipeline yourself and call autotune.configure",
+        )
+    try:
+        with _quiet():
+            pipe = _on_cpu(cls)(**dict(_parts(cls, architecture, modules)))
+    except Exception as error:  # the constructor of any pipeline
+        raise ModelError(
+            f"cannot build {architecture.pipeline}: {first_line(error)}",
+            "check that its parts are complete and of this diffusers' version",
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("image_processor", "video_processor", "mask_processor"):
+        processor = getattr(pipe, name, None)
+        for method in ("postprocess", "postprocess_video"):
+            if hasattr(processor, method):
+                setattr(processor, method, Unprocessed())
+    return pipe
+
+
+def _on_cpu(cls: Any) -> Any:
+    """The class, run on the CPU although its modules are on the meta device."""
+    cpu = property(lambda _: torch.device("cpu"))
+    return type(
+        cls.__name__,
+        (cls,),
+        {"device": cpu, "_execution_device": cpu, "__module__": cls.__module__},
+    )
+
+
+def _parts(
+    cls: Any, architecture: Architecture, modules: dict[str, nn.Module]
+) -> Iterator[tuple[str, Any]]:
+    schedulers = {n: make_scheduler(c) for n, c in architecture.schedulers.items()}
+    known = {**schedulers, **architecture.options, **modules}
+    looking = next((modules[n] for n in ("image_encoder", "safety_checker") if n in modules), None)
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in known:
+            yield name, known[name]
+        elif name == "requires_safety_checker":
+            yield name, "safety_checker" in modules
+        elif "tokenizer" in name:
+            encoder = name.replace("tokenizer", "text_encoder")
+            limit = architecture.tokenizers.get(name)
+            if limit is not None or encoder in modules:
+                yield name, StandInTokenizer(limit or _positions(modules.get(encoder)))
+            else:
+                yield name, None
+        elif "processor" in name or "feature_extractor" in name:
+            needed = looking is not None or parameter.default is parameter.empty
+            yield name, StandInProcessor(_pixels(looking)) if needed else None
+        elif parameter.default is parameter.empty:
+            yield name, None
+
+
+def _pixels(encoder: nn.Module | None) -> int:
+    """Side of the images that an encoder looks at."""
+    config = getattr(encoder, "config", None)
+    found = getattr(getattr(config, "vision_config", config), "image_size", None)
+    return found if isinstance(found, int) else CLIP_PIXELS
+
+
+def _positions(encoder: nn.Module | None) -> int:
+    config = getattr(encoder, "config", None)
+    return int(getattr(config, "max_position_embeddings", 0) or 512)
+
+
+def make_scheduler(component: Any) -> Any:
+    """A scheduler from its configuration.
+
+    Raises:
+        ModelError: the installed diffusers has no such class.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, component.class_name, None)
+    if cls is None:
+        raise ModelError(f"diffusers has no scheduler {component.class_name}", "upgrade diffusers")
+    with _quiet():
+        return cls.from_config(component.config)

@@ -20,8 +20,8 @@ from autotune.decide.plan import (
     summarize_machine,
     summarize_workload,
 )
-from autotune.decide.predict import Predictor, budget_bytes
-from autotune.decide.prediction import Prediction, find_bottleneck
+from autotune.decide.predict import Predictor, budget_of
+from autotune.decide.prediction import Budget, Prediction, find_bottleneck
 from autotune.decide.rules import broken_rule, require_coherent
 from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, find
@@ -78,22 +78,24 @@ def choose(
     limits = limits or Limits()
     check_limits(limits)
     predictor = Predictor(machine, workload)
-    budget = budget_bytes(machine, limits.vram_limit, limits.reserve)
+    budget = budget_of(machine, limits.vram_limit, limits.reserve)
     refused, options = _options(machine, workload, limits, catalogue)
     kept, notes = _predictable(predictor, limits.keep)
     candidates = list(_candidates(predictor, tuple(options.values()), kept))
     chosen = _without_idlers(select(candidates, budget), candidates, budget)
     baseline = predictor.predict(Execution())
     context = _Context(predictor, kept, chosen, budget)
-    fits = chosen.prediction.needed_bytes <= budget
+    fits = budget.holds(chosen.prediction)
     return Plan(
         machine=summarize_machine(machine),
         workload=summarize_workload(workload),
         quality=limits.quality,
         fits=fits,
-        budget_bytes=budget,
+        budget_bytes=budget.device_bytes,
+        host_budget_bytes=budget.host_bytes,
         bottleneck=Bottlenecks(
-            find_bottleneck(baseline, budget), find_bottleneck(chosen.prediction, budget)
+            find_bottleneck(baseline, budget),
+            find_bottleneck(chosen.prediction, budget),
         ),
         optimizations=chosen.settings,
         prediction=chosen.prediction,
@@ -120,7 +122,7 @@ def predict(
     """
     limits = limits or Limits()
     require_coherent(settings)
-    budget = budget_bytes(machine, limits.vram_limit, limits.reserve)
+    budget = budget_of(machine, limits.vram_limit, limits.reserve)
     prediction = Predictor(machine, workload).predict(execution_of(settings))
     unusable = ((s.name, find(s.name).unavailable(machine, workload)) for s in settings)
     notes = tuple(f"{name}: {reason}" for name, reason in unusable if reason)
@@ -133,8 +135,9 @@ def predict(
         workload=summarize_workload(workload),
         optimizations=settings,
         prediction=prediction,
-        fits=prediction.needed_bytes <= budget,
-        budget_bytes=budget,
+        fits=budget.holds(prediction),
+        budget_bytes=budget.device_bytes,
+        host_budget_bytes=budget.host_bytes,
         notes=(*workload.notes, *notes),
     )
 
@@ -155,25 +158,24 @@ def execution_of(settings: Iterable[Setting]) -> Execution:
     return execution
 
 
-def select(candidates: list[Candidate], budget: int) -> Candidate:
-    """The choice as the module's first lines say; if nothing fits, what needs the least memory."""
-    fitting = [c for c in candidates if c.prediction.needed_bytes <= budget]
+def select(candidates: list[Candidate], budget: Budget) -> Candidate:
+    """The choice as the module's first lines say; if nothing fits, what is nearest to fitting."""
+    fitting = [c for c in candidates if budget.holds(c.prediction)]
     if not fitting:
-        least = min(c.prediction.needed_bytes for c in candidates)
-        fitting = [c for c in candidates if c.prediction.needed_bytes <= least * (1 + TOLERANCE)]
+        least = min(budget.lacks(c.prediction) for c in candidates)
+        nearest = least * (1 + TOLERANCE)
+        fitting = [c for c in candidates if budget.lacks(c.prediction) <= nearest]
     fastest = min(c.prediction.seconds for c in fitting)
     close = [c for c in fitting if c.prediction.seconds <= fastest * (1 + TOLERANCE)]
     return min(close, key=_smallness)
 
 
-def _without_idlers(chosen: Candidate, candidates: list[Candidate], budget: int) -> Candidate:
+def _without_idlers(chosen: Candidate, candidates: list[Candidate], budget: Budget) -> Candidate:
     """Drop members that buy less than the tolerance: close to the fastest, but not worth having."""
     by_set = {frozenset(map(str, c.settings)): c for c in candidates}
     for setting in chosen.settings:
         rest = by_set.get(frozenset(str(s) for s in chosen.settings if s != setting))
-        if rest is None or rest.prediction.needed_bytes > max(
-            budget, chosen.prediction.needed_bytes
-        ):
+        if rest is None or budget.lacks(rest.prediction) > max(1, budget.lacks(chosen.prediction)):
             continue
         if rest.prediction.seconds <= chosen.prediction.seconds * (1 + TOLERANCE):
             return _without_idlers(rest, candidates, budget)
@@ -324,7 +326,7 @@ class _Context(NamedTuple):
     predictor: Predictor
     kept: tuple[Setting, ...]
     chosen: Candidate
-    budget: int
+    budget: Budget
 
     def predict(self, settings: Iterable[Setting]) -> Prediction:
         return self.predictor.predict(execution_of((*self.kept, *settings)))
@@ -359,7 +361,7 @@ def _reject(context: _Context, name: str, settings: tuple[Setting, ...]) -> Reje
             return Rejection(name, rule.reason, rule.id)
     options = [(*rest, s) for s in settings]
     predicted = [Candidate(o, context.predict(o)) for o in options]
-    fitting = [c for c in predicted if c.prediction.needed_bytes <= context.budget]
+    fitting = [c for c in predicted if context.budget.holds(c.prediction)]
     best = min(fitting or predicted, key=lambda c: c.prediction.seconds)
     text = explain_rejected(best.prediction, chosen.prediction, context.budget)
     if rule is not None:

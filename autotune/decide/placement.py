@@ -6,10 +6,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from autotune.decide.forward import ForwardCost
+from autotune.decide.prediction import LoadPrediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Link, Machine
+from autotune.units import GIB
 from autotune.workload.workload import Component, ComponentRun, Workload
+
+PROCESS_BYTES = int(0.41 * GIB)
+"""Resident size of a Python process that has imported torch, diffusers and transformers, without
+any weights (``scripts/benchmark_overhead.py``, PyTorch 2.13 for the CPU). CUDA's libraries come on
+top, as pages of their files, which the system can drop."""
 
 
 class Moved(NamedTuple):
@@ -81,14 +88,30 @@ class Weights:
         return per_call * run.calls
 
     def host_bytes(self, execution: Execution) -> int:
-        """Host RAM that the weights take while the pipeline runs.
+        """Host RAM that this process takes while the pipeline runs.
 
         Offloaded weights are all there between two generations; on a CPU the device's memory is
         the host's, and is counted as such.
         """
         if execution.placement == "device":
-            return 0
-        return sum(self._components[n].weight_bytes for n in self._hooked if n in self._components)
+            return PROCESS_BYTES
+        return PROCESS_BYTES + self._workload.weight_bytes - self._staying
+
+    def load(self, execution: Execution) -> LoadPrediction:
+        """All weights are read into host RAM first, then go where the execution wants them.
+
+        safetensors maps files: the pages read are cache that the system can drop, so that only the
+        tensors made from them count.
+        """
+        weights = self._workload.weight_bytes
+        on_device = weights if execution.placement == "device" else self._staying
+        is_host = self._machine.device.kind == "cpu" or self._machine.device.unified_memory
+        disk, link = self._machine.host.disk_read_bytes_per_s, self._machine.link
+        seconds = None
+        if disk is not None:
+            crossing = on_device / link.module_h2d_bytes_per_s.value if link else 0.0
+            seconds = weights / disk.value + crossing
+        return LoadPrediction(on_device, PROCESS_BYTES + (0 if is_host else weights), seconds)
 
     def _require_link(self, execution: Execution) -> Link:
         if self._machine.link is None:

@@ -65,8 +65,9 @@ class Plan(msgspec.Struct, frozen=True):
     """The smallest coherent set for a workload on a machine; the ``--json`` contract of ``plan``.
 
     Attributes:
-        fits: Whether the prediction's ``needed_bytes`` is within ``budget_bytes``.
+        fits: Whether device and host have the memory that the prediction needs.
         budget_bytes: Free memory less the runtime's context and the reserve, or the user's limit.
+        host_budget_bytes: Available host RAM; ``None`` where the device computes in it.
         baseline: The prediction with no optimization at all.
         kept: Optimizations that the user had set by hand and that were left alone.
         ways_out: When it does not fit: what would help, one phrase each.
@@ -78,6 +79,7 @@ class Plan(msgspec.Struct, frozen=True):
     quality: str
     fits: bool
     budget_bytes: int
+    host_budget_bytes: int | None
     bottleneck: Bottlenecks
     optimizations: tuple[Setting, ...]
     prediction: Prediction
@@ -103,6 +105,7 @@ class PredictionReport(msgspec.Struct, frozen=True):
     prediction: Prediction
     fits: bool
     budget_bytes: int
+    host_budget_bytes: int | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,10 +6,12 @@ results are kept, since most candidate sets share them.
 
 from __future__ import annotations
 
+import functools
+
 from autotune.decide.attention import Kernel
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
-from autotune.decide.prediction import PhasePrediction, Prediction
+from autotune.decide.prediction import Budget, PhasePrediction, Prediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
@@ -53,12 +55,24 @@ class Predictor:
             OptimizationError: the execution needs a code path that was not traced.
         """
         phases = tuple(self._phase(phase, execution) for phase in self.workload.phases)
+        load = self._weights.load(execution)
         return Prediction(
             peak_bytes=max(p.peak_bytes for p in phases),
-            needed_bytes=max(p.needed_bytes for p in phases),
+            needed_bytes=max(load.peak_bytes, *(p.needed_bytes for p in phases)),
             seconds=sum(p.seconds for p in phases),
             phases=phases,
+            load=load,
+            host_bytes=max(load.host_bytes, self._weights.host_bytes(execution)),
+            first_image_extra_s=self._first_image_extra_s,
         )
+
+    @functools.cached_property
+    def _first_image_extra_s(self) -> float | None:
+        """Each distinct operator's first call, as replayed; ``None`` where none was."""
+        keys = {o.key for p in self.workload.phases for r in p.runs for o in r.trace.operators}
+        replayed = (self.machine.operators.get(key) for key in keys)
+        extras = [t.first_extra_s for t in replayed if t and t.first_extra_s is not None]
+        return sum(extras) if extras else None
 
     def _phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         runs = [self._run(phase.name, run, execution) for run in phase.runs]
@@ -176,9 +190,14 @@ class Predictor:
         return Kernel(execution.attention or self.machine.default_attention)
 
 
-def budget_bytes(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> int:
-    """Bytes that a pipeline may take: what is free now, less context and reserve."""
+def budget_of(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> Budget:
+    """What is free now, less context and reserve.
+
+    Where the device computes in host RAM, its budget is the host's too.
+    """
     free = machine.device.free_bytes
     if vram_limit is not None:
         free = min(free, vram_limit)
-    return max(0, free - machine.context_bytes - reserve)
+    shares = machine.device.kind == "cpu" or machine.device.unified_memory
+    host = None if shares else machine.host.ram_available_bytes
+    return Budget(max(0, free - machine.context_bytes - reserve), host)

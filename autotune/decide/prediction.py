@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
-Resource = Literal["vram", "compute", "memory_bandwidth", "transfer", "launch"]
+Resource = Literal["vram", "ram", "compute", "memory_bandwidth", "transfer", "launch"]
 
 
 class PhasePrediction(msgspec.Struct, frozen=True):
@@ -42,16 +42,44 @@ class PhasePrediction(msgspec.Struct, frozen=True):
     launch_s: float
 
 
+class LoadPrediction(msgspec.Struct, frozen=True):
+    """Reading the weights and putting them where they will be used, before the first image.
+
+    Attributes:
+        peak_bytes: Most device memory meanwhile.
+        host_bytes: Most host RAM meanwhile, this process included.
+        seconds: Reading from the disk and crossing the link; ``None`` where the disk's speed is
+            not known.
+    """
+
+    peak_bytes: int
+    host_bytes: int
+    seconds: float | None
+
+
 class Prediction(msgspec.Struct, frozen=True):
     """One way to run a workload.
 
-    It fits when ``needed_bytes``, the largest of the phases', is within the budget.
+    It fits when ``needed_bytes`` is within the device's budget, ``host_bytes`` within the host's.
+
+    Attributes:
+        peak_bytes: Most device memory to expect, in steady state.
+        needed_bytes: Most device memory that must be free, at load or in any phase.
+        seconds: One generation in steady state.
+        phases: In order of execution.
+        load: Before the first image.
+        host_bytes: Most host RAM that this process takes, at load or running.
+        first_image_extra_s: What the first generation takes longer than those after it: kernels
+            are loaded and algorithms chosen. ``None`` where it was not measured.
     """
 
     peak_bytes: int
     needed_bytes: int
     seconds: float
     phases: tuple[PhasePrediction, ...]
+    load: LoadPrediction
+    host_bytes: int
+    first_image_extra_s: float | None = None
 
     @property
     def binding_phase(self) -> PhasePrediction:
@@ -64,6 +92,28 @@ class Prediction(msgspec.Struct, frozen=True):
         return max(self.phases, key=lambda p: p.seconds)
 
 
+class Budget(NamedTuple):
+    """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's."""
+
+    device_bytes: int
+    host_bytes: int | None
+
+    def holds(self, prediction: Prediction) -> bool:
+        """Whether it fits on device and host."""
+        return self.lacks(prediction) <= 1
+
+    def host_holds(self, prediction: Prediction) -> bool:
+        """Whether it fits in the host's RAM."""
+        return self.host_bytes is None or prediction.host_bytes <= self.host_bytes
+
+    def lacks(self, prediction: Prediction) -> float:
+        """How far it is from fitting: needed over available, of the scarcer memory."""
+        device = prediction.needed_bytes / max(self.device_bytes, 1)
+        if self.host_bytes is None:
+            return device
+        return max(device, prediction.host_bytes / max(self.host_bytes, 1))
+
+
 class Bottleneck(msgspec.Struct, frozen=True):
     """What holds a generation back, and in which phase."""
 
@@ -71,10 +121,12 @@ class Bottleneck(msgspec.Struct, frozen=True):
     phase: str
 
 
-def find_bottleneck(prediction: Prediction, budget_bytes: int) -> Bottleneck:
+def find_bottleneck(prediction: Prediction, budget: Budget) -> Bottleneck:
     """Memory while it does not fit; else the largest share of the slowest phase's time."""
-    if prediction.needed_bytes > budget_bytes:
+    if prediction.needed_bytes > budget.device_bytes:
         return Bottleneck("vram", prediction.binding_phase.name)
+    if not budget.host_holds(prediction):
+        return Bottleneck("ram", "load")
     phase = prediction.slowest_phase
     shares: dict[Resource, float] = {
         "compute": phase.compute_s,

@@ -11,6 +11,7 @@ from autotune.units import format_bytes, format_seconds
 
 _RESOURCES = {
     "vram": "memory",
+    "ram": "host RAM",
     "compute": "compute",
     "memory_bandwidth": "memory bandwidth",
     "transfer": "transfer over the link",
@@ -55,6 +56,20 @@ def describe_prediction(prediction: Prediction) -> str:
     return f"{format_seconds(prediction.seconds)}, {needed}"
 
 
+def describe_start(plan: Plan | PredictionReport) -> str:
+    """``"loading 12.0 s; first image 3.00 s more; 7.10 GiB of host RAM"``, as far as is known."""
+    prediction = plan.prediction
+    facts = []
+    if prediction.load.seconds is not None:
+        facts.append(f"loading {format_seconds(prediction.load.seconds)}")
+    if prediction.first_image_extra_s is not None:
+        what = "video" if plan.workload.frames > 1 else "image"
+        facts.append(f"first {what} {format_seconds(prediction.first_image_extra_s)} more")
+    if plan.host_budget_bytes is not None:  # else the device's memory is the host's
+        facts.append(f"{format_bytes(prediction.host_bytes)} of host RAM")
+    return "; ".join(facts)
+
+
 def _lines(plan: Plan) -> Iterator[str]:
     yield f"machine     {describe_machine(plan)}"
     yield f"workload    {describe_workload(plan)}"
@@ -62,6 +77,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"after       {describe_bottleneck(plan.bottleneck.after)}"
     yield f"plain       {describe_prediction(plan.baseline)}"
     yield f"planned     {describe_prediction(plan.prediction)}"
+    start = describe_start(plan)
+    if start:
+        yield f"start       {start}"
     if not plan.fits:
         yield f"{shortage(plan)}; try {ways_out(plan)}"
     chosen = (
@@ -76,6 +94,12 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def shortage(plan: Plan) -> str:
     """The numbers when nothing fits."""
+    host, available = plan.prediction.host_bytes, plan.host_budget_bytes
+    if available is not None and host > available:
+        return (
+            f"does not fit: {format_bytes(host)} of host RAM are needed and "
+            f"{format_bytes(available)} are available"
+        )
     phase = plan.prediction.binding_phase
     return (
         f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "

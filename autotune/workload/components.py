@@ -96,8 +96,9 @@ def describe(name: str, module: nn.Module) -> Component:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters, in the dtypes they have."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    """Bytes of all parameters and buffers (SD 3's position table is one), in their dtypes."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _own_bytes(module: nn.Module) -> int:

@@ -159,10 +159,11 @@ def vae_factor(architecture: Architecture) -> int:
     vae = architecture.config("vae")
     for name in _FACTOR_NAMES:
         if isinstance(vae.get(name), int):
-            return int(vae[name]) * _patch(vae)
+            return int(vae[name])
     for name in _CHANNEL_NAMES:
         if vae.get(name):
-            return int(2 ** (len(vae[name]) - 1)) * _patch(vae)
+            patch = vae.get("patch_size")
+            return int(2 ** (len(vae[name]) - 1)) * (patch if isinstance(patch, int) else 1)
     halved = vae.get("temperal_downsample") or vae.get("temporal_downsample")  # so it is spelled
     return int(2 ** len(halved)) if halved else USUAL_FACTOR
 
@@ -171,16 +172,17 @@ USUAL_FACTOR = 8
 """Of nearly every autoencoder; the pipeline itself refuses what it cannot draw."""
 
 
-def _patch(config: dict[str, Any]) -> int:
-    patch = config.get("patch_size")
-    return patch if isinstance(patch, int) else 1
-
-
 def size_factor(architecture: Architecture) -> int:
-    """What a side must be a multiple of: latent elements times a transformer's patch."""
-    patch = architecture.config("transformer").get("patch_size", 1)
-    spatial = patch[-1] if isinstance(patch, (list, tuple)) else patch
-    return vae_factor(architecture) * max(1, int(spatial or 1))
+    """What a side must be a multiple of: latent elements times a transformer's patch.
+
+    Flux and its kin say a patch of 1 and are given latents packed two by two into channels.
+    """
+    transformer = architecture.config("transformer")
+    patch = transformer.get("patch_size") or transformer.get("all_patch_size") or 1
+    spatial = int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
+    latent = architecture.config("vae").get("latent_channels")
+    is_packed = isinstance(latent, int) and transformer.get("in_channels") == 4 * latent
+    return vae_factor(architecture) * max(spatial, 2 if is_packed else 1)
 
 
 def _resolve_dtype(dtype: str, architecture: Architecture, machine: Machine) -> str:

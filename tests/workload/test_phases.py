@@ -33,7 +33,7 @@ def real_component(name: str, module: Any) -> Component:
         name=name,
         class_name=type(module).__name__,
         parameters=sum(p.numel() for p in parameters),
-        weight_bytes=sum(p.nbytes for p in parameters),
+        weight_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())),
         largest_leaf_bytes=max(owned),
         leaf_count=len(owned),
         tensor_count=len(parameters),

@@ -1,7 +1,7 @@
 """Predict memory and time of an execution from the one trace.
 
-Every constant here has a physical meaning. Phases are predicted per component run, and those
-results are kept, since most candidate sets share them.
+Every constant here has a physical meaning. A phase is predicted once for all executions that look
+the same from there (``scope.py``), since most candidate sets share them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from autotune.decide.attention import Kernel
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import Budget, PhasePrediction, Prediction
+from autotune.decide.scope import reader
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
@@ -47,6 +48,8 @@ class Predictor:
         self._weights = Weights(machine, workload)
         self._model = ForwardModel(machine, workload)
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
+        self._readers = {id(p): reader(frozenset(r.role for r in p.runs)) for p in workload.phases}
+        self._phases: dict[tuple[int, object], PhasePrediction] = {}
 
     def predict(self, execution: Execution) -> Prediction:
         """Memory and time of one generation run in this way.
@@ -75,6 +78,12 @@ class Predictor:
         return sum(extras) if extras else None
 
     def _phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
+        key = (id(phase), self._readers[id(phase)](execution))
+        if key not in self._phases:
+            self._phases[key] = self._predict_phase(phase, execution)
+        return self._phases[key]
+
+    def _predict_phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         runs = [self._run(phase.name, run, execution) for run in phase.runs]
         largest = max(runs, key=lambda r: r.needed_bytes)
         compute, memory, transfer, launch = (

@@ -1,0 +1,48 @@
+"""What each field of an execution can reach: everything else is the same with and without it.
+
+Seconds add up over phases and the memory needed is that of the largest, so what reaches a single
+phase can be decided for that phase alone, and what was predicted for a part holds for every
+execution that looks the same from there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Literal
+
+import msgspec
+
+from autotune.optimizations.execution import Execution
+
+Part = Literal["encoder", "denoiser", "autoencoder", "load"]
+"""A component's role, or ``"load"``: reading the weights, and the host RAM that they take."""
+
+EVERYWHERE: frozenset[Part] = frozenset({"encoder", "denoiser", "autoencoder", "load"})
+
+REACH: dict[str, frozenset[Part]] = {
+    "attention": frozenset({"denoiser", "autoencoder"}),
+    "attention_slices": frozenset({"denoiser"}),
+    "merge": frozenset({"denoiser"}),
+    "decode_sliced": frozenset({"autoencoder"}),
+    "decode_tile": frozenset({"autoencoder"}),
+    "channels_last": frozenset({"denoiser", "autoencoder"}),
+}
+"""Field of ``Execution`` → what it can reach. A field that is not here reaches everything: a new
+one is slower to search until it is listed, but never wrong."""
+
+FIELDS = tuple(f.name for f in msgspec.structs.fields(Execution))
+
+
+def reach_of(execution: Execution) -> frozenset[Part]:
+    """What an execution can change compared with the default one."""
+    plain = Execution()
+    changed = (f for f in FIELDS if getattr(execution, f) != getattr(plain, f))
+    return frozenset().union(*(REACH.get(f, EVERYWHERE) for f in changed))
+
+
+@functools.cache
+def reader(parts: frozenset[Part]) -> Callable[[Execution], object]:
+    """Reads those fields of an execution that can reach any of these parts."""
+    return attrgetter(*(f for f in FIELDS if parts & REACH.get(f, EVERYWHERE)))

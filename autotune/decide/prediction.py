@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -92,26 +92,38 @@ class Prediction(msgspec.Struct, frozen=True):
         return max(self.phases, key=lambda p: p.seconds)
 
 
+class Needs(Protocol):
+    """What must fit: a whole prediction, or just its two numbers."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of device memory."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host RAM."""
+
+
 class Budget(NamedTuple):
     """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's."""
 
     device_bytes: int
     host_bytes: int | None
 
-    def holds(self, prediction: Prediction) -> bool:
+    def holds(self, needs: Needs) -> bool:
         """Whether it fits on device and host."""
-        return self.lacks(prediction) <= 1
+        return self.lacks(needs) <= 1
 
-    def host_holds(self, prediction: Prediction) -> bool:
+    def host_holds(self, needs: Needs) -> bool:
         """Whether it fits in the host's RAM."""
-        return self.host_bytes is None or prediction.host_bytes <= self.host_bytes
+        return self.host_bytes is None or needs.host_bytes <= self.host_bytes
 
-    def lacks(self, prediction: Prediction) -> float:
+    def lacks(self, needs: Needs) -> float:
         """How far it is from fitting: needed over available, of the scarcer memory."""
-        device = prediction.needed_bytes / max(self.device_bytes, 1)
+        device = needs.needed_bytes / max(self.device_bytes, 1)
         if self.host_bytes is None:
             return device
-        return max(device, prediction.host_bytes / max(self.host_bytes, 1))
+        return max(device, needs.host_bytes / max(self.host_bytes, 1))
 
 
 class Bottleneck(msgspec.Struct, frozen=True):

@@ -92,13 +92,18 @@ def describe(name: str, module: nn.Module) -> Component:
         largest_leaf_bytes=max(leaves, default=0),
         leaf_count=len(leaves),
         tensor_count=len(parameters),
+        tensor_bytes=tuple(_tensor_bytes(module)),
     )
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers (SD 3's position table is one), in their dtypes."""
-    tensors = (*module.parameters(), *module.buffers())
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(_tensor_bytes(module))
+
+
+def _tensor_bytes(module: nn.Module) -> Iterator[int]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield tensor.numel() * tensor.element_size()
 
 
 def _own_bytes(module: nn.Module) -> int:

@@ -223,4 +223,6 @@ def _repeated(trace: Trace, batch: int, traced: int, image_bytes: int) -> Trace:
         # At the end the images are joined: all of them, twice.
         activation_bytes=max(trace.activation_bytes + waiting, 2 * batch * image_bytes),
         dispatches=sum(o.count for o in operators),
+        timeline=trace.timeline,  # what is reserved for a few images serves all that follow
+        timed=trace.timed,
     )

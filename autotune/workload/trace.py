@@ -43,6 +43,7 @@ class _Calls:
     out_bytes: int
     attention: AttentionShape | None
     block_tokens: int
+    index: int = 0
     count: int = 0
     live_bytes: int = 0
 
@@ -82,7 +83,11 @@ class _Recorder:
     live_bytes: int = 0
     peak_bytes: int = 0
     block_tokens: int = 0
+    timeline: list[int] = field(default_factory=list)
+    timed: list[int] = field(default_factory=list)
     _alive: set[int] = field(default_factory=set)
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _allocations: int = 0
 
     def adopt(self, tensor: Tensor) -> bool:
         """Count the tensor's storage as alive until it is freed; False if it already was."""
@@ -92,6 +97,9 @@ class _Recorder:
             return False
         size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
         self._alive.add(key)
+        if size:
+            self._numbers[key] = self._allocations = self._allocations + 1
+            self.timeline.append(storage.nbytes())
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._free, key, size).atexit = False
@@ -99,6 +107,8 @@ class _Recorder:
 
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
+        if size:
+            self.timeline.append(-self._numbers.pop(key))
         self.live_bytes -= size
 
     def is_weight(self, tensor: Tensor) -> bool:
@@ -108,6 +118,10 @@ class _Recorder:
         calls = self.calls.get((signature, self.block_tokens))
         if calls is None:
             calls = self.calls[signature, self.block_tokens] = make()
+            calls.index = len(self.calls) - 1
+        if calls.kind in ("convolution", "attention"):
+            self.timeline.append(0)
+            self.timed.append(calls.index)
         calls.count += 1
         calls.live_bytes = max(calls.live_bytes, self.live_bytes)
 
@@ -197,6 +211,8 @@ class _Recorder:
             operators=operators,
             activation_bytes=self.peak_bytes,
             dispatches=sum(o.count for o in operators),
+            timeline=tuple(self.timeline),
+            timed=tuple(self.timed),
         )
 
 

@@ -103,11 +103,18 @@ class Trace(Value, frozen=True):
         activation_bytes: Peak of the activations alive at once, weights excluded, inputs included,
             attention counted as a memory-efficient kernel.
         dispatches: Operators launched per forward, views not counted.
+        timeline: Requests to an allocator, in order: a positive number allocates so many bytes, a
+            negative one frees the allocation of that number, counted from 1; 0 is a call of an
+            operator that may take memory of its own meanwhile (convolution, attention). Empty where
+            the forward is not traced.
+        timed: Index in ``operators`` of each 0 of the timeline.
     """
 
     operators: tuple[Operator, ...]
     activation_bytes: int
     dispatches: int
+    timeline: tuple[int, ...] = ()
+    timed: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -119,7 +126,8 @@ class Component(Value, frozen=True):
     """One module of the pipeline and its weights.
 
     ``leaf_count`` and ``largest_leaf_bytes`` describe the modules that own parameters themselves:
-    what sequential offload moves, one at a time. ``tensor_count`` is the number of parameters.
+    what sequential offload moves, one at a time. ``tensor_count`` is the number of parameters,
+    ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
     """
 
     name: str
@@ -129,6 +137,7 @@ class Component(Value, frozen=True):
     largest_leaf_bytes: int
     leaf_count: int
     tensor_count: int
+    tensor_bytes: tuple[int, ...] = ()
 
 
 Role = Literal["encoder", "denoiser", "autoencoder"]

@@ -37,6 +37,7 @@ def real_component(name: str, module: Any) -> Component:
         largest_leaf_bytes=max(owned),
         leaf_count=len(owned),
         tensor_count=len(parameters),
+        tensor_bytes=tuple(t.nbytes for t in (*parameters, *module.buffers())),
     )
 
 

@@ -84,13 +84,14 @@ class _Runs:
         role = _role(call)
         if role == "denoiser" and not self.latent_tokens:
             self.latent_tokens = _latent_tokens(call)
-        is_estimated = False
         try:
-            trace, out = call.trace()
+            trace, out, guesses = call.trace()
+            note = _on_zeros(call, guesses) if guesses else ""
         except Exception as error:  # any operator, any control flow that asks for values
             trace, out = estimated_call(call, role)
-            is_estimated = True
-            self.notes.append(_guessed(call, error))
+            note = _guessed(call, error)
+        if note:
+            self.notes.append(note)
         self.found.append(
             ComponentRun(
                 component=call.component,
@@ -98,9 +99,9 @@ class _Runs:
                 calls=0,
                 trace=trace,
                 entry=call.entry,
-                variants={} if is_estimated else dict(_variants(call, trace, self._request)),
+                variants={} if note else dict(_variants(call, trace, self._request)),
                 upcast_bytes=max(0, weight_bytes(call.module) - self._weights[call.component]),
-                is_estimated=is_estimated,
+                is_estimated=bool(note),
             )
         )
         return out
@@ -110,6 +111,13 @@ def _guessed(call: Call, error: Exception) -> str:
     return (
         f"{call.component} ({type(call.module).__name__}) cannot be traced: {first_line(error)}; "
         "its time and memory are estimated from its weights, with a wide margin"
+    )
+
+
+def _on_zeros(call: Call, operators: tuple[str, ...]) -> str:
+    return (
+        f"{call.component} ({type(call.module).__name__}) does what values tell it, and was traced "
+        f"on zeros ({', '.join(operators)}); its time and memory are estimates, with a wide margin"
     )
 
 
@@ -186,7 +194,7 @@ def _variant(call: Call, variant: str) -> Trace:
     traced = min(batch, _SLICES_TRACED) if variant.startswith("sliced") else batch
     few = call if traced == batch else _with_batch(call, batch, traced)
     with switched(call.module, variant):
-        found, out = few.trace()
+        found, out, _ = few.trace()
     if traced == batch:
         return found
     out_bytes = sum(t.numel() * t.element_size() for t in _tensors(out)) // traced

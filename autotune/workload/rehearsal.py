@@ -33,8 +33,9 @@ from autotune.workload.standins import (
     StandInTokenizer,
     Unprocessed,
 )
-from autotune.workload.trace import on_zeros, trace_call
-from autotune.workload.workload import Request, Trace
+from autotune.workload.trace import Traced, trace_call
+from autotune.workload.values import key_of, on_cpu, run_by_shapes, run_on_zeros, tensors_in
+from autotune.workload.workload import Request
 
 ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_features")
 """Methods by which pipelines call their modules."""
@@ -43,7 +44,14 @@ ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_featur
 class Call(NamedTuple):
     """One call of a component on the meta device: enough to make it again.
 
-    ``module``'s own ``entry`` is meant: what stands in its place now intercepts.
+    Attributes:
+        component: Its name in the pipeline.
+        entry: The method's name.
+        module: The component.
+        function: The method itself: what stands in its place meanwhile intercepts.
+        args: What it is given by position, tensors on the meta device.
+        kwargs: What it is given by name.
+        known: Tensors among these whose values are known, with their values.
     """
 
     component: str
@@ -52,16 +60,17 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    known: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that the call is given."""
         return [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
 
-    def trace(self) -> tuple[Trace, Any]:
+    def trace(self) -> Traced:
         """What the call does, and what it returns."""
         return trace_call(
-            self.module, lambda: self.function(*self.args, **self.kwargs), self.tensors
+            self.module, lambda: self.function(*self.args, **self.kwargs), self.tensors, self.known
         )
 
 
@@ -132,11 +141,12 @@ class _Script:
             if self.glue.is_paused:  # a module calls itself, while it is traced
                 return function(*args, **kwargs)
             with self.glue.paused():
-                args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
-                signature = _signature(module, args, kwargs)
-                key = (component, entry, signature)
+                without_data = _WithoutData()
+                args, kwargs = tree_map_only(Tensor, without_data, (args, kwargs))
+                key = (component, entry, _signature(module, args, kwargs))
                 if key not in self._outputs:
-                    call = Call(component, entry, module, function, args, kwargs)
+                    known = tuple(without_data.known)
+                    call = Call(component, entry, module, function, args, kwargs, known)
                     self._outputs[key] = self._tracer(call)
             self.calls.append(key)
             return self._outputs[key]
@@ -144,10 +154,28 @@ class _Script:
         return intercepted
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+class _WithoutData:
+    """Moves tensors to the meta device; those of one storage share one again."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[Tensor, Tensor]] = []
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        storage = self._storages.setdefault(key_of(tensor), _storage_like(tensor))
+        made = torch.empty(0, dtype=tensor.dtype, device="meta").set_(
+            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        if not tensor.is_floating_point() or tensor.dim() < 2:
+            self.known.append((made, tensor))  # else it may be zeros in place of an activation
+        return made
+
+
+def _storage_like(tensor: Tensor) -> torch.UntypedStorage:
+    size = tensor.untyped_storage().nbytes()
+    return torch.empty(size, dtype=torch.uint8, device="meta").untyped_storage()
 
 
 def _signature(module: nn.Module, args: Any, kwargs: Any) -> str:
@@ -189,7 +217,7 @@ class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def paused(self) -> Iterator[None]:
         """While a module is traced."""
         self.is_paused = True
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -198,14 +226,14 @@ class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        try:
+        if not any(t.is_meta for t in tensors_in((args, kwargs))):
+            if str(kwargs.get("device")) == "meta":  # what a module says when asked where it is
+                kwargs = on_cpu(kwargs)
             return func(*args, **kwargs)
+        try:
+            return run_by_shapes(func, args, kwargs)
         except (NotImplementedError, RuntimeError):
-            if not any(
-                isinstance(v, Tensor) and v.is_meta for v in tree_flatten((args, kwargs))[0]
-            ):
-                raise
-            return on_zeros(func, args, kwargs)
+            return run_on_zeros(func, args, kwargs)
 
 
 @contextmanager

@@ -47,19 +47,26 @@ class StandInTokenizer:
         return_tensors: Any = None,
         **__: Any,
     ) -> Any:
-        """One row of ids for each text; ``padding="max_length"`` decides their number."""
+        """One row of ids for each text; ``padding="max_length"`` decides their number.
+
+        The mask lets a text's own tokens through, and not the padding: pipelines cut by it.
+        """
         from transformers import BatchEncoding
 
         texts = [text] if isinstance(text, str) else list(text)
         limit = self.model_max_length if max_length is None else max_length
-        longest = max(len(self.encode(t)) for t in texts)
-        tokens = limit if padding == "max_length" else longest
+        lengths = [len(self.encode(t)) for t in texts]
+        tokens = limit if padding == "max_length" else max(lengths)
         if truncation:
             tokens = min(tokens, limit)
+        places = torch.arange(tokens)
+        if self.padding_side == "left":
+            places = places.flip(0)
         ids = torch.ones(len(texts), tokens, dtype=torch.long)
+        mask = torch.stack([places < length for length in lengths]).long()
         if return_tensors is None:
-            return BatchEncoding({"input_ids": ids.tolist(), "attention_mask": ids.tolist()})
-        return BatchEncoding({"input_ids": ids, "attention_mask": ids.clone()})
+            return BatchEncoding({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
     def encode(self, text: Any, **_: Any) -> list[int]:
         """The ids of one text."""
@@ -78,12 +85,27 @@ class StandInTokenizer:
         return [PROMPT for _ in ids]
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool = True, **options: Any) -> Any:
-        """The messages' text in one."""
-        texts = [str(messages)]
-        return self(texts, **options) if tokenize else texts[0]
+        """The messages of one chat or of several, marked as most models mark them."""
+        is_one = bool(messages) and isinstance(messages[0], dict)
+        texts = [_chat(chat) for chat in ([messages] if is_one else messages)]
+        if tokenize:
+            return self(texts, **options)
+        return texts[0] if is_one else texts
 
     def __len__(self) -> int:
         return self.vocab_size
+
+
+def _chat(messages: Any) -> str:
+    said = (f"<|im_start|>{m.get('role')}\n{_text(m.get('content'))}<|im_end|>\n" for m in messages)
+    return "".join(said) + "<|im_start|>assistant\n"
+
+
+def _text(content: Any) -> str:
+    """A message is text, or a list of texts and pictures."""
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text", "")) for part in content or ())
 
 
 class StandInProcessor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,12 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from autotune.workload.values import (
+    Values,
+    facts_of,
+    key_of,
+    on_cpu,
+    run_by_shapes,
+    run_on_zeros,
+    tensors_in,
+)
 from autotune.workload.workload import AttentionShape, Operator, Trace
 
 ALLOCATION_BYTES = 512
 """CUDA's caching allocator rounds every tensor up to this (``kMinBlockSize`` in PyTorch)."""
-
-_ALLOCATES_ONLY = {"empty", "new_empty", "empty_like", "empty_strided", "empty_permuted"}
 
 
 @dataclass
@@ -54,16 +61,14 @@ class _Result(NamedTuple):
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     is_single: bool
 
-    @staticmethod
-    def fits(out: Any) -> bool:
-        """Whether shapes are all there is to it: meta tensors, with nothing else among them."""
-        items = out if isinstance(out, tuple) else (out,)
-        return all(isinstance(t, Tensor) and t.is_meta for t in items)
-
     @classmethod
-    def of(cls, out: Any) -> _Result:
-        described = ((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(out))
-        return cls(tuple(described), isinstance(out, Tensor))
+    def of(cls, out: Any) -> _Result | None:
+        """``None`` unless it is meta tensors and nothing else."""
+        items = out if isinstance(out, tuple) else (out,)
+        if not all(isinstance(t, Tensor) and t.is_meta for t in items):
+            return None
+        described = tuple((tuple(t.shape), t.stride(), t.dtype) for t in items)
+        return cls(described, isinstance(out, Tensor))
 
     def again(self) -> Any:
         made = tuple(
@@ -73,13 +78,21 @@ class _Result(NamedTuple):
         return made[0] if self.is_single else made
 
 
+class _Seen(NamedTuple):
+    """An operator with arguments of certain shapes; what it returned, if that decides it."""
+
+    signature: str
+    result: _Result | None
+
+
 @dataclass
 class _Recorder:
     """Follows storages by lifetime and sums operators by signature."""
 
     weights: set[int]
+    values: Values
     calls: dict[tuple[str, int], _Calls] = field(default_factory=dict)
-    results: dict[str, _Result] = field(default_factory=dict)
+    guesses: list[str] = field(default_factory=list)
     live_bytes: int = 0
     peak_bytes: int = 0
     block_tokens: int = 0
@@ -88,6 +101,7 @@ class _Recorder:
     _alive: set[int] = field(default_factory=set)
     _numbers: dict[int, int] = field(default_factory=dict)
     _allocations: int = 0
+    _seen: dict[Any, _Seen] = field(default_factory=dict)
 
     def adopt(self, tensor: Tensor) -> bool:
         """Count the tensor's storage as alive until it is freed; False if it already was."""
@@ -110,9 +124,10 @@ class _Recorder:
         if size:
             self.timeline.append(-self._numbers.pop(key))
         self.live_bytes -= size
+        self.values.forget(key)
 
     def is_weight(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.weights
+        return key_of(tensor) in self.weights
 
     def count(self, signature: str, make: Callable[[], _Calls]) -> None:
         calls = self.calls.get((signature, self.block_tokens))
@@ -131,22 +146,50 @@ class _Recorder:
         A call whose like was seen before is not run again: PyTorch computes the shapes of many
         operators in Python, which takes longer than everything else here.
         """
-        if _is_view(func):
+        facts = facts_of(func)
+        if facts.is_view:
             return func(*args, **kwargs)
-        signature = _signature(str(func), args, kwargs)
-        made = self.results.get(signature)
-        out = _run(func, args, kwargs) if made is None else made.again()
-        outputs = _tensors(out)
+        key = (id(func), _hashable(args, facts.is_linear), _hashable(kwargs, facts.is_linear))
+        seen = self._seen.get(key)
+        if seen is not None and seen.result is not None:
+            out, is_by_shapes = seen.result.again(), True
+        else:
+            out, is_by_shapes = self._run(func, args, kwargs)
+        outputs = tensors_in(out)
         is_new = [self.adopt(t) for t in outputs]
-        if made is None and all(is_new) and not func._schema.is_mutable and _Result.fits(out):
-            self.results[signature] = _Result.of(out)
-        works = any(is_new) or func._schema.is_mutable
-        if works and func.overloadpacket.__name__ not in _ALLOCATES_ONLY:
-            self.count(signature, lambda: self._measure(func, args, kwargs, outputs))
+        if seen is None:
+            is_like_any = is_by_shapes and all(is_new) and not facts.written
+            signature = _signature(str(func), args, kwargs, facts.is_linear)
+            seen = self._seen[key] = _Seen(signature, _Result.of(out) if is_like_any else None)
+        if (any(is_new) or facts.written) and not facts.only_allocates:
+            self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
+        self.values.follow(func, args, kwargs, out)
         return out
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """What the operator returns, and whether that is a matter of shapes.
+
+        Where it is not, it runs on what is known; else on zeros, and this is a guess.
+        """
+        try:
+            return run_by_shapes(func, args, kwargs), True
+        except (NotImplementedError, RuntimeError):
+            pass
+        if self.values.knows((args, kwargs)):
+            out = func(*self.values.real(args), **on_cpu(self.values.real(kwargs)))
+        else:
+            out = run_on_zeros(func, args, kwargs)
+            self.guesses.append(str(func))
+        wants_host = str(kwargs.get("device")) == "cpu"
+        return (out if wants_host else tree_map_only(Tensor, self._without_data, out)), False
+
+    def _without_data(self, real: Tensor) -> Tensor:
+        made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
+        self.values.learn(made, real)
+        return made
+
     def _measure(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> _Calls:
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         flops = _flops(func, args, kwargs, outputs)
         out_bytes = sum(_bytes(t) for t in outputs)
         return _Calls(
@@ -173,7 +216,7 @@ class _Recorder:
             kv_tokens=key.shape[-2],
             head_dim=dim,
         )
-        in_bytes = sum(_bytes(t) for t in _tensors((query, key, value, options)))
+        in_bytes = sum(_bytes(t) for t in tensors_in((query, key, value, options)))
         self.count(
             _signature("attention", (query, key, value), options),
             lambda: _Calls(
@@ -217,6 +260,10 @@ class _Recorder:
 
 
 class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper would take as long as the rest, at every operator
+
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
@@ -253,28 +300,47 @@ class _Attention(TorchFunctionMode):
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def trace(module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]) -> Trace:
+class Traced(NamedTuple):
+    """A call as it was traced.
+
+    Attributes:
+        trace: Its operators and the peak of its activations.
+        out: What it returned, on the meta device.
+        guesses: Operators that were given zeros, because they ask for more than shapes: all that
+            comes after them is a guess.
+    """
+
+    trace: Trace
+    out: Any
+    guesses: tuple[str, ...]
+
+
+def trace(module: nn.Module, call: Callable[[], Any], inputs: Iterable[Tensor]) -> Trace:
     """The first part of ``trace_call``."""
-    return trace_call(module, call, inputs)[0]
+    return trace_call(module, call, inputs).trace
 
 
 def trace_call(
-    module: nn.Module, call: Callable[[], Any], inputs: list[Tensor]
-) -> tuple[Trace, Any]:
+    module: nn.Module,
+    call: Callable[[], Any],
+    inputs: Iterable[Tensor],
+    known: Iterable[tuple[Tensor, Tensor]] = (),
+) -> Traced:
     """Run ``call`` once, on meta tensors, and record what it does.
 
     Args:
         module: The component, on the meta device, in the dtype it will run in.
         call: Runs its forward (or ``decode``).
         inputs: The tensors the call is given: they count as alive throughout.
-
-    Returns:
-        Its operators and the peak of its activations in bytes; and what the call returned.
+        known: Those of them whose values are known, with their values.
     """
     weights = {
         t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(recurse=True))
     }
-    recorder = _Recorder(weights)
+    values = Values()
+    for tensor, real in known:
+        values.given(tensor, real)
+    recorder = _Recorder(weights, values)
     for tensor in inputs:
         recorder.adopt(tensor)
     with ExitStack() as stack:
@@ -283,7 +349,7 @@ def trace_call(
         stack.enter_context(_Attention(recorder))
         stack.enter_context(_Dispatch(recorder))
         out = call()
-    return recorder.trace(), out
+    return Traced(recorder.trace(), out, tuple(dict.fromkeys(recorder.guesses)))
 
 
 @contextmanager
@@ -310,60 +376,6 @@ def _self_attention_marked(module: nn.Module, recorder: _Recorder) -> Iterator[N
             handle.remove()
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run one operator; where shapes are not enough for it, run it on zeros.
-
-    Some operators have no meta kernel, and some read values (``.item()``, ``.cpu()``): a model that
-    asks whether its inputs are black, say, is told that they are.
-    """
-    try:
-        return func(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):
-        out = on_zeros(func, args, kwargs)
-    wants_host = str(kwargs.get("device")) == "cpu"
-    return out if wants_host else tree_map_only(Tensor, lambda t: t.to("meta"), out)
-
-
-MOST_ZEROS_BYTES = 4 << 30
-"""Zeros are real memory once they are written to: more than this is not worth an answer."""
-
-
-def on_zeros(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on the CPU with zeros in place of its meta tensors.
-
-    Raises:
-        RuntimeError: the operator refuses zeros too, or they would fill the host's memory.
-    """
-    size = sum(_bytes(t) for t in _tensors((args, kwargs)) if t.is_meta)
-    if size > MOST_ZEROS_BYTES:
-        raise RuntimeError(f"{func} would need {size} bytes of zeros to be run")
-    args, kwargs = tree_map_only(Tensor, _zeros, (args, kwargs))
-    if kwargs.get("device") is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    return func(*args, **kwargs)
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    if not tensor.is_meta:
-        return tensor
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-def _is_view(func: Any) -> bool:
-    aliases = [r.alias_info for r in func._schema.returns]
-    return any(a is not None and not a.is_write for a in aliases)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [t for item in value for t in _tensors(item)]
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -385,21 +397,43 @@ def _kind(func: Any, flops: float) -> str:
     return "convolution" if "convolution" in func.overloadpacket.__name__ else "matmul"
 
 
-def _signature(name: str, args: Any, kwargs: Any) -> str:
-    return json.dumps([name, _plain(args), _plain(kwargs)], separators=(",", ":"))
+def _hashable(value: Any, is_linear: bool) -> Any:
+    """An argument by what decides the result's shape: names a call in a dictionary, quickly."""
+    kind = type(value)
+    if kind is int or value is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride(), value.is_meta
+    if isinstance(value, (list, tuple)):
+        return tuple([_hashable(v, is_linear) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, _hashable(v, is_linear)) for k, v in value.items()])
+    if kind is float and is_linear:
+        return kind
+    return kind, value  # 1 == 1.0 == True, and each gives another dtype
 
 
-def _plain(value: Any) -> Any:
-    """An argument as JSON: tensors by dtype, shape and (unless contiguous) strides."""
+def _signature(name: str, args: Any, kwargs: Any, is_linear: bool = False) -> str:
+    plain = [name, _plain(args, is_linear), _plain(kwargs, is_linear)]
+    return json.dumps(plain, separators=(",", ":"))
+
+
+def _plain(value: Any, is_linear: bool) -> Any:
+    """An argument as JSON: tensors by dtype, shape and (unless contiguous) strides.
+
+    A number that is only multiplied with is any number: tiles are blended with a thousand weights.
+    """
     if isinstance(value, Tensor):
         described: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape)}
         if not value.is_contiguous():
             described["st"] = list(value.stride())
         return described
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_plain(v, is_linear) for v in value]
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v, is_linear) for k, v in value.items()}
+    if isinstance(value, float) and is_linear:
+        return 1.0
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return {"o": str(value)}

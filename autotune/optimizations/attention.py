@@ -37,6 +37,9 @@ class XFormers(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention="xformers")
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return ("pipe.{denoiser}.enable_xformers_memory_efficient_attention()",)
+
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         undo = _remember_processors(pipe)
         try:
@@ -81,6 +84,9 @@ class AttentionSlicing(Optimization):
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention_slices=str(parameters["slices"]))
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (f'pipe.enable_attention_slicing("{parameters["slices"]}")',)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         undo = _remember_processors(pipe)

@@ -95,6 +95,14 @@ class Optimization(ABC):
         """What must be reset before each image (most need nothing)."""
         return
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        """The lines that a user would write instead, the pipeline being called ``pipe``.
+
+        ``pipe.{denoiser}``, ``pipe.{autoencoder}`` and ``pipe.{network}`` (both) stand for each
+        such component. Lines that begin with ``from_pretrained: `` are arguments of that call.
+        """
+        return (f"# {self.name} has no equivalent in plain diffusers",)
+
     def setting(self, parameters: Parameters | None = None) -> Setting:
         """This optimization with the given parameters over its defaults.
 

@@ -31,6 +31,9 @@ class ChannelsLast(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, channels_last=True)
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return ("pipe.{network}.to(memory_format=torch.channels_last)",)
+
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch
 

@@ -59,6 +59,9 @@ class ModelCpuOffload(_Offload):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, placement="model_offload")
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return ("pipe.enable_model_cpu_offload()",)
+
     def _enable(self, pipe: Any, device: str) -> None:
         pipe.enable_model_cpu_offload(device=device)
 
@@ -75,6 +78,9 @@ class SequentialCpuOffload(_Offload):
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, placement="sequential_offload")
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return ("pipe.enable_sequential_cpu_offload()",)
 
     def _enable(self, pipe: Any, device: str) -> None:
         pipe.enable_sequential_cpu_offload(device=device)

@@ -58,6 +58,13 @@ class ToMe(Optimization):
         merge = TokenMerge(float(parameters["ratio"]), int(parameters["max_downsample"]))
         return msgspec.structs.replace(execution, merge=merge)
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        ratio, depth = parameters["ratio"], parameters["max_downsample"]
+        return (
+            "import tomesd",
+            f"tomesd.apply_patch(pipe.{{denoiser}}, ratio={ratio}, max_downsample={depth})",
+        )
+
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import tomesd
 

@@ -46,6 +46,9 @@ class VaeSlicing(_DecodeSwitch):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_sliced=True)
 
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return ("pipe.{autoencoder}.enable_slicing()",)
+
     def _variant(self, parameters: Parameters) -> str:
         return "sliced"
 
@@ -81,6 +84,23 @@ class VaeTiling(_DecodeSwitch):
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_tile=int(parameters["tile"]))
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        tile, vae = parameters["tile"], "pipe.{autoencoder}"
+        return (
+            f"{vae}.enable_tiling()",
+            f'if hasattr({vae}, "tile_sample_min_height"):',
+            '    for way in ("height", "width"):',
+            f'        whole = getattr({vae}, f"tile_sample_min_{{way}}")',
+            f'        stride = getattr({vae}, f"tile_sample_stride_{{way}}", None)',
+            f'        setattr({vae}, f"tile_sample_min_{{way}}", {tile})',
+            "        if stride is not None:",
+            f'            setattr({vae}, f"tile_sample_stride_{{way}}", {tile} * stride // whole)',
+            "else:",
+            f"    factor = 2 ** (len({vae}.config.block_out_channels) - 1)",
+            f"    {vae}.tile_sample_min_size = {tile}",
+            f"    {vae}.tile_latent_min_size = {tile} // factor",
+        )
 
     def _variant(self, parameters: Parameters) -> str:
         return f"tiled:{parameters['tile']}"

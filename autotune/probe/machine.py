@@ -24,11 +24,16 @@ class Figure(Value, frozen=True):
         value: The median of the samples, or the figure as published.
         samples: Every raw sample, in the unit of ``value``; empty when the figure was not measured.
         source: ``"measured"``, or where the figure was published and what fraction was taken.
+        spread: Width of the samples' middle half as a fraction of the median; ``None`` for fewer
+            than three samples.
+        disturbances: What got in the way, also when it was measured again; empty when nothing did.
     """
 
     value: float
     samples: tuple[float, ...] = ()
     source: str = "measured"
+    spread: float | None = None
+    disturbances: tuple[str, ...] = ()
 
 
 class GpuProcess(Value, frozen=True):
@@ -43,6 +48,9 @@ class Device(Value, frozen=True):
     """The device that runs the pipeline. ``free_bytes`` is a live fact: read again at every start.
 
     ``uuid`` is NVML's, because CUDA's index is not NVML's. For the CPU, memory is the host's RAM.
+    ``used_bytes`` is as the driver reports it, which may count its own share apart.
+    ``power_limit_default_watts`` is the maker's, ``power_limit_watts`` what holds. Clocks are the
+    highest that the driver allows.
     """
 
     kind: DeviceKind
@@ -60,6 +68,11 @@ class Device(Value, frozen=True):
     bar1_bytes: int | None = None
     unified_memory: bool = False
     processes: tuple[GpuProcess, ...] = ()
+    used_bytes: int | None = None
+    power_limit_default_watts: float | None = None
+    memory_clock_max_mhz: int | None = None
+    memory_bus_bits: int | None = None
+    multiprocessors: int | None = None
 
 
 class TransferPoint(Value, frozen=True):
@@ -98,8 +111,9 @@ class Kernels(Value, frozen=True):
 
     Matrix products have two more where the hardware does: ``"tensorfloat32"`` (float32 tensors,
     multiplied with ten bits) and ``"float8_e4m3fn"``; no pipeline has them as its dtype.
-    ``memory_bytes_per_s`` counts bytes read plus bytes written. ``dispatch_s`` is what one small
-    operator costs the host, from Python to kernel launch.
+    ``memory_bytes_per_s`` counts bytes read plus bytes written. ``dispatch_s`` is what one operator
+    inside a model costs the host, the Python of its modules included; ``launch_s`` what a bare one
+    does, from the call to the kernel's launch.
     """
 
     matmul_flops_per_s: dict[str, Figure]
@@ -108,6 +122,7 @@ class Kernels(Value, frozen=True):
     dispatch_s: Figure
     convolution_channels_last_flops_per_s: dict[str, Figure] = {}
     offload_hook_s: Figure | None = None
+    launch_s: Figure | None = None
 
 
 class AttentionRate(Value, frozen=True):
@@ -136,10 +151,12 @@ class OperatorTime(Value, frozen=True):
     """One operator run alone on random data; ``workspace_bytes`` is beside its output.
 
     ``seconds`` is ``None`` where it cannot be run alone, because its values matter.
+    ``first_extra_s`` is how much longer its first call took: kernels loaded, algorithms searched.
     """
 
     seconds: float | None
     workspace_bytes: int | None = None
+    first_extra_s: float | None = None
 
 
 class Host(Value, frozen=True):
@@ -172,6 +189,7 @@ class Machine(Value, frozen=True):
         software: Distribution name → version of what was measured with.
         operators: Replayed operators of the workloads seen so far, by ``Operator.key``.
         findings: What a person should know, one sentence each.
+        left_out: What the probe's time did not suffice for, in words.
     """
 
     name: str
@@ -188,3 +206,4 @@ class Machine(Value, frozen=True):
     measured_at: str | None = None
     measured_in_s: float | None = None
     operators: dict[str, OperatorTime] = {}
+    left_out: tuple[str, ...] = ()

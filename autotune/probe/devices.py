@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -88,6 +90,7 @@ def _describe_cuda(device: torch.device, gpu: nvml.Gpu | None, host: Host) -> De
         uuid=_prefixed(cuda_uuid(device)),
         compute_capability=None if torch.version.hip else f"{properties.major}.{properties.minor}",
         unified_memory=unified,
+        multiprocessors=getattr(properties, "multi_processor_count", None),
     )
     return facts if gpu is None else _with_nvml(facts, gpu)
 
@@ -97,8 +100,12 @@ def _with_nvml(device: Device, gpu: nvml.Gpu) -> Device:
         device,
         uuid=gpu.uuid,
         driver=gpu.driver,
+        used_bytes=gpu.used_bytes,
         power_limit_watts=gpu.power_limit_watts,
+        power_limit_default_watts=gpu.power_limit_default_watts,
         sm_clock_max_mhz=gpu.sm_clock_max_mhz,
+        memory_clock_max_mhz=gpu.memory_clock_max_mhz,
+        memory_bus_bits=gpu.memory_bus_bits,
         throttle_reasons=gpu.throttle_reasons,
         mig_enabled=True if gpu.uuid.startswith("MIG-") else gpu.mig_enabled,
         bar1_bytes=gpu.bar1_bytes,
@@ -126,6 +133,32 @@ def empty_cache(device: torch.device) -> None:
         if device.type == "cuda" and clear is not None:
             clear()
     _module(device).empty_cache()
+
+
+@contextlib.contextmanager
+def at_most(device: torch.device, memory_bytes: int) -> Iterator[None]:
+    """For a while torch may take so many bytes more on the device, libraries' workspaces included.
+
+    What asks for more runs out of memory, as on a smaller device. On CUDA alone; elsewhere sizes
+    are chosen to fit, and nothing enforces it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = _memory_fraction(device)
+    allowed = (torch.cuda.memory_reserved(device) + memory_bytes) / total
+    torch.cuda.set_per_process_memory_fraction(min(before, allowed), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _memory_fraction(device: torch.device) -> float:
+    """What the user allowed this process; everything in a torch that cannot tell."""
+    tell = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if tell is None else float(tell(device))
 
 
 def _accelerator() -> str | None:

@@ -16,12 +16,15 @@ from autotune.probe import nvml, software
 from autotune.probe.host import cpu_name, ram, usable_cores
 from autotune.probe.machine import Device, GpuProcess, Machine
 
+# What a driver shows of itself: on Linux, on a Jetson, on Windows' Linux.
+_DRIVER_NODES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")))
+
 
 def refresh(machine: Machine) -> Machine:
     """The same machine with the memory that is free right now.
 
-    Reads NVML and the operating system; torch only where nothing else knows (ROCm, XPU, MPS), or
-    where it is loaded anyway. A reference machine is not here and comes back as it is.
+    Reads NVML and the operating system; torch only where nothing else knows (ROCm, XPU, MPS, CUDA
+    without NVML). A reference machine is not here and comes back as it is.
     """
     if machine.source == "datasheet":
         return machine
@@ -75,13 +78,25 @@ def freest(gpus: tuple[nvml.Gpu, ...]) -> nvml.Gpu | None:
 def _default_kind() -> str:
     """What torch would compute on, judged by its build and by what is plugged in."""
     build = software.torch_build()
-    if "cuda" in build and nvml.visible_gpus():
+    if "cuda" in build and (nvml.visible_gpus() or _cuda_without_nvml()):
         return "cuda"
     if "hip" in build and Path("/dev/kfd").exists():
         return "cuda"
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
     return "cpu"
+
+
+def _cuda_without_nvml() -> bool:
+    """Whether CUDA works where NVML does not, as in containers without the *utility* capability.
+
+    Only where a driver shows is torch imported to ask.
+    """
+    if nvml.unavailable_reason() is None or not any(node.exists() for node in _DRIVER_NODES):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _gpu_identity(device: str | None, index: str) -> str:
@@ -104,13 +119,27 @@ def _visible_gpus(by_index: bool) -> tuple[nvml.Gpu, ...]:
             importance as long as all are visible.
     """
     all_visible = "CUDA_VISIBLE_DEVICES" not in os.environ
+    if _cuda_without_nvml():
+        return _gpus_by_torch()
     if nvml.numbers_as_cuda() or (all_visible and not by_index):
         return nvml.visible_gpus()
-    import torch  # a second, on a machine with different GPUs only; starts no context
+    # A second, on a machine with different GPUs only; starts no context.
+    return _gpus_by_torch() or nvml.visible_gpus()
 
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    found = (nvml.gpu(str(facts.uuid)) for facts in properties)
-    return tuple(gpu for gpu in found if gpu is not None) or nvml.visible_gpus()
+
+def _gpus_by_torch() -> tuple[nvml.Gpu, ...]:
+    """The GPUs in CUDA's own order, with NVML's facts where it has any."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        uuid = str(facts.uuid)
+        gpu = nvml.gpu(uuid)
+        if gpu is None and nvml.unavailable_reason() is not None:
+            gpu = nvml.Gpu(index=index, uuid=f"GPU-{uuid}", name=facts.name)
+        found += [] if gpu is None else [gpu]
+    return tuple(found)
 
 
 def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Device:
@@ -122,11 +151,12 @@ def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Devic
         return replace(
             device,
             free_bytes=device.free_bytes if free is None else free,
+            used_bytes=gpu.used_bytes,
             processes=other_processes(gpu.processes),
             throttle_reasons=gpu.throttle_reasons,
         )
-    if device.uuid is not None and "torch" not in sys.modules:
-        return device
+    if device.uuid is not None and nvml.unavailable_reason() is None:
+        return device  # a GPU that does not answer any more
     return replace(device, free_bytes=_free_by_torch(device, ram_available))
 
 

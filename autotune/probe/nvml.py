@@ -20,8 +20,9 @@ import psutil
 
 from autotune.probe.machine import GpuProcess, Value
 
+_REINSTALL = "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py"
 _NEEDED = ("NVMLError", "nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByUUID")
-_CLOCK_SM = 1
+_CLOCK_SM, _CLOCK_MEMORY = 1, 2
 
 # NVML's clock event bits. Bit 0, an idle GPU, is left out: it slows nothing down.
 _THROTTLE_WORDS = {
@@ -45,6 +46,7 @@ class Gpu(Value, frozen=True):
         index: NVML's index (PCI bus order), which need not be CUDA's.
         uuid: ``GPU-…`` or ``MIG-…``: what everything is keyed by.
         free_bytes: As NVML reports it; never computed, since drivers differ in what *used* counts.
+        used_bytes: As NVML reports it, for people: some drivers count their own share in, some not.
         processes: Everybody on the GPU, this process included.
         sm_clock_mhz: Right now; an idle GPU clocks down.
         pcie_generation: Right now; an idle link drops to generation 1.
@@ -57,6 +59,7 @@ class Gpu(Value, frozen=True):
     name: str
     total_bytes: int | None = None
     free_bytes: int | None = None
+    used_bytes: int | None = None
     processes: tuple[GpuProcess, ...] = ()
     driver: str | None = None
     compute_capability: str | None = None
@@ -65,8 +68,11 @@ class Gpu(Value, frozen=True):
     pcie_width: int | None = None
     pcie_width_max: int | None = None
     power_limit_watts: float | None = None
+    power_limit_default_watts: float | None = None
     sm_clock_mhz: int | None = None
     sm_clock_max_mhz: int | None = None
+    memory_clock_max_mhz: int | None = None
+    memory_bus_bits: int | None = None
     throttle_reasons: tuple[str, ...] | None = None
     mig_enabled: bool | None = None
     mig_instances: tuple[str, ...] = ()
@@ -124,6 +130,8 @@ def _open(inherited: ModuleType | None) -> tuple[ModuleType | None, str | None]:
         library = importlib.import_module("pynvml")
     except ImportError:
         return None, "the NVML binding is not installed: pip install nvidia-ml-py"
+    except Exception as error:  # such as a SyntaxError: its predecessors were written for Python 2
+        return None, f"importing pynvml fails ({type(error).__name__}): {_REINSTALL}"
     missing = [name for name in _NEEDED if not hasattr(library, name)]
     if missing:
         return None, _shadowed(library, missing[0])
@@ -138,11 +146,9 @@ def _open(inherited: ModuleType | None) -> tuple[ModuleType | None, str | None]:
 
 
 def _shadowed(library: ModuleType, missing: str) -> str:
-    where = getattr(library, "__file__", None) or "an unknown place"
-    return (
-        f"the module pynvml at {where} is not NVIDIA's (it has no {missing}): "
-        "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py"
-    )
+    places = [getattr(library, "__file__", None), *getattr(library, "__path__", ())]
+    where = next((place for place in places if place), "an unknown place")
+    return f"the module pynvml at {where} is not NVIDIA's (it has no {missing}): {_REINSTALL}"
 
 
 def _explain(library: ModuleType, error: Any) -> str:
@@ -314,6 +320,7 @@ def _facts(handle: Any, index: int) -> Gpu | None:
         name=ask("nvmlDeviceGetName", handle) or "NVIDIA GPU",
         total_bytes=None if memory is None else int(memory.total),
         free_bytes=None if memory is None else int(memory.free),
+        used_bytes=None if memory is None else int(memory.used),
         processes=_processes(handle),
         driver=ask("nvmlSystemGetDriverVersion"),
         compute_capability=_compute_capability(handle),
@@ -321,9 +328,14 @@ def _facts(handle: Any, index: int) -> Gpu | None:
         pcie_generation_max=ask("nvmlDeviceGetMaxPcieLinkGeneration", handle) or None,
         pcie_width=ask("nvmlDeviceGetCurrPcieLinkWidth", handle) or None,
         pcie_width_max=ask("nvmlDeviceGetMaxPcieLinkWidth", handle) or None,
-        power_limit_watts=_power_limit(handle),
+        power_limit_watts=_watts(
+            handle, "nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementLimit"
+        ),
+        power_limit_default_watts=_watts(handle, "nvmlDeviceGetPowerManagementDefaultLimit"),
         sm_clock_mhz=ask("nvmlDeviceGetClockInfo", handle, _CLOCK_SM),
-        sm_clock_max_mhz=ask("nvmlDeviceGetMaxClockInfo", handle, _CLOCK_SM),
+        sm_clock_max_mhz=ask("nvmlDeviceGetMaxClockInfo", handle, _CLOCK_SM) or None,
+        memory_clock_max_mhz=ask("nvmlDeviceGetMaxClockInfo", handle, _CLOCK_MEMORY) or None,
+        memory_bus_bits=ask("nvmlDeviceGetMemoryBusWidth", handle) or None,
         throttle_reasons=_throttle_reasons(handle),
         mig_enabled=None if mig is None else bool(mig[0]),
         mig_instances=_mig_instances(handle) if mig is not None and mig[0] else (),
@@ -342,10 +354,15 @@ def _compute_capability(handle: Any) -> str | None:
     return None if version is None else f"{version[0]}.{version[1]}"
 
 
-def _power_limit(handle: Any) -> float | None:
-    queries = ("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementLimit")
+def _watts(handle: Any, *queries: str) -> float | None:
     milliwatts = _first(queries, handle)
     return milliwatts / 1000 if milliwatts else None
+
+
+def throttle_reasons(uuid: str | None) -> tuple[str, ...] | None:
+    """What slows the clocks right now, in words; ``None`` where NVML does not tell."""
+    handle = _handle(uuid) if uuid else None
+    return None if handle is None else _throttle_reasons(handle)
 
 
 def _throttle_reasons(handle: Any) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,25 @@ def under_driver(stub_folders: dict[str, Path]) -> UnderDriver:
         return json.loads(done.stdout)
 
     return run
+
+
+class SlowClock:
+    """A clock that moves only when told, and a little whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    """Stands in for the clock: what is slow by it takes no time at all in a test."""
+    clock = SlowClock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock

@@ -45,8 +45,11 @@ def test_desktop_with_other_processes(under_driver: Any) -> None:
     assert (gpu["driver"], gpu["compute_capability"]) == ("575.51.03", "8.6")
     assert (gpu["pcie_generation"], gpu["pcie_generation_max"]) == (1, 4)
     assert (gpu["pcie_width"], gpu["pcie_width_max"]) == (16, 16)
-    assert (gpu["power_limit_watts"], gpu["bar1_bytes"]) == (300.0, 256 << 20)
+    assert gpu["used_bytes"] == 3 * GIB - (200 << 20), "as the driver says, not total less free"
+    assert (gpu["power_limit_watts"], gpu["power_limit_default_watts"]) == (300.0, 320.0)
+    assert gpu["bar1_bytes"] == 256 << 20
     assert (gpu["sm_clock_mhz"], gpu["sm_clock_max_mhz"]) == (210, 2100)
+    assert (gpu["memory_clock_max_mhz"], gpu["memory_bus_bits"]) == (9501, 320)
     assert gpu["throttle_reasons"] == ["software thermal slowdown"]
     assert "mig_enabled" not in gpu
 
@@ -85,14 +88,31 @@ def test_h100_split_by_mig_shows_one_instance(under_driver: Any) -> None:
 
 
 def test_a_mig_instance_has_its_own_memory(under_driver: Any) -> None:
-    code = f"from autotune.probe import nvml; print(nvml.gpu({SLICE!r}).total_bytes)"
-    assert under_driver("mig", code) == 10 * GIB
+    (whole,) = under_driver("mig", GPUS)["gpus"]
+    assert (whole["compute_capability"], whole["pcie_generation_max"]) == ("9.0", 5)
+    assert whole["total_bytes"] == 80 * GIB
+    code = f"""
+import sys, msgspec
+from autotune.probe import nvml
+sys.stdout.buffer.write(msgspec.json.encode(nvml.gpu({SLICE!r})))
+"""
+    part = under_driver("mig", code)
+    assert (part["uuid"], part["total_bytes"], part["free_bytes"]) == (SLICE, 10 * GIB, 7 * GIB)
+    assert not {"power_limit_watts", "sm_clock_max_mhz", "pcie_width", "mig_enabled"} & set(part)
 
 
 def test_gb10_leaves_out_what_it_does_not_know(under_driver: Any) -> None:
     (gpu,) = under_driver("gb10", GPUS)["gpus"]
-    assert gpu["name"] == "NVIDIA GB10"
-    assert not {"total_bytes", "free_bytes", "bar1_bytes", "pcie_generation_max"} & set(gpu)
+    assert (gpu["name"], gpu["compute_capability"]) == ("NVIDIA GB10", "12.1")
+    unknown = {"total_bytes", "free_bytes", "used_bytes", "bar1_bytes", "memory_clock_max_mhz"}
+    unknown |= {"pcie_generation", "pcie_generation_max", "pcie_width_max", "power_limit_watts"}
+    assert not unknown & set(gpu)
+    assert gpu["processes"]
+
+
+def test_a_driver_that_supports_nothing_leaves_a_name(under_driver: Any) -> None:
+    (gpu,) = under_driver("bare", GPUS)["gpus"]
+    assert gpu.keys() == {"index", "uuid", "name", "driver"}
 
 
 def test_old_driver_answers_by_older_names(under_driver: Any) -> None:
@@ -100,7 +120,8 @@ def test_old_driver_answers_by_older_names(under_driver: Any) -> None:
     assert gpu["power_limit_watts"] == 320.0
     assert gpu["throttle_reasons"] == ["power cap"]
     assert len(gpu["processes"]) == 3
-    assert "bar1_bytes" not in gpu
+    assert not {"bar1_bytes", "memory_bus_bits", "mig_enabled"} & set(gpu)
+    assert (gpu["total_bytes"], gpu["pcie_width_max"]) == (10 * GIB, 16)
 
 
 def test_gpu_that_falls_off_the_bus(under_driver: Any) -> None:
@@ -113,13 +134,94 @@ print(json.dumps([before, after, nvml.gpu({FIRST!r}), nvml.link_state({FIRST!r})
     assert under_driver("lost", code) == [1, 0, None, [None, None]]
 
 
+def test_gpu_that_falls_off_the_bus_between_any_two_calls(under_driver: Any) -> None:
+    """What was told before is kept, nothing raises, and a GPU without a UUID is none."""
+    code = f"""
+import ctypes, json, os
+from autotune.probe import live, nvml
+from autotune.probe.noise import Watch
+from autotune.probe.reference import load_machine
+from msgspec.structs import replace
+
+stub = ctypes.CDLL("libnvidia-ml.so.1")
+machine = load_machine("rtx-3080-10gb")
+device = replace(machine.device, uuid={FIRST!r}, free_bytes=1)
+machine = replace(machine, source="measured", device=device)
+
+def everything():
+    gpus = nvml.gpus()
+    nvml.visible_gpus(), nvml.gpu({FIRST!r}), nvml.link_state({FIRST!r}), nvml.own_bytes({FIRST!r})
+    Watch({FIRST!r}).begin()()
+    live.refresh(machine)
+    return len(gpus)
+
+os.environ.pop("NVML_STUB_LOST_AFTER", None)
+libc = ctypes.CDLL(None)
+before = stub.nvmlStubCalls()
+seen = [everything()]
+calls = stub.nvmlStubCalls() - before
+for lost_after in range(calls):
+    libc.setenv(b"NVML_STUB_LOST_AFTER", str(stub.nvmlStubCalls() + lost_after).encode(), 1)
+    seen.append(everything())
+    libc.setenv(b"NVML_STUB_LOST_AFTER", b"999999", 1)
+print(json.dumps([calls, seen]))
+"""
+    calls, seen = under_driver("desktop", code)
+    assert calls > 50
+    assert seen[0] == 1
+    assert sorted(set(seen)) == [0, 1]
+    assert seen == sorted(seen[:1]) + sorted(seen[1:]), "lost later, more was told"
+
+
 def test_driver_without_a_gpu(under_driver: Any) -> None:
     answer = under_driver("none", GPUS)
     assert (answer["gpus"], answer["reason"]) == ([], None)
 
 
+def test_nvml_starts_at_the_first_question_and_stops_at_the_end(
+    under_driver: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    code = f"""
+import json, pathlib
+from autotune.probe import live, nvml
+log = pathlib.Path({str(log)!r})
+before = log.exists()
+nvml.gpus(), nvml.gpus(), nvml.link_state({FIRST!r})
+print(json.dumps([before, log.read_text().split()]))
+"""
+    assert under_driver("desktop", code, NVML_STUB_LOG=str(log)) == [False, ["start"]]
+    assert log.read_text().split() == ["start", "shutdown"]
+
+
+def test_one_thread_at_a_time_asks(under_driver: Any) -> None:
+    code = f"""
+import ctypes, json, threading, pynvml
+from autotune.probe import nvml
+stub = ctypes.CDLL("libnvidia-ml.so.1")
+
+def together(ask):
+    threads = [threading.Thread(target=lambda: [ask() for _ in range(20)]) for _ in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    return stub.nvmlStubOverlapped()
+
+ours = together(lambda: nvml.link_state({FIRST!r}))
+print(json.dumps([ours, together(pynvml.nvmlDeviceGetCount), stub.nvmlStubStarted()]))
+"""
+    ours, without_a_lock, started = under_driver("desktop", code, NVML_STUB_SLOW="1")
+    assert ours == 0
+    assert without_a_lock == 1, "the stub would have noticed"
+    assert started == 1
+
+
 @pytest.mark.parametrize(
-    ("scenario", "remedy"), [("unloaded", "reboot"), ("mismatch", "differ in version")]
+    ("scenario", "remedy"),
+    [
+        ("unloaded", "reboot"),
+        ("mismatch", "differ in version"),
+        ("forbidden", "/dev/nvidia"),
+        ("unknown", "NVML does not start"),
+    ],
 )
 def test_driver_that_does_not_start_says_what_to_do(
     under_driver: Any, scenario: str, remedy: str
@@ -129,16 +231,43 @@ def test_driver_that_does_not_start_says_what_to_do(
     assert remedy in answer["reason"]
 
 
-def test_another_package_called_pynvml(tmp_path: Path) -> None:
-    (tmp_path / "pynvml.py").write_text("def nothing(): ...\n")
+def test_no_driver_at_all_says_what_to_do(under_driver: Any, tmp_path: Path) -> None:
+    """Also on a machine that has one: the library found first is none."""
+    (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
+    answer = under_driver("desktop", GPUS, LD_LIBRARY_PATH=str(tmp_path))
+    assert (answer["gpus"], answer["visible"]) == ([], [])
+    assert "--gpus all" in answer["reason"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("pynvml.py", "def nothing(): ...\n"),
+        ("pynvml.py", "print 'written for Python 2'\n"),
+        ("pynvml.py", "raise RuntimeError('no')\n"),
+        ("pynvml/notes.txt", "a folder of somebody's"),
+    ],
+    ids=["without the functions", "of Python 2", "that raises", "an empty package"],
+)
+def test_another_package_called_pynvml(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    # A folder without __init__.py gives way to any module: it shadows only where there is none.
+    hide = "" if file.endswith(".py") else f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p "
+    hide += "" if file.endswith(".py") else "for p in sys.path if 'site-packages' not in p]\n"
+    code = "import msgspec, psutil\n" + hide + GPUS
     done = subprocess.run(
-        [sys.executable, "-c", GPUS],
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "pip uninstall pynvml" in json.loads(done.stdout)["reason"]
+    answer = json.loads(done.stdout)
+    assert answer["gpus"] == []
+    assert "pip uninstall pynvml" in answer["reason"]
+    if hide or "def" in text:
+        assert str(tmp_path) in answer["reason"]
 
 
 def test_uuids_are_found_bare_as_torch_writes_them(under_driver: Any) -> None:

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import logging
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +22,11 @@ from msgspec import structs
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autotune.probe.deadline import Deadline, import_by
 from autotune.probe.kernels import random
 from autotune.probe.machine import AttentionRate
-from autotune.probe.timing import rate, time_call
+from autotune.probe.samples import rate
+from autotune.probe.timing import Timer
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,7 +34,10 @@ XFORMERS_ABSENT = "xformers is not installed: pip install diffusers-autotune[xfo
 
 WRONG = "wrong result"
 
-_QUICK_BUDGET_S = 0.2
+_NEEDED = ("sdpa", "xformers", "vanilla")  # what decisions are made between
+
+_LONGEST_CALL_S = 0.2
+_SLOWNESS = 0.2  # of the rate of large products, in the slowest implementations
 
 _REFERENCE_ROWS = 64
 _MESSAGE_LENGTH = 240
@@ -62,16 +66,29 @@ class Shape:
         """Size of the score matrix that the vanilla implementation writes out."""
         return self.batch * self.heads * self.q_tokens * self.kv_tokens * itemsize
 
-    def fitted(self, memory_bytes: int, itemsize: int) -> Shape | None:
-        """The same with fewer batches or heads, until scores and probabilities fit together."""
+    def fitted(
+        self, memory_bytes: int, itemsize: int, most_flops: float = math.inf
+    ) -> Shape | None:
+        """The same with fewer batches or heads, until it fits.
+
+        Args:
+            memory_bytes: What scores and probabilities may take together.
+            itemsize: Bytes per score.
+            most_flops: What a call may compute; one head of one batch always may.
+
+        Returns:
+            ``None`` where the scores of a single head are too large.
+        """
         shape = self
-        while 2 * shape.score_bytes(itemsize) > memory_bytes:
+        while (too_large := 2 * shape.score_bytes(itemsize) > memory_bytes) or (
+            shape.flops > most_flops
+        ):
             if shape.batch > 1:
                 shape = replace(shape, batch=shape.batch // 2)
             elif shape.heads > 1:
                 shape = replace(shape, heads=shape.heads // 2)
             else:
-                return None
+                return None if too_large else shape
         return shape
 
 
@@ -96,33 +113,41 @@ CPU_SHAPES = (
 
 
 def measure_attention(
-    device: torch.device, *, memory_bytes: int, budget_s: float = 1.5, quick: bool = False
+    timer: Timer,
+    *,
+    memory_bytes: int,
+    flops_per_s: float = math.inf,
+    quick: bool = False,
 ) -> tuple[AttentionRate, ...]:
-    """Every implementation at every shape that fits into the budget of time and memory.
+    """Every implementation at every shape that fits into the time and memory given.
 
     Args:
-        device: Where to run.
+        timer: Where to run. When its deadline passes, the shapes not reached are left out; of the
+            first at least SDPA, vanilla and xFormers run.
         memory_bytes: Device memory that one call may take; larger shapes lose batch and heads.
-        budget_s: When it is spent, the shapes not reached are left out; the first always runs.
+        flops_per_s: What the device computes in large matrix products: where a shape would take
+            it much longer than a blink, the shape loses batch and heads.
         quick: Run SDPA and xFormers alone, at the first shape.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    shapes: tuple[Shape, ...] = CPU_SHAPES if device.type == "cpu" else GPU_SHAPES
-    implementations = implementations_on(device)
+    dtype = torch.float32 if timer.device.type == "cpu" else torch.float16
+    shapes: tuple[Shape, ...] = CPU_SHAPES if timer.device.type == "cpu" else GPU_SHAPES
+    implementations = implementations_on(timer.device)
     if quick:
-        shapes, budget_s = shapes[:1], min(budget_s, _QUICK_BUDGET_S)
+        shapes = shapes[:1]
         implementations = {name: IMPLEMENTATIONS[name] for name in ("sdpa", "xformers")}
-    fitted = [shape.fitted(memory_bytes, dtype.itemsize) for shape in shapes]
-    deadline = time.perf_counter() + budget_s
+    most_flops = flops_per_s * _SLOWNESS * min(_LONGEST_CALL_S, timer.deadline.left_s / 10)
+    fitted = [shape.fitted(memory_bytes, dtype.itemsize, most_flops) for shape in shapes]
+    # Each call of each shape may take an equal part of the time, half of it for what goes before.
+    calls = 2 * len(shapes) * len(implementations)
+    timer = replace(timer, budget_s=min(timer.budget_s, timer.deadline.left_s / calls))
     rates: list[AttentionRate] = []
     for shape in dict.fromkeys(shape for shape in fitted if shape):
-        if rates and time.perf_counter() > deadline:
+        if rates and not timer.deadline.leaves(f"attention over {shape.q_tokens} tokens and more"):
             break
-        share = budget_s / len(shapes) / len(implementations)
         # The math backend widens its scores to float32: twice what the others may need.
         wide = 2 * shape.score_bytes(4) > memory_bytes
         called = {n: c for n, c in implementations.items() if not (wide and n == "sdpa_math")}
-        measured = measure_shape(shape, device, dtype, called, share)
+        measured = measure_shape(timer, shape, dtype, called)
         rates += measured
         # What refused once is not asked again: its reason does not depend on the shapes listed
         # here.
@@ -140,19 +165,24 @@ def implementations_on(device: torch.device) -> dict[str, Attention]:
 
 
 def measure_shape(
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    implementations: dict[str, Attention],
-    budget_s: float,
+    timer: Timer, shape: Shape, dtype: torch.dtype, implementations: dict[str, Attention]
 ) -> list[AttentionRate]:
-    """All implementations on the same tensors, ``budget_s`` each."""
-    query, key, value = _inputs(shape, device, dtype)
+    """All implementations on the same tensors; when time runs out, the needed ones alone."""
+    query, key, value = _inputs(shape, timer.device, dtype)
     reference = _reference(query, key, value)
-    return [
-        _measure(name, call, shape, (query, key, value), reference, budget_s)
-        for name, call in implementations.items()
-    ]
+    rates = []
+    for name, call in implementations.items():
+        some = f"some kinds of attention over {shape.q_tokens} tokens"
+        if name not in _NEEDED and not timer.deadline.leaves(some):
+            continue
+        if name == "xformers" and not _xformers_imported(timer.deadline):
+            timer.deadline.leave_out("xFormers, which takes too long to import")
+            continue
+        try:
+            rates.append(_measure(timer, name, call, shape, (query, key, value), reference))
+        except torch.OutOfMemoryError:  # of the part of the memory that the probe takes
+            timer.deadline.leave_out(f"{some}, which need more memory than a probe may take")
+    return rates
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -168,6 +198,14 @@ def xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
     scale = query.shape[-1] ** -0.5
     attended: torch.Tensor = operators.memory_efficient_attention(*folded, scale=scale)
     return attended.reshape(query.shape)
+
+
+def _xformers_imported(deadline: Deadline) -> bool:
+    """Whether calling it now tells something: it is absent, or its import is over."""
+    if importlib.util.find_spec("xformers") is None:
+        return True
+    with _quiet():
+        return import_by(deadline, "xformers.ops")
 
 
 def vanilla(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -237,12 +275,12 @@ def _scores_and_sum(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def _measure(
+    timer: Timer,
     name: str,
     call: Attention,
     shape: Shape,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     reference: torch.Tensor,
-    budget_s: float,
 ) -> AttentionRate:
     query = tensors[0]
     result = AttentionRate(
@@ -259,13 +297,15 @@ def _measure(
     told: list[warnings.WarningMessage] = []
     try:
         with _backend(name, told):
-            extra, deviation = _first_call(call, tensors, reference)
+            extra, deviation = _first_call(timer.device, call, tensors, reference)
             if not deviation <= _TOLERANCE[query.dtype]:
                 wrong = f"{WRONG}: {deviation:.1e} relative deviation from a float64 reference"
                 return structs.replace(
                     result, extra_bytes=extra, deviation=_finite(deviation), error=wrong
                 )
-            seconds = time_call(lambda: call(*tensors), query.device, budget_s=budget_s)
+            seconds = timer.time(lambda: call(*tensors))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a third party's kernel raises is the finding
         return structs.replace(result, error=_refusal(name, told) or brief(error))
     return structs.replace(
@@ -308,10 +348,12 @@ def _finite(value: float) -> float | None:
 
 
 def _first_call(
-    call: Attention, tensors: tuple[torch.Tensor, ...], reference: torch.Tensor
+    device: torch.device,
+    call: Attention,
+    tensors: tuple[torch.Tensor, ...],
+    reference: torch.Tensor,
 ) -> tuple[int | None, float]:
     """Extra bytes (peak less inputs and output; ``None`` off CUDA) and relative deviation."""
-    device = tensors[0].device
     if device.type != "cuda":
         return None, _deviation(call(*tensors), reference)
     call(*tensors)  # the first call may take library workspaces that stay
@@ -331,18 +373,21 @@ def _inputs(
 
 
 def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A few rows of the first and the last head in the widest type the device has."""
-    wide = torch.float32 if query.device.type == "mps" else torch.float64
+    """A few rows of the first and the last head, in float64 by the CPU: many a GPU has none."""
     ends = ((0, 0), (-1, -1))
-    rows = torch.stack([query[end][:_REFERENCE_ROWS] for end in ends]).to(wide)
-    keys, values = (torch.stack([side[end] for end in ends]).to(wide) for side in (key, value))
+    rows = _wide([query[end][:_REFERENCE_ROWS] for end in ends])
+    keys, values = (_wide([side[end] for end in ends]) for side in (key, value))
     scores = torch.softmax(rows @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
     return scores @ values
 
 
+def _wide(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts).cpu().double()
+
+
 def _deviation(output: torch.Tensor, reference: torch.Tensor) -> float:
-    rows = torch.stack([output[end][:_REFERENCE_ROWS] for end in ((0, 0), (-1, -1))])
-    return float((rows.to(reference.dtype) - reference).norm() / reference.norm())
+    rows = _wide([output[end][:_REFERENCE_ROWS] for end in ((0, 0), (-1, -1))])
+    return float((rows - reference).norm() / reference.norm())
 
 
 @contextlib.contextmanager

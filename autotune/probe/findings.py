@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from autotune.probe import nvml
 from autotune.probe.attention import BACKENDS, WRONG, XFORMERS_ABSENT
 from autotune.probe.machine import Figure, GpuProcess, Link, Machine
+from autotune.probe.noise import (
+    FOREIGN_GPU_PERCENT,
+    FOREIGN_SHARE,
+    OTHERS_ON_CPU,
+    OTHERS_ON_GPU,
+    STOLEN,
+    STOLEN_SHARE,
+    Noise,
+    serious,
+)
 from autotune.probe.pcie import line_rate
-from autotune.probe.timing import spread
+from autotune.probe.samples import spread
+from autotune.probe.timing import UNSTEADY
 from autotune.units import GIB, format_bytes, format_rate
 
 _LINK_FAR_BELOW = 0.6  # pinned copies reach 0.75-0.85 of the line rate on a healthy link
 _FOREIGN_BYTES = GIB // 4
-_STOLEN_SHARE = 0.05
-_FOREIGN_GPU_PERCENT = 10  # a desktop being drawn stays below
 _AGAIN = "so its own rates are higher: measure again when it is quiet."
-_THROTTLES_THAT_MATTER = ("slowdown", "power brake")
-
-
-class Noise(NamedTuple):
-    """What else went on while the machine was measured.
-
-    Attributes:
-        foreign_cores: Cores that other processes kept busy.
-        stolen_cores: Cores' worth of time that the hypervisor gave to other machines.
-        gpu_percent: Share of the GPU that other processes took; ``None`` where nobody tells.
-    """
-
-    foreign_cores: float = 0.0
-    stolen_cores: float = 0.0
-    gpu_percent: int | None = None
+_NAMED = 4  # figures named in a finding
 
 
 def find(
@@ -64,8 +58,11 @@ def find(
     found = [text for finder in finders for text in finder(machine)]
     if machine.device.kind == "cpu" and not accelerator:
         found = [*_no_gpu(machine), *found]
-    found += _unsteady(machine, disturbed_above)
-    found += _crowded(machine, noise)
+    crowded = dict(_crowded(machine, noise))
+    told = {*crowded, *serious(machine.device.throttle_reasons)}
+    found += _disturbed(machine, disturbed_above, told)
+    found += crowded.values()
+    found += _left_out(machine)
     return replace(machine, findings=tuple(found))
 
 
@@ -113,10 +110,9 @@ def describe_process(process: GpuProcess) -> str:
 
 
 def _throttled(machine: Machine) -> Iterator[str]:
-    reasons = machine.device.throttle_reasons or ()
-    serious = [word for word in reasons if any(part in word for part in _THROTTLES_THAT_MATTER)]
-    if serious:
-        yield f"The GPU was slowed down while it was measured: {', '.join(serious)}."
+    reasons = serious(machine.device.throttle_reasons)
+    if reasons:
+        yield f"The GPU was slowed down while it was measured: {', '.join(reasons)}."
 
 
 def _slow_link(machine: Machine) -> Iterator[str]:
@@ -124,12 +120,16 @@ def _slow_link(machine: Machine) -> Iterator[str]:
     promised = line_rate(link.pcie_generation_max, link.pcie_width_max) if link else None
     if link is None or promised is None:
         return
-    measured = link.h2d_pinned_bytes_per_s.value
-    if measured < _LINK_FAR_BELOW * promised:
+    ways = (("to", link.h2d_pinned_bytes_per_s), ("from", link.d2h_pinned_bytes_per_s))
+    slow = [
+        f"{way} the GPU reach {format_rate(figure.value, 'B/s')}"
+        for way, figure in ways
+        if figure.value < _LINK_FAR_BELOW * promised
+    ]
+    if slow:
         yield (
-            f"Pinned copies to the GPU reach {format_rate(measured, 'B/s')} of the "
-            f"{format_rate(promised, 'B/s')} that PCIe {link.pcie_generation_max} "
-            f"x{link.pcie_width_max} promises: {_link_cause(link)}."
+            f"Pinned copies {' and '.join(slow)} of the {format_rate(promised, 'B/s')} that PCIe "
+            f"{link.pcie_generation_max} x{link.pcie_width_max} promises: {_link_cause(link)}."
         )
 
 
@@ -179,43 +179,78 @@ def _wrong_attention(machine: Machine) -> Iterator[str]:
             yield f"The {rate.implementation} attention fails at {tokens}: {rate.error}."
 
 
-def _unsteady(machine: Machine, above: float) -> Iterator[str]:
-    names = [name for name, figure in _figures(machine) if spread(figure) > above]
-    if names:
+def _disturbed(machine: Machine, above: float, told: set[str]) -> Iterator[str]:
+    """Figures by what got in their way, also when they were measured again.
+
+    Args:
+        machine: As measured.
+        above: Spread from which a figure is called unsteady.
+        told: What other findings say of the whole measurement.
+    """
+    names: dict[str, dict[str, None]] = {}
+    for name, figure in _figures(machine):
+        reasons = [r for r in figure.disturbances if r != UNSTEADY and r not in told]
+        if spread(figure) > above:
+            reasons.append(UNSTEADY)
+        for reason in reasons:
+            names.setdefault(reason, {})[name] = None
+    for reason, figures in names.items():
+        more = f" and {len(figures) - _NAMED} more" if len(figures) > _NAMED else ""
         yield (
-            f"Unsteady while measured, twice ({', '.join(names)}): something else may use this "
-            "machine; measure again when it is quiet."
+            f"{reason[0].upper()}{reason[1:]} while measured, twice "
+            f"({', '.join(list(figures)[:_NAMED])}{more}): measure again when it is quiet."
         )
 
 
-def _crowded(machine: Machine, noise: Noise) -> Iterator[str]:
-    """On a CPU every figure suffers from neighbours; a GPU only needs one core that keeps up."""
+def _left_out(machine: Machine) -> Iterator[str]:
+    if machine.left_out:
+        yield (
+            f"Left out for want of time: {'; '.join(machine.left_out)}. Estimates stand in; "
+            "`autotune probe` on a quiet machine may reach them."
+        )
+
+
+def _crowded(machine: Machine, noise: Noise) -> Iterator[tuple[str, str]]:
+    """What others did throughout, with the finding about it.
+
+    On a CPU every figure suffers from neighbours; a GPU only needs one core that keeps up.
+    """
     cores = machine.host.cores
-    tolerated = 0.15 * cores if machine.device.kind == "cpu" else cores - 1.0
+    tolerated = FOREIGN_SHARE * cores if machine.device.kind == "cpu" else cores - 1.0
     if noise.foreign_cores > max(0.2, tolerated):
         yield (
+            OTHERS_ON_CPU,
             f"Other processes kept {noise.foreign_cores:.1f} of {cores} cores busy while this was "
-            f"measured, {_AGAIN}"
+            f"measured, {_AGAIN}",
         )
-    if noise.stolen_cores > _STOLEN_SHARE * cores:
+    if noise.stolen_cores > STOLEN_SHARE * cores:
         yield (
+            STOLEN,
             f"The hypervisor gave {noise.stolen_cores:.1f} of {cores} cores to other virtual "
-            f"machines while this was measured, {_AGAIN}"
+            f"machines while this was measured, {_AGAIN}",
         )
-    if noise.gpu_percent is not None and noise.gpu_percent > _FOREIGN_GPU_PERCENT:
+    if noise.gpu_percent is not None and noise.gpu_percent > FOREIGN_GPU_PERCENT:
         yield (
+            OTHERS_ON_GPU,
             f"Other processes kept the GPU busy for up to {noise.gpu_percent} % of the time, "
-            f"{_AGAIN}"
+            f"{_AGAIN}",
         )
 
 
 def _figures(machine: Machine) -> Iterator[tuple[str, Figure]]:
     kernels, link = machine.kernels, machine.link
-    yield from ((f"matmul {name}", figure) for name, figure in kernels.matmul_flops_per_s.items())
-    yield from (
-        (f"conv {name}", figure) for name, figure in kernels.convolution_flops_per_s.items()
-    )
+    for what, figures in (
+        ("matmul", kernels.matmul_flops_per_s),
+        ("convolution", kernels.convolution_flops_per_s),
+        ("channels-last", kernels.convolution_channels_last_flops_per_s),
+    ):
+        yield from ((f"{what} {name}", figure) for name, figure in figures.items())
     yield "memory bandwidth", kernels.memory_bytes_per_s
+    yield "dispatch cost", kernels.dispatch_s
     if link is not None:
         yield "pinned copies to the device", link.h2d_pinned_bytes_per_s
         yield "pinned copies from the device", link.d2h_pinned_bytes_per_s
+        yield "module.to()", link.module_h2d_bytes_per_s
+    for rate in machine.attention:
+        if rate.flops_per_s is not None:
+            yield f"{rate.implementation} attention", rate.flops_per_s

@@ -41,6 +41,10 @@ class Neighbours:
     def __init__(self) -> None:
         self._start = _read_times()
 
+    def seconds(self) -> float:
+        """Since the watch began."""
+        return self._since().clock
+
     def busy_cores(self) -> float:
         """Cores' worth of work that was not this process's since the watch began.
 

@@ -6,70 +6,130 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from msgspec import structs
 from torch import nn
 from torch.nn import functional
 
+from autotune.probe.deadline import import_by
 from autotune.probe.machine import Figure, Kernels
-from autotune.probe.replay import host_seconds_per_operator
-from autotune.probe.timing import rate, time_call
+from autotune.probe.replay import UNET_MODULE, host_seconds_per_operator
+from autotune.probe.samples import divided, rate
+from autotune.probe.timing import Call, Timer
 from autotune.units import GIB, MIB
 
 Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OFFLOADED_LEAVES = 48
+_CPU_SIDES, _GPU_SIDES = (256, 512, 1024), (512, 1024, 2048, 4096)  # of square matrices
+_CPU_IMAGES, _GPU_IMAGES = (128, (8, 16, 32)), (640, (16, 32, 64))  # channels, and sides
+_SMALLEST_BUFFER, _CPU_BUFFER, _GPU_BUFFER = 16 * MIB, 128 * MIB, GIB // 2
+_MODEL_OPERATORS = 4000  # in building and running a narrow UNet a few times
+_HOOK_OPERATORS = 30 * _OFFLOADED_LEAVES
+
+BARE = "measured on bare operators; in a model they cost more"
 
 
 def measure_kernels(
-    device: torch.device,
+    timer: Timer,
     *,
     memory_bytes: int,
-    budget_s: float = 0.1,
     quick: bool = False,
     progress: Progress | None = None,
 ) -> Kernels:
-    """Every rate that the device has, in about ``14 · budget_s`` plus the start of its libraries.
+    """Every rate that the device has; what it costs the host to start an operator is one of them.
+
+    What every prediction needs comes first: float32, memory, launching. When the deadline passes
+    the rest is left out.
 
     Args:
-        device: Where to measure.
+        timer: Where to measure, and how long.
         memory_bytes: Device memory that the buffers may take.
-        budget_s: About how long each figure is measured.
-        quick: Measure no more than what every prediction needs: float32, float16 on a GPU, memory.
+        quick: Measure no more than a first look needs: float32, float16 on a GPU, memory, launches.
         progress: Told what is being measured.
     """
     say = progress or (lambda text: None)
-    matmul, convolution, channels_last = {}, {}, {}
-    for name, dtype in dtypes(device).items():
-        if quick and name == "bfloat16":
+    say("float32 kernels")
+    needed = _rates_in(timer, torch.float32, memory_bytes, with_channels_last=False)
+    matmul, convolution = {"float32": needed.matmul}, {"float32": needed.convolution}
+    channels_last: dict[str, Figure] = {}
+    say("memory bandwidth and launches")
+    memory, launch = memory_rate(timer, memory_bytes), launch_cost(timer)
+    for name, dtype in dtypes(timer.device).items():
+        if dtype is torch.float32 or (quick and dtype is torch.bfloat16):
+            continue
+        if not timer.deadline.leaves(f"{name} kernels"):
             continue
         say(f"{name} kernels")
         try:
-            product = matmul_rate(device, dtype, memory_bytes, budget_s)
-            plain = convolution_rate(device, dtype, budget_s)
-            last = None if quick else convolution_rate(device, dtype, budget_s, torch.channels_last)
+            rates = _rates_in(timer, dtype, memory_bytes, with_channels_last=not quick)
         except (RuntimeError, TypeError):
-            if dtype is torch.float32:
-                raise
             continue  # a dtype that some kernel of this device lacks is a dtype it does not have
-        matmul[name], convolution[name] = product, plain
-        if last is not None:
-            channels_last[name] = last
+        matmul[name], convolution[name] = rates.matmul, rates.convolution
+        if rates.channels_last is not None:
+            channels_last[name] = rates.channels_last
+    if not quick and timer.deadline.leaves("channels-last convolutions in float32"):
+        last = convolution_rate(timer, torch.float32, torch.channels_last)
+        channels_last = {"float32": last} | channels_last
     if not quick:
-        matmul |= narrow_products(device, memory_bytes, budget_s)
-    say("memory bandwidth and dispatch cost")
-    hooks = device.type != "cpu" and not quick
+        matmul |= narrow_products(timer, memory_bytes)
     return Kernels(
         matmul_flops_per_s=matmul,
         convolution_flops_per_s=convolution,
         convolution_channels_last_flops_per_s=channels_last,
-        memory_bytes_per_s=memory_rate(device, memory_bytes, budget_s),
-        dispatch_s=bare_operator_cost(device) if quick else host_seconds_per_operator(device),
-        offload_hook_s=offload_hook_cost(device, budget_s) if hooks else None,
+        memory_bytes_per_s=memory,
+        dispatch_s=structs.replace(launch, source=BARE),
+        launch_s=launch,
     )
+
+
+def measure_host_costs(timer: Timer, kernels: Kernels, progress: Progress | None = None) -> Kernels:
+    """The rates with what the host spends on a model's operators and on offloaded layers.
+
+    Both need libraries that take seconds to import. Where that, or the measurement, would last
+    beyond the deadline, the cost of a bare operator stays in, and says so.
+    """
+    say = progress or (lambda text: None)
+    bare = kernels.dispatch_s.value
+    # A UNet of 700 operators is built, traced and called three times or more.
+    what = "the host's cost per operator in a model"
+    if not timer.deadline.leaves(what, seconds=_MODEL_OPERATORS * bare):
+        return kernels
+    say("loading diffusers")
+    if not import_by(timer.deadline, UNET_MODULE):
+        timer.deadline.leave_out(what)
+        return kernels
+    say("dispatch cost")
+    if timer.deadline.leaves(what, seconds=_MODEL_OPERATORS * bare):
+        found = host_seconds_per_operator(timer)
+        if found is None:
+            timer.deadline.leave_out(what)
+        else:
+            kernels = structs.replace(kernels, dispatch_s=found)
+    if timer.device.type == "cpu" or not timer.deadline.leaves(
+        "the cost of an offload hook", seconds=_HOOK_OPERATORS * bare
+    ):
+        return kernels
+    say("offload hooks")
+    return structs.replace(kernels, offload_hook_s=offload_hook_cost(timer))
+
+
+class _Rates(NamedTuple):
+    matmul: Figure
+    convolution: Figure
+    channels_last: Figure | None
+
+
+def _rates_in(
+    timer: Timer, dtype: torch.dtype, memory_bytes: int, *, with_channels_last: bool
+) -> _Rates:
+    product = matmul_rate(timer, dtype, memory_bytes)
+    plain = convolution_rate(timer, dtype)
+    last = convolution_rate(timer, dtype, torch.channels_last) if with_channels_last else None
+    return _Rates(product, plain, last)
 
 
 def dtypes(device: torch.device) -> dict[str, torch.dtype]:
@@ -90,56 +150,66 @@ def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def matmul_rate(
-    device: torch.device, dtype: torch.dtype, memory_bytes: int, budget_s: float
-) -> Figure:
+def matmul_rate(timer: Timer, dtype: torch.dtype, memory_bytes: int) -> Figure:
     """FLOP/s of a square matrix product, large enough to fill the device."""
-    left, right = square_operands(device, dtype, memory_bytes)
-    seconds = time_call(lambda: left @ right, device, budget_s=budget_s)
-    return rate(seconds, 2 * len(left) ** 3)
+    left, right = square_operands(timer, dtype, memory_bytes)
+    return rate(timer.time(lambda: left @ right), 2 * len(left) ** 3)
 
 
 def square_operands(
-    device: torch.device, dtype: torch.dtype, memory_bytes: int
+    timer: Timer, dtype: torch.dtype, memory_bytes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two random matrices, as large as is telling and fits."""
-    size = 1024 if device.type == "cpu" else 4096
-    while 4 * size**2 * 4 > memory_bytes and size > 512:  # two made in float32, two operands
-        size //= 2
-    return random((size, size), device, dtype), random((size, size), device, dtype)
+    """Two random matrices, as large as is telling, fits, and is multiplied in no time."""
+
+    def operands(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (size, size)
+        return random(shape, timer.device, dtype), random(shape, timer.device, dtype)
+
+    def product(size: int) -> Call:
+        left, right = operands(size)
+        return lambda: left @ right
+
+    sizes = _CPU_SIDES if timer.device.type == "cpu" else _GPU_SIDES
+    # Two made in float32, two operands.
+    fitting = tuple(size for size in sizes if 4 * size**2 * 4 <= memory_bytes) or sizes[:1]
+    return operands(timer.largest(fitting, product, power=3))
 
 
-def narrow_products(device: torch.device, memory_bytes: int, budget_s: float) -> dict[str, Figure]:
+def narrow_products(timer: Timer, memory_bytes: int) -> dict[str, Figure]:
     """FLOP/s in what only some GPUs multiply: TF32 (Ampere and later), float8 (Ada and later)."""
-    if device.type != "cuda" or torch.version.hip:
+    if timer.device.type != "cuda" or torch.version.hip:
         return {}
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(timer.device)
     capability = (properties.major, properties.minor)
     found = {}
-    if capability >= (8, 0):
+    if capability >= (8, 0) and timer.deadline.leaves("TF32 products"):
         with contextlib.suppress(RuntimeError), float32_precision("high"):
-            found["tensorfloat32"] = matmul_rate(device, torch.float32, memory_bytes, budget_s)
-    if capability >= (8, 9):
+            found["tensorfloat32"] = matmul_rate(timer, torch.float32, memory_bytes)
+    if capability >= (8, 9) and timer.deadline.leaves("float8 products"):
         with contextlib.suppress(RuntimeError, TypeError):
-            found["float8_e4m3fn"] = float8_rate(device, memory_bytes, budget_s)
+            found["float8_e4m3fn"] = float8_rate(timer, memory_bytes)
     return found
 
 
-def float8_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Figure:
+def float8_rate(timer: Timer, memory_bytes: int) -> Figure:
     """FLOP/s of a scaled float8 product with bfloat16 results, as quantized transformers call it.
 
     Raises:
-        RuntimeError: the device or the library has no such kernel.
+        RuntimeError: the device or its library does not multiply float8.
     """
-    left, right = square_operands(device, torch.float8_e4m3fn, memory_bytes)
-    column_major, scale = right.t(), torch.ones((), device=device)
+    left, right = (
+        operand.to(torch.float8_e4m3fn)
+        for operand in square_operands(timer, torch.bfloat16, memory_bytes)
+    )
+    # The hardware takes the second operand column by column.
+    column_major, scale = right.t(), torch.ones((), device=timer.device)
 
     def multiply() -> object:
         return torch._scaled_mm(
             left, column_major, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16
         )
 
-    return rate(time_call(multiply, device, budget_s=budget_s), 2 * len(left) ** 3)
+    return rate(timer.time(multiply), 2 * len(left) ** 3)
 
 
 @contextlib.contextmanager
@@ -165,49 +235,46 @@ def float32_precision(precision: str) -> Iterator[None]:
 
 
 def convolution_rate(
-    device: torch.device,
+    timer: Timer,
     dtype: torch.dtype,
-    budget_s: float,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Figure:
     """FLOP/s of a 3×3 convolution as in a UNet's middle resolutions, batch 2 (guidance)."""
-    channels, side = (128, 32) if device.type == "cpu" else (640, 64)
-    image = random((2, channels, side, side), device, dtype).contiguous(memory_format=memory_format)
-    weight = random((channels, channels, 3, 3), device, dtype).contiguous(
-        memory_format=memory_format
-    )
-    seconds = time_call(
-        lambda: functional.conv2d(image, weight, padding=1), device, budget_s=budget_s
-    )
-    return rate(seconds, 2 * 2 * channels * channels * 9 * side * side)
+    device = timer.device
+    channels, sides = _CPU_IMAGES if device.type == "cpu" else _GPU_IMAGES
+
+    def convolve(side: int) -> Call:
+        image = random((2, channels, side, side), device, dtype)
+        image = image.contiguous(memory_format=memory_format)
+        return lambda: functional.conv2d(image, weight, padding=1)
+
+    weight = random((channels, channels, 3, 3), device, dtype)
+    weight = weight.contiguous(memory_format=memory_format)
+    side = timer.largest(sides, convolve, power=2)
+    return rate(timer.time(convolve(side)), 2 * 2 * channels * channels * 9 * side * side)
 
 
-def memory_rate(device: torch.device, memory_bytes: int, budget_s: float) -> Figure:
+def memory_rate(timer: Timer, memory_bytes: int) -> Figure:
     """Bytes per second, read plus written, of copying a buffer that no cache holds."""
-    largest = 128 * MIB if device.type == "cpu" else GIB // 2
-    size = max(16 * MIB, min(largest, memory_bytes // 2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = time_call(lambda: target.copy_(source), device, budget_s=budget_s)
-    return rate(seconds, 2 * size)
+
+    def copy(size: int) -> Call:
+        source = torch.zeros(size, dtype=torch.uint8, device=timer.device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    largest = _CPU_BUFFER if timer.device.type == "cpu" else _GPU_BUFFER
+    size = max(_SMALLEST_BUFFER, min(largest, memory_bytes // 2))
+    size = timer.largest((min(_SMALLEST_BUFFER, size), size), copy, power=1)
+    return rate(timer.time(copy(size)), 2 * size)
 
 
-def bare_operator_cost(device: torch.device) -> Figure:
-    """Seconds the host spends on one small operator called alone: a lower bound of the real cost.
-
-    Milliseconds, where :func:`host_seconds_per_operator` first imports diffusers.
-    """
-    value = torch.zeros(1, device=device)
-
-    def operators() -> None:
-        for _ in range(100):
-            value.add(1)
-
-    seconds = _divided(time_call(operators, device, budget_s=0.02), 100)
-    return structs.replace(seconds, source="measured on bare operators; in a model they cost more")
+def launch_cost(timer: Timer) -> Figure:
+    """Seconds from one small operator to the next, called alone and in a row."""
+    value = torch.zeros(1, device=timer.device)
+    return timer.time(lambda: value.add(1), share=0.2)
 
 
-def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
+def offload_hook_cost(timer: Timer) -> Figure | None:
     """Seconds per leaf module of accelerate's sequential offload, beyond its bytes.
 
     Layers of a few KiB: what remains is the hook, two small copies and the allocations. ``None``
@@ -217,9 +284,10 @@ def offload_hook_cost(device: torch.device, budget_s: float) -> Figure | None:
         return None
     accelerate: Any = importlib.import_module("accelerate")
     layers = [nn.Linear(64, 64, device="meta") for _ in range(_OFFLOADED_LEAVES)]
-    model = accelerate.cpu_offload(_still(nn.Sequential(*layers), torch.device("cpu")), device)
-    values = random((1, 64), device, torch.float32)
-    return _divided(time_call(lambda: model(values), device, budget_s=budget_s), _OFFLOADED_LEAVES)
+    still = _still(nn.Sequential(*layers), torch.device("cpu"))
+    model = accelerate.cpu_offload(still, timer.device)
+    values = random((1, 64), timer.device, torch.float32)
+    return divided(timer.time(lambda: model(values)), _OFFLOADED_LEAVES)
 
 
 def _still(module: nn.Module, device: torch.device) -> nn.Module:
@@ -228,11 +296,6 @@ def _still(module: nn.Module, device: torch.device) -> nn.Module:
     for parameter in module.parameters():
         parameter.zero_()
     return module
-
-
-def _divided(seconds: Figure, count: float) -> Figure:
-    samples = tuple(sample / count for sample in seconds.samples)
-    return Figure(value=seconds.value / count, samples=samples)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -9,19 +9,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from msgspec.structs import replace
+from msgspec import structs
 
 from autotune.errors import MachineError
-from autotune.probe import nvml, timing
+from autotune.probe import nvml
 from autotune.probe.attention import measure_attention
-from autotune.probe.devices import choose_device, cuda_uuid, describe, empty_cache, nvml_view
+from autotune.probe.deadline import Deadline
+from autotune.probe.devices import (
+    at_most,
+    choose_device,
+    cuda_uuid,
+    describe,
+    empty_cache,
+    nvml_view,
+)
 from autotune.probe.disk import measure_disk
-from autotune.probe.findings import Noise, find
-from autotune.probe.host import Neighbours, read_host
-from autotune.probe.kernels import measure_kernels
+from autotune.probe.findings import find
+from autotune.probe.host import read_host
+from autotune.probe.kernels import measure_host_costs, measure_kernels
 from autotune.probe.live import slug
-from autotune.probe.machine import Device, Machine
+from autotune.probe.machine import Device, Kernels, Machine
+from autotune.probe.noise import Watch
+from autotune.probe.samples import DISTURBED_SPREAD
 from autotune.probe.software import installed_versions
+from autotune.probe.timing import Timer
 from autotune.probe.transfers import measure_link
 from autotune.units import MIB
 
@@ -29,9 +40,16 @@ Progress = Callable[[str], None]
 
 _MEMORY_SHARE = 10  # the probe takes at most this part of the free memory
 _MEMORY_MOST = 4 << 30
+_PLANNED_SHARE = 0.75  # of that for tensors; the rest is for what libraries take beside them
 
 QUICK = "A quick look: `autotune probe` measures the rest, and remembers it."
+QUICK_S, FULL_S = 2.6, 9.0
+"""Seconds until nothing more is begun: 3 and 10, less what is under way then."""
 _FIGURE_S, _QUICK_FIGURE_S = 0.1, 0.03
+
+_DISK_S = 0.5
+_NEEDS_S = {"kernels": 2.0, "link": 1.8, "attention": 2.0, "host": 3.6, "disk": _DISK_S}
+"""About what each part takes at most, in their order: the time left is shared out by that."""
 
 # A CUDA context with its loaded kernels takes 300-500 MiB on GPUs since 2018; used only where
 # neither NVML's free memory before the first tensor nor this process's entry can be read.
@@ -40,66 +58,80 @@ _CONTEXT_PLAUSIBLE = range(64 * MIB, 2048 * MIB)
 
 
 def measure_machine(
-    device: str | None = None, *, quick: bool = False, progress: Progress | None = None
+    device: str | None = None,
+    *,
+    quick: bool = False,
+    progress: Progress | None = None,
+    budget_s: float | None = None,
 ) -> Machine:
     """Measures a device: memory, link, kernels, attention, and the host.
 
-    Takes under 10 s beyond importing torch and diffusers, and at most a tenth of the free memory.
-    Random state, global flags and other processes are left alone; afterwards nothing stays
-    allocated.
+    Takes under 10 s beyond importing torch (3 s for a quick look) on any device, and at most a
+    tenth of the free memory. What the time does not suffice for is left out, and said. Random
+    state, global flags and other processes are left alone; afterwards nothing stays allocated.
 
     Args:
         device: ``"cuda:1"``, ``"cpu"``, …; by default the GPU with most free memory, else the CPU.
-        quick: Measure in under 3 s what a first look needs; a finding says so.
+        quick: Measure what a first look needs; a finding says so.
         progress: Told in a few words what is being measured.
+        budget_s: Seconds after which nothing more is begun, other than those above.
 
     Raises:
         MachineError: there is no such device; the message lists those that exist.
     """
     start = time.perf_counter()
-    say = progress or (lambda text: None)
+    deadline = Deadline(budget_s or (QUICK_S if quick else FULL_S))
     chosen = choose_device(device)
     context = _Context(chosen)
     try:
         with torch.no_grad():
-            return _measure(chosen, context, quick, say, start)
+            machine = _measure(chosen, context, deadline, quick, progress or (lambda text: None))
     except torch.OutOfMemoryError as error:
         message = f"{chosen} has too little free memory to be measured"
         raise MachineError(message, "close what else uses it, or --device cpu") from error
     finally:
         gc.collect()
         empty_cache(chosen)
+    return structs.replace(machine, measured_in_s=round(time.perf_counter() - start, 2))
 
 
 def _measure(
-    device: torch.device, context: _Context, quick: bool, say: Progress, start: float
+    device: torch.device, context: _Context, deadline: Deadline, quick: bool, say: Progress
 ) -> Machine:
     say("memory")
-    watch = _Watch(device)
+    watch = Watch(cuda_uuid(device), on_cpu=device.type == "cpu")
     host = read_host()
     facts = describe(device, host)
     allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
-    budget_s = _QUICK_FIGURE_S if quick else _FIGURE_S
-    say("kernels")
-    kernels = measure_kernels(
-        device, memory_bytes=allowance, budget_s=budget_s, quick=quick, progress=say
-    )
-    link = None
-    if not facts.unified_memory:
-        say("transfers")
-        # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
-        buffer = min(allowance, host.ram_available_bytes // (2 * _MEMORY_SHARE))
-        link = measure_link(
-            device, memory_bytes=buffer, uuid=facts.uuid, budget_s=budget_s, quick=quick
+    planned = int(allowance * _PLANNED_SHARE)
+    timer = Timer(device, _QUICK_FIGURE_S if quick else _FIGURE_S, deadline, watch)
+    with at_most(device, allowance):
+        within = timer.within(_share_s("kernels", deadline, quick))
+        kernels = measure_kernels(within, memory_bytes=planned, quick=quick, progress=say)
+        link = None
+        if not facts.unified_memory:
+            say("transfers")
+            # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
+            buffer = min(planned, host.ram_available_bytes // (2 * _MEMORY_SHARE))
+            within = timer.within(_share_s("link", deadline, quick))
+            link = measure_link(within, memory_bytes=buffer, uuid=facts.uuid, quick=quick)
+        say("attention")
+        attention = measure_attention(
+            timer.within(_share_s("attention", deadline, quick)),
+            memory_bytes=planned,
+            flops_per_s=_widely_used_rate(kernels),
+            quick=quick,
         )
-    say("attention")
-    attention = measure_attention(device, memory_bytes=allowance, quick=quick)
-    facts = _still_warm(facts, device)
+        facts = _still_warm(facts, device)
+        if not quick:
+            within = timer.within(_share_s("host", deadline, quick))
+            kernels = measure_host_costs(within, kernels, say)
     noise = watch.noise()
     empty_cache(device)
-    if not quick:
+    if not quick and deadline.leaves("the read rate of the model cache"):
         say("disk")
-        host = replace(host, disk_read_bytes_per_s=measure_disk())
+        disk = measure_disk(budget_s=min(_DISK_S, deadline.left_s))
+        host = structs.replace(host, disk_read_bytes_per_s=disk)
     machine = Machine(
         name=machine_name(facts, host.cores),
         source="measured",
@@ -111,34 +143,28 @@ def _measure(
         context_bytes=context.bytes_now(),
         software=installed_versions(),
         measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        measured_in_s=round(time.perf_counter() - start, 2),
+        left_out=deadline.left_out,
     )
     machine = find(
         machine,
-        disturbed_above=2 * timing.DISTURBED_SPREAD,
+        disturbed_above=2 * DISTURBED_SPREAD,
         noise=noise,
         accelerator=torch.accelerator.is_available(),
     )
-    return replace(machine, findings=(*machine.findings, QUICK)) if quick else machine
+    return structs.replace(machine, findings=(*machine.findings, QUICK)) if quick else machine
 
 
-class _Watch:
-    """What else goes on from now on."""
+def _share_s(part: str, deadline: Deadline, quick: bool) -> float:
+    """Seconds for a part: what the ones before it left, less what the ones after it need."""
+    parts = list(_NEEDS_S)[:3] if quick else list(_NEEDS_S)
+    still = sum(_NEEDS_S[name] for name in parts[parts.index(part) :])
+    return deadline.left_s * _NEEDS_S[part] / still
 
-    def __init__(self, device: torch.device) -> None:
-        self._neighbours = Neighbours()
-        self._uuid, self._since = cuda_uuid(device), time.time()
-        # Before the first kernel of this probe: whatever runs then is not its own.
-        self._before = nvml.busy_percent(self._uuid)
 
-    def noise(self) -> Noise:
-        """What went on until now."""
-        others = nvml.others_percent(self._uuid, self._since)
-        return Noise(
-            foreign_cores=self._neighbours.busy_cores(),
-            stolen_cores=self._neighbours.stolen_cores(),
-            gpu_percent=self._before if others is None else others,
-        )
+def _widely_used_rate(kernels: Kernels) -> float:
+    """FLOP/s of the dtype that attention is measured in: float16, on the CPU float32."""
+    rates = kernels.matmul_flops_per_s
+    return rates.get("float16", rates["float32"]).value
 
 
 def machine_name(device: Device, cores: int) -> str:
@@ -149,7 +175,9 @@ def machine_name(device: Device, cores: int) -> str:
 def _still_warm(facts: Device, device: torch.device) -> Device:
     """Throttling shows under load: read it again before the device cools down."""
     gpu = nvml_view(device)
-    return facts if gpu is None else replace(facts, throttle_reasons=gpu.throttle_reasons)
+    if gpu is None:
+        return facts
+    return structs.replace(facts, throttle_reasons=gpu.throttle_reasons)
 
 
 @dataclass

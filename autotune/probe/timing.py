@@ -2,56 +2,146 @@
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from autotune.probe.deadline import Deadline, never
 from autotune.probe.machine import Figure
+from autotune.probe.noise import Watch
+from autotune.probe.samples import DISTURBED_SPREAD, figure_of, spread
 
-DISTURBED_SPREAD = 0.15
-"""Middle half of the samples wider than this fraction of the median: something got in the way."""
+COLD = "measured once, warm-up included: no time was left"
+UNSTEADY = "unsteady"
 
 _BLOCK_S = (
     2e-3  # a sample lasts at least this long, so that clock and event resolution do not matter
 )
 _HEAD_START_CYCLES = 1_000_000  # about half a millisecond: longer than queueing some ten calls
 _SAMPLES_MIN, _SAMPLES_MAX, _REPEATS_MAX = 3, 25, 1000
+_LONGEST_CALL_S = 0.1
+_TRIES = 5
 
 Call = Callable[[], object]
 
 
-def time_call(call: Call, device: torch.device, *, budget_s: float = 0.1) -> Figure:
-    """Seconds of one call, as the device sees them.
+@dataclass(frozen=True)
+class Timer:
+    """How everything on one device is timed.
 
-    The first call is warm-up (lazy kernels, algorithm choice, page faults) and is not counted.
-    Quick calls are timed in blocks. A series whose spread is large is taken once more, and the
-    quieter one is kept.
-
-    Args:
-        call: What to time; it may return before the device has finished.
-        device: Where it runs. CUDA is timed by events, others by the clock.
-        budget_s: About how long a series may take. A call three times as long is timed once.
-
-    Returns:
-        The median, with one raw sample per block.
+    Attributes:
+        device: CUDA is timed by events, others by the clock.
+        budget_s: About how long a series of samples may take.
+        deadline: When all must end; what is begun after it is timed once, without warm-up.
+        watch: Tells what else went on; without one only the samples' spread does.
     """
-    block_seconds(call, device, 1)
-    once = max(block_seconds(call, device, 1), 1e-9)
-    if once >= 3 * budget_s:
-        return Figure(value=once, samples=(once,))
-    repeats = min(_REPEATS_MAX, max(1, round(_BLOCK_S / once)))
-    series = _series(call, device, repeats, budget_s)
-    if spread(series) > DISTURBED_SPREAD:
-        series = min(series, _series(call, device, repeats, budget_s), key=spread)
-    return Figure(value=statistics.median(series), samples=tuple(series))
+
+    device: torch.device
+    budget_s: float = 0.1
+    deadline: Deadline = field(default_factory=never)
+    watch: Watch | None = None
+
+    def time(self, call: Call, share: float = 1.0) -> Figure:
+        """Seconds of one call, as the device sees them.
+
+        The first call is warm-up (lazy kernels, algorithm choice, page faults) and is not counted.
+        Quick calls are timed in blocks. A series with a large spread, or during which something
+        else went on, is taken once more, and the quieter one kept: see ``Figure.disturbances``.
+
+        Args:
+            call: What to time; it may return before the device has finished.
+            share: Of ``budget_s``, for this figure. A call that takes three times as long is timed
+                once.
+
+        Returns:
+            The median, with one raw sample per block.
+        """
+        cold = block_seconds(call, self.device, 1)
+        if self.deadline.has_passed:
+            return figure_of([cold], COLD)
+        once = max(block_seconds(call, self.device, 1), 1e-9)
+        budget_s = share * self.budget_s
+        if once >= 3 * budget_s or self.deadline.has_passed:
+            return figure_of([once])
+        repeats = min(_REPEATS_MAX, max(1, round(_BLOCK_S / once)))
+
+        def series() -> Figure:
+            finish = self.watch.begin() if self.watch is not None else tuple
+            samples = self._series(call, repeats, budget_s)
+            unsteady = (UNSTEADY,) if spread(samples) > DISTURBED_SPREAD else ()
+            return figure_of(samples, disturbances=(*finish(), *unsteady))
+
+        found = series()
+        if found.disturbances and not self.deadline.has_passed:
+            found = min(found, series(), key=_loudness)
+        return found
+
+    def largest(self, sizes: tuple[int, ...], call_of: Callable[[int], Call], power: int) -> int:
+        """The largest of the sizes at which a call should take no more than a tenth of a second.
+
+        On a slow device a call of the largest size could take longer than all the rest.
+
+        Args:
+            sizes: Smallest first.
+            call_of: A call of that size.
+            power: The call's time grows with this power of the size.
+        """
+        for size, larger in itertools.pairwise(sizes):
+            if self.deadline.has_passed:
+                return size
+            longest = min(_LONGEST_CALL_S, self.deadline.left_s / 10)
+            if self._quickest(call_of(size)) * (larger / size) ** power > longest:
+                return size
+        return sizes[-1]
+
+    def _quickest(self, call: Call) -> float:
+        """Seconds of the quickest of a few calls: one that nothing got in the way of."""
+        end = self.deadline.part(self.deadline.left_s / 20)
+        seconds = [block_seconds(call, self.device, 1)]
+        while len(seconds) < _TRIES and not end.has_passed:
+            seconds.append(block_seconds(call, self.device, 1))
+        return min(seconds)
+
+    def within(self, seconds: float) -> Timer:
+        """The same for a part that may take so long."""
+        return replace(self, deadline=self.deadline.part(seconds))
+
+    def _series(self, call: Call, repeats: int, budget_s: float) -> list[float]:
+        samples: list[float] = []
+        end = self.deadline.part(budget_s)
+        while len(samples) < _SAMPLES_MAX:
+            enough = 1 if self.deadline.has_passed else _SAMPLES_MIN
+            if len(samples) >= enough and end.has_passed:
+                break
+            samples.append(block_seconds(call, self.device, repeats))
+        return samples
+
+
+def time_call(call: Call, device: torch.device, *, budget_s: float = 0.1) -> Figure:
+    """Seconds of one call; see :meth:`Timer.time`."""
+    return Timer(device, budget_s).time(call)
 
 
 def block_seconds(call: Call, device: torch.device, repeats: int, *, ahead: bool = False) -> float:
-    """Mean seconds of ``repeats`` calls in a row, from an idle device to an idle device."""
+    """Mean seconds of ``repeats`` calls in a row, from an idle device to an idle device.
+
+    Args:
+        call: May return before the device has finished.
+        device: CUDA is timed by events, others by the clock.
+        repeats: How many calls.
+        ahead: Let the calls queue up first where the device can wait (CUDA): so are kernels timed,
+            not their dispatch.
+    """
     if device.type == "cuda":
         return _event_seconds(call, device, repeats, ahead=ahead)
+    return wall_seconds(call, device, repeats)
+
+
+def wall_seconds(call: Call, device: torch.device, repeats: int = 1) -> float:
+    """The same by the clock: what the host does counts too."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -66,29 +156,9 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def spread(samples: Figure | list[float] | tuple[float, ...]) -> float:
-    """Width of the samples' middle half over their median; 0 for fewer than three samples."""
-    values = samples.samples if isinstance(samples, Figure) else samples
-    if len(values) < _SAMPLES_MIN:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / middle if middle else 0.0
-
-
-def rate(seconds: Figure, amount: float) -> Figure:
-    """``amount`` (FLOPs, bytes) per call, from the seconds of a call: amount per second."""
-    samples = tuple(amount / sample for sample in seconds.samples)
-    return Figure(value=amount / seconds.value, samples=samples, source=seconds.source)
-
-
-def _series(call: Call, device: torch.device, repeats: int, budget_s: float) -> list[float]:
-    samples: list[float] = []
-    deadline = time.perf_counter() + budget_s
-    while len(samples) < _SAMPLES_MAX:
-        if len(samples) >= _SAMPLES_MIN and time.perf_counter() > deadline:
-            break
-        samples.append(block_seconds(call, device, repeats))
-    return samples
+def _loudness(figure: Figure) -> tuple[bool, float]:
+    """What somebody else did to a series is worse than what cannot be explained."""
+    return any(reason != UNSTEADY for reason in figure.disturbances), spread(figure)
 
 
 def _event_seconds(call: Call, device: torch.device, repeats: int, *, ahead: bool) -> float:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,7 +10,8 @@ from torch import nn
 
 from autotune.probe import nvml
 from autotune.probe.machine import Figure, Link, TransferPoint
-from autotune.probe.timing import rate, synchronize, time_call
+from autotune.probe.samples import figure_of, rate
+from autotune.probe.timing import COLD, Timer, synchronize, wall_seconds
 from autotune.units import GIB, MIB
 
 Direction = Literal["h2d", "d2h"]
@@ -21,6 +20,8 @@ _SWEEP_BYTES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB)
 _LARGE_BYTES = 256 * MIB  # large enough that neither latency nor a waking link shows
 _QUICK_SWEEP_BYTES = (16 * MIB, _LARGE_BYTES)
 _LONGEST_COPY_S = 0.15  # what would take longer is left out: some links are a hundredth of others
+_PINNED_SHARE, _PAGEABLE_SHARE = 0.4, 0.5  # of the time then left
+_MODULE_S = 0.05  # of pageable copies; module.to() takes up to five times as long
 _MODULE_ROUNDS = 3
 _LINK_POLLS = 5
 _POLLED_COPY_S = 0.02  # longer than NVML takes to answer
@@ -41,38 +42,42 @@ _LAYERS = (
 
 
 def measure_link(
-    device: torch.device,
+    timer: Timer,
     *,
     memory_bytes: int,
     uuid: str | None = None,
-    budget_s: float = 0.1,
     quick: bool = False,
 ) -> Link | None:
     """Copies both ways, pinned, pageable and by ``module.to()``; copies beside a kernel.
 
     Args:
-        device: A discrete CUDA device; others have no link of their own.
+        timer: For a discrete CUDA device; others have no link of their own. Large copies take its
+            budget, other sizes a quarter of it. When its deadline passes, the sizes not reached
+            are left out.
         memory_bytes: Memory that the buffers may take on the device, and each of them on the host.
         uuid: NVML's name of the device, to read the link's state while it is busy.
-        budget_s: About how long each of the large copies is measured; other sizes take a quarter.
         quick: Measure the large size alone, and nothing beside a kernel.
 
     Returns:
         ``None`` on anything but CUDA.
     """
-    if device.type != "cuda":
+    if timer.device.type != "cuda":
         return None
     sizes = _sizes(memory_bytes, quick)
-    sweep = tuple(
-        point for pinned in (True, False) for point in sweep_of(device, sizes, pinned, budget_s)
-    )
+    # Each kind of copy has a part of the time to itself, so that none eats up another's.
+    pinned = timer.within(timer.deadline.left_s * _PINNED_SHARE)
+    sweep = tuple(sweep_of(pinned, sizes, pinned=True))
     h2d = headline(sweep, "h2d", pinned=True)
-    generation, width = _link_in_copy(device, h2d, sizes[-1], uuid)
+    generation, width = _link_in_copy(timer, h2d, sizes[-1], uuid)
+    pageable = timer.within(timer.deadline.left_s * _PAGEABLE_SHARE)
+    sweep += tuple(sweep_of(pageable, sizes, pinned=False))
+    slower = headline(sweep, "h2d", pinned=False).value
     module_h2d, module_d2h = module_rates(
-        device,
-        min(_LARGE_BYTES, sizes[-1], int(h2d.value * _LONGEST_COPY_S)),
+        timer,
+        min(_LARGE_BYTES, sizes[-1], int(slower * _MODULE_S)),
         rounds=1 if quick else _MODULE_ROUNDS,
     )
+    beside = not quick and timer.deadline.leaves("copies beside a kernel")
     facts = nvml.gpu(uuid)
     return Link(
         pcie_generation_max=facts.pcie_generation_max if facts else None,
@@ -85,25 +90,27 @@ def measure_link(
         d2h_pageable_bytes_per_s=headline(sweep, "d2h", pinned=False),
         module_h2d_bytes_per_s=module_h2d,
         module_d2h_bytes_per_s=module_d2h,
-        overlap_fraction=None if quick else measure_overlap(device, memory_bytes, budget_s / 2),
+        overlap_fraction=measure_overlap(timer, memory_bytes) if beside else None,
         sweep=() if quick else sweep,
     )
 
 
-def sweep_of(
-    device: torch.device, sizes: tuple[int, ...], pinned: bool, budget_s: float
-) -> Iterator[TransferPoint]:
+def sweep_of(timer: Timer, sizes: tuple[int, ...], *, pinned: bool) -> Iterator[TransferPoint]:
     """Copies of every size both ways, smallest first, up to the first that would take too long."""
-    on_device = torch.empty(sizes[-1], dtype=torch.uint8, device=device)
+    on_device = torch.empty(sizes[-1], dtype=torch.uint8, device=timer.device)
     on_host = _host_buffer(sizes[-1], pinned)
     slower = float("inf")
     for size in sizes:
         if size / slower > _LONGEST_COPY_S:
             return
+        what = f"{'pinned' if pinned else 'pageable'} copies of {size // MIB} MiB and more"
+        # Both ways, a warm-up each, and three samples.
+        if size != sizes[0] and not timer.deadline.leaves(what, seconds=8 * size / slower):
+            return
         here, there = on_host[:size], on_device[:size]
-        budget = budget_s if size == min(_LARGE_BYTES, sizes[-1]) else budget_s / 4
-        out = copy_rate(there, here, device, budget)
-        back = copy_rate(here, there, device, budget)
+        share = 1.0 if size == min(_LARGE_BYTES, sizes[-1]) else 0.25
+        out = copy_rate(timer, there, here, share)
+        back = copy_rate(timer, here, there, share)
         yield TransferPoint("h2d", pinned, size, out)
         yield TransferPoint("d2h", pinned, size, back)
         slower = min(out.value, back.value)
@@ -120,22 +127,23 @@ def headline(sweep: tuple[TransferPoint, ...], direction: Direction, *, pinned: 
 
 
 def copy_rate(
-    target: torch.Tensor, source: torch.Tensor, device: torch.device, budget_s: float
+    timer: Timer, target: torch.Tensor, source: torch.Tensor, share: float = 1.0
 ) -> Figure:
     """Bytes per second of copying one tensor onto another."""
 
     def copy() -> torch.Tensor:
         return target.copy_(source, non_blocking=True)
 
-    return rate(time_call(copy, device, budget_s=budget_s), source.nbytes)
+    return rate(timer.time(copy, share), source.nbytes)
 
 
-def measure_overlap(device: torch.device, memory_bytes: int, budget_s: float) -> Figure | None:
+def measure_overlap(timer: Timer, memory_bytes: int) -> Figure | None:
     """How much of a pinned copy to the device hides behind a kernel (``Link.overlap_fraction``).
 
     The copy runs on a stream of its own, as diffusers' offloading with streams does it, beside
     matrix products that take about as long.
     """
+    device = timer.device
     size, side = min(_OVERLAPPED_BYTES, memory_bytes // 2), _OVERLAPPED_SIDE
     if 4 * side * side * 2 > memory_bytes // 2:
         return None
@@ -160,13 +168,11 @@ def measure_overlap(device: torch.device, memory_bytes: int, budget_s: float) ->
         multiply(times)
         computing.wait_stream(copying)
 
-    alone = time_call(copy, device, budget_s=budget_s).value
-    once = time_call(lambda: multiply(1), device, budget_s=budget_s).value
+    alone = timer.time(copy, share=0.5).value
+    once = timer.time(lambda: multiply(1), share=0.5).value
     times = max(1, min(1000, round(alone / once)))
-    computed = time_call(lambda: multiply(times), device, budget_s=budget_s).value
-    return overlap(
-        alone, computed, time_call(lambda: copy_beside(times), device, budget_s=budget_s)
-    )
+    computed = timer.time(lambda: multiply(times), share=0.5).value
+    return overlap(alone, computed, timer.time(lambda: copy_beside(times), share=0.5))
 
 
 def overlap(copy_s: float, compute_s: float, both: Figure) -> Figure:
@@ -176,23 +182,26 @@ def overlap(copy_s: float, compute_s: float, both: Figure) -> Figure:
         saved = (copy_s + compute_s - seconds) / min(copy_s, compute_s)
         return min(1.0, max(0.0, saved))
 
-    return Figure(fraction(both.value), tuple(fraction(sample) for sample in both.samples))
+    return figure_of([fraction(sample) for sample in both.samples], both.source, both.disturbances)
 
 
 def module_rates(
-    device: torch.device, memory_bytes: int, rounds: int = _MODULE_ROUNDS
+    timer: Timer, memory_bytes: int, rounds: int = _MODULE_ROUNDS
 ) -> tuple[Figure, Figure]:
     """Bytes per second of ``module.to(device)`` and of ``module.to("cpu")``, in turn.
 
     Pageable memory both ways, and a fresh host allocation for every tensor that returns: what
-    makes model offload so much slower than the link.
+    makes model offload so much slower than the link. The first round is warm-up; when the deadline
+    passes, the rounds so far are what counts.
     """
     module = offloadable_module(memory_bytes)
     size = sum(parameter.nbytes for parameter in module.parameters())
     out, back = [], []
     for _ in range(rounds + 1):
-        out.append(_seconds(lambda: module.to(device), device))
-        back.append(_seconds(lambda: module.to("cpu"), device))
+        out.append(wall_seconds(lambda: module.to(timer.device), timer.device))
+        back.append(wall_seconds(lambda: module.to("cpu"), timer.device))
+        if timer.deadline.left_s < out[-1] + back[-1]:
+            break
     return _rate_without_first(size, out), _rate_without_first(size, back)
 
 
@@ -225,33 +234,28 @@ def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
 
 
 def _rate_without_first(size: int, seconds: list[float]) -> Figure:
-    samples = tuple(size / second for second in seconds[1:])
-    return Figure(value=statistics.median(samples), samples=samples)
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
+    if len(seconds) == 1:
+        return figure_of([size / seconds[0]], COLD)
+    return figure_of([size / second for second in seconds[1:]])
 
 
 def _link_in_copy(
-    device: torch.device, rate_in_copy: Figure, memory_bytes: int, uuid: str | None
+    timer: Timer, rate_in_copy: Figure, memory_bytes: int, uuid: str | None
 ) -> tuple[int | None, int | None]:
     """The best link state seen while a copy runs: between copies the link may step down."""
     if uuid is None:
         return None, None
     size = max(MIB, min(_LARGE_BYTES, memory_bytes, int(rate_in_copy.value * _POLLED_COPY_S)))
     source = _host_buffer(size, pinned=True)
-    target = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty(size, dtype=torch.uint8, device=timer.device)
     states = []
     for _ in range(_LINK_POLLS):
         for _ in range(2):
             target.copy_(source, non_blocking=True)
         states.append(nvml.link_state(uuid))
-    synchronize(device)
+        if timer.deadline.has_passed:
+            break
+    synchronize(timer.device)
     return max((state for state in states if None not in state), default=(None, None), key=_order)
 
 

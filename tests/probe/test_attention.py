@@ -6,6 +6,7 @@ import logging
 import sys
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,15 +28,18 @@ from autotune.probe.attention import (
     sliced,
     vanilla,
 )
+from autotune.probe.deadline import Deadline
+from autotune.probe.timing import Timer
 
 CPU = torch.device("cpu")
+BRIEF = Timer(CPU, 0.001)
 SMALL = Shape(2, 4, 64, 48, 16)
 PLAIN: dict[str, attention.Attention] = {"sdpa": sdpa, "vanilla": vanilla, "sliced": sliced}
 
 
 def measure_one(name: str, call: attention.Attention, shape: Shape = SMALL) -> Any:
     with torch.no_grad():
-        (rate,) = measure_shape(shape, CPU, torch.float32, {name: call}, 0.001)
+        (rate,) = measure_shape(BRIEF, shape, torch.float32, {name: call})
     return rate
 
 
@@ -69,7 +73,7 @@ def test_vanilla_is_what_diffusers_computes() -> None:
 
 def test_rates_and_deviations() -> None:
     with torch.no_grad():
-        rates = measure_shape(SMALL, CPU, torch.float32, PLAIN, 0.002)
+        rates = measure_shape(BRIEF, SMALL, torch.float32, PLAIN)
     assert [rate.implementation for rate in rates] == list(PLAIN)
     for rate in rates:
         assert rate.error is None
@@ -174,18 +178,18 @@ def test_math_is_left_out_where_its_wide_scores_do_not_fit(
 ) -> None:
     called: list[set[str]] = []
     monkeypatch.setattr(
-        attention, "measure_shape", lambda shape, device, dtype, calls, share: called.append(calls)
+        attention, "measure_shape", lambda timer, shape, dtype, calls: called.append(calls)
     )
     monkeypatch.setattr(attention, "GPU_SHAPES", GPU_SHAPES[:1])
     for memory in (2 * GPU_SHAPES[0].score_bytes(2), 2 * GPU_SHAPES[0].score_bytes(4)):
         with pytest.raises(TypeError):  # nothing was measured
-            measure_attention(torch.device("cuda:0"), memory_bytes=memory)
+            measure_attention(Timer(torch.device("cuda:0")), memory_bytes=memory)
     assert ["sdpa_math" in calls for calls in called] == [False, True]
 
 
 def test_a_quick_look_compares_sdpa_with_xformers_once() -> None:
     with torch.no_grad():
-        rates = measure_attention(CPU, memory_bytes=1 << 30, budget_s=0.05, quick=True)
+        rates = measure_attention(BRIEF, memory_bytes=1 << 30, quick=True)
     assert [rate.implementation for rate in rates] == ["sdpa", "xformers"]
 
 
@@ -214,22 +218,59 @@ def test_messages_stay_one_short_line(message: str) -> None:
 
 
 def test_a_spent_budget_still_measures_the_first_shape() -> None:
+    spent = Timer(CPU, deadline=Deadline(0.0))
     with torch.no_grad():
-        rates = measure_attention(CPU, memory_bytes=1 << 30, budget_s=0.0)
+        rates = measure_attention(spent, memory_bytes=1 << 30)
     first = CPU_SHAPES[0]
-    assert {rate.implementation for rate in rates} == set(attention.implementations_on(CPU))
+    assert {rate.implementation for rate in rates} == {"sdpa", "vanilla", "xformers"}
     assert {(rate.q_tokens, rate.head_dim) for rate in rates} == {(first.q_tokens, first.head_dim)}
+    assert spent.deadline.left_out == (
+        "some kinds of attention over 256 tokens",
+        "attention over 256 tokens and more",
+    )
+
+
+def test_memory_that_a_probe_may_not_take_is_no_fault_of_the_implementation() -> None:
+    def greedy(*_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    timer = Timer(CPU, 0.001)
+    with torch.no_grad():
+        rates = measure_shape(timer, SMALL, torch.float32, PLAIN | {"vanilla": greedy})
+    assert [rate.implementation for rate in rates] == ["sdpa", "sliced"]
+    assert all(rate.error is None for rate in rates)
+    assert "more memory than a probe may take" in timer.deadline.left_out[0]
+
+
+def test_an_xformers_that_takes_too_long_to_import_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = tmp_path / "xformers"
+    slow.mkdir()
+    (slow / "__init__.py").write_text("import time\ntime.sleep(0.5)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    timer = Timer(CPU, deadline=Deadline(0.01))
+    with torch.no_grad():
+        rates = measure_shape(timer, SMALL, torch.float32, {"xformers": attention.xformers})
+    assert rates == []
+    assert "too long to import" in timer.deadline.left_out[0]
 
 
 @given(
-    st.sampled_from((*GPU_SHAPES, *CPU_SHAPES)), st.integers(0, 1 << 32), st.sampled_from((2, 4))
+    st.sampled_from((*GPU_SHAPES, *CPU_SHAPES)),
+    st.integers(0, 1 << 32),
+    st.sampled_from((2, 4)),
+    st.floats(1e6, 1e13),
 )
-def test_shapes_shrink_into_the_allowance(shape: Shape, memory: int, itemsize: int) -> None:
-    fitted = shape.fitted(memory, itemsize)
+def test_shapes_shrink_into_the_allowance(
+    shape: Shape, memory: int, itemsize: int, most_flops: float
+) -> None:
+    fitted = shape.fitted(memory, itemsize, most_flops)
     if fitted is None:
         assert 2 * shape.q_tokens * shape.kv_tokens * itemsize > memory
     else:
         assert 2 * fitted.score_bytes(itemsize) <= memory
+        assert fitted.flops <= most_flops or (fitted.batch, fitted.heads) == (1, 1)
         assert (fitted.q_tokens, fitted.head_dim) == (shape.q_tokens, shape.head_dim)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from autotune.probe import disk
+from autotune.probe.deadline import Deadline
 from autotune.probe.disk import measure_disk, model_cache
 
 MIB = 1 << 20
@@ -28,6 +29,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_WRITTEN_BYTES", 3 * MIB)
 
 
+def always() -> Deadline:
+    return Deadline(60.0)
+
+
 def test_the_largest_file_of_the_cache_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,16 +41,17 @@ def test_the_largest_file_of_the_cache_is_read(
     for size in (1, 3, 6):
         (blobs / f"{size}").write_bytes(bytes(size * MIB))
     (tmp_path / "link").symlink_to(blobs / "6")
-    assert disk._largest(tmp_path) == blobs / "6"
+    assert disk._largest(tmp_path, always()) == blobs / "6"
+    assert disk._largest(tmp_path, Deadline(0.0)) is None, "no time to look"
     monkeypatch.setattr(tempfile, "TemporaryFile", None)
-    figure = measure_disk(tmp_path)
+    figure = measure_disk(tmp_path, budget_s=60.0)
     assert figure is not None
     assert len(figure.samples) == 4, "no more than allowed"
     assert figure.value > 0
 
 
 def test_an_empty_cache_leaves_nothing_behind(tmp_path: Path) -> None:
-    figure = measure_disk(tmp_path / "hub" / "not-there-yet")
+    figure = measure_disk(tmp_path / "hub" / "not-there-yet", budget_s=60.0)
     assert figure is not None
     assert len(figure.samples) == 3
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,12 @@ from msgspec.structs import replace
 
 from autotune.probe import findings
 from autotune.probe.attention import XFORMERS_ABSENT
-from autotune.probe.findings import Noise, find
+from autotune.probe.findings import find
 from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Machine
+from autotune.probe.noise import STOLEN, Noise
 from autotune.probe.reference import load_machine
+from autotune.probe.samples import figure_of
+from autotune.probe.timing import UNSTEADY
 
 GIB = 1 << 30
 
@@ -57,8 +60,20 @@ def test_a_slow_link_has_a_likely_cause(
         pcie_generation_in_copy=generation,
     )
     text = told(replace(machine, link=link))
-    assert "6.2 GB/s of the 31.5 GB/s that PCIe 4 x16 promises" in text
+    assert "to the GPU reach 6.2 GB/s of the 31.5 GB/s that PCIe 4 x16 promises" in text
     assert cause in text
+
+
+def test_a_link_may_be_slow_one_way_only() -> None:
+    machine = gpu_machine()
+    assert machine.link is not None
+    link = replace(machine.link, d2h_pinned_bytes_per_s=Figure(value=3.1e9))
+    text = told(replace(machine, link=link))
+    assert "Pinned copies from the GPU reach 3.1 GB/s of the 31.5 GB/s" in text
+    assert "to the GPU" not in text
+    link = replace(link, h2d_pinned_bytes_per_s=Figure(value=6.2e9))
+    text = told(replace(machine, link=link))
+    assert "to the GPU reach 6.2 GB/s and from the GPU reach 3.1 GB/s of the 31.5 GB/s" in text
 
 
 def test_a_link_that_carries_what_it_promises_is_healthy_whatever_it_says() -> None:
@@ -133,11 +148,38 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_noise_is_admitted() -> None:
     machine = gpu_machine()
-    noisy = replace(machine.kernels.memory_bytes_per_s, samples=(1.0, 2.0, 3.0, 9.0))
+    noisy = figure_of([1.0, 2.0, 3.0, 9.0])
     machine = replace(machine, kernels=replace(machine.kernels, memory_bytes_per_s=noisy))
     assert "Unsteady while measured, twice (memory bandwidth)" in told(machine)
+    slightly = figure_of([1.0, 1.1, 1.2, 1.3], disturbances=(UNSTEADY,))
+    steadier = replace(machine, kernels=replace(machine.kernels, memory_bytes_per_s=slightly))
+    assert told(steadier) == "", "flagged in the file, not worth a sentence"
     assert "kept 7.5 of 8 cores busy" in told(machine, noise=Noise(foreign_cores=7.5))
     assert "cores busy" not in told(machine, noise=Noise(foreign_cores=2.0))
+
+
+def test_what_disturbed_a_figure_is_named_once() -> None:
+    machine = gpu_machine()
+    hot = ("hardware thermal slowdown",)
+    slow = {name: Figure(1.0, disturbances=hot) for name in "abcdef"}
+    kernels = replace(machine.kernels, matmul_flops_per_s=slow)
+    text = told(replace(machine, kernels=kernels))
+    assert text == (
+        "Hardware thermal slowdown while measured, twice (matmul a, matmul b, matmul c, matmul d "
+        "and 2 more): measure again when it is quiet."
+    )
+    device = replace(machine.device, throttle_reasons=hot)
+    text = told(replace(machine, kernels=kernels, device=device))
+    assert text == "The GPU was slowed down while it was measured: hardware thermal slowdown."
+    stolen = replace(machine.kernels, dispatch_s=Figure(1.0, disturbances=(STOLEN,)))
+    text = told(replace(machine, kernels=stolen), noise=Noise(stolen_cores=1.5))
+    assert "twice" not in text
+    assert "The hypervisor gave" in text
+
+
+def test_what_was_left_out_is_named() -> None:
+    text = told(gpu_machine(left_out=("float8 products", "copies beside a kernel")))
+    assert "Left out for want of time: float8 products; copies beside a kernel." in text
 
 
 def test_a_shared_machine_is_admitted() -> None:

@@ -20,8 +20,10 @@ from autotune.probe.kernels import (
     offload_hook_cost,
     random,
 )
+from autotune.probe.timing import Timer
 
 CPU = torch.device("cpu")
+BRIEF = Timer(CPU, 0.001)
 MIB = 1 << 20
 
 
@@ -29,7 +31,7 @@ def test_every_figure_of_the_cpu() -> None:
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.no_grad():
-        measured = measure_kernels(CPU, memory_bytes=64 * MIB, budget_s=0.005)
+        measured = measure_kernels(Timer(CPU, 0.005), memory_bytes=64 * MIB)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert set(measured.matmul_flops_per_s) == set(dtypes(CPU))
@@ -50,22 +52,22 @@ def test_the_cpu_is_measured_in_float32_and_never_in_float16() -> None:
 
 
 def test_a_dtype_that_a_kernel_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: torch.device, dtype: torch.dtype, *_: object) -> object:
+    def refuse(timer: Timer, dtype: torch.dtype, *_: object) -> object:
         if dtype is torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16'")
-        return matmul_rate(device, dtype, 64 * MIB, 0.001)
+        return matmul_rate(timer, dtype, 64 * MIB)
 
     both = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     monkeypatch.setattr(kernels, "dtypes", lambda device: both)
     monkeypatch.setattr(kernels, "matmul_rate", refuse)
     with torch.no_grad():
-        measured = measure_kernels(CPU, memory_bytes=32 * MIB, budget_s=0.001)
+        measured = measure_kernels(BRIEF, memory_bytes=32 * MIB)
     assert set(measured.matmul_flops_per_s) == {"float32"}
 
 
 def test_a_quick_look_measures_what_every_prediction_needs() -> None:
     with torch.no_grad():
-        measured = measure_kernels(CPU, memory_bytes=32 * MIB, budget_s=0.001, quick=True)
+        measured = measure_kernels(BRIEF, memory_bytes=32 * MIB, quick=True)
     assert set(measured.matmul_flops_per_s) == set(measured.convolution_flops_per_s) == {"float32"}
     assert measured.convolution_channels_last_flops_per_s == {}
     assert 0 < measured.dispatch_s.value < 1e-3
@@ -113,9 +115,9 @@ def test_narrow_products_follow_the_hardware(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(kernels, "matmul_rate", product)
     monkeypatch.setattr(kernels, "float8_rate", lambda *_: "figure")
-    assert set(narrow_products(torch.device("cuda:0"), MIB, 0.001)) == names
+    assert set(narrow_products(Timer(torch.device("cuda:0")), MIB)) == names
     assert used == ["high"] * (capability >= (8, 0))
-    assert narrow_products(CPU, MIB, 0.001) == {}
+    assert narrow_products(BRIEF, MIB) == {}
 
 
 def test_a_library_without_float8_has_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,26 +129,26 @@ def test_a_library_without_float8_has_no_float8(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "matmul_rate", refuse)
     monkeypatch.setattr(kernels, "float8_rate", refuse)
     untouched = precisions()
-    assert narrow_products(torch.device("cuda:0"), MIB, 0.001) == {}
+    assert narrow_products(Timer(torch.device("cuda:0")), MIB) == {}
     assert precisions() == untouched
 
 
 def test_float8_products_are_called_as_the_hardware_wants_them() -> None:
     """A CPU emulates the call: its operands and their layout are the same."""
     with torch.no_grad():
-        assert float8_rate(CPU, 4 * MIB, 0.001).value > 0
+        assert float8_rate(BRIEF, 4 * MIB).value > 0
 
 
 def test_the_offload_hook_runs_where_accelerate_is(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     state = torch.get_rng_state()
     with torch.no_grad():
-        figure = offload_hook_cost(CPU, 0.01)
+        figure = offload_hook_cost(BRIEF)
     assert figure is not None
     assert 0 < figure.value < 1
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    assert offload_hook_cost(CPU, 0.01) is None
+    assert offload_hook_cost(BRIEF) is None
 
 
 def test_buffers_respect_the_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +160,8 @@ def test_buffers_respect_the_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty_like(source)
 
     monkeypatch.setattr(torch, "empty_like", watch)
-    memory_rate(CPU, 48 * MIB, 0.001)
-    assert sizes == [24 * MIB]
+    memory_rate(BRIEF, 48 * MIB)
+    assert sizes == [16 * MIB, 24 * MIB]
 
 
 def test_random_repeats_itself() -> None:

@@ -22,7 +22,6 @@ from autotune.probe.measure import (
     _CONTEXT_ESTIMATE_BYTES,
     QUICK,
     _Context,
-    _Watch,
     machine_name,
     measure_machine,
 )
@@ -37,7 +36,8 @@ def measured() -> tuple[Machine, float, list[str]]:
     torch.manual_seed(3)
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
     start = time.perf_counter()
-    machine = measure_machine("cpu", progress=said.append)
+    # With time enough for everything, however busy this machine is; test_budget.py is about time.
+    machine = measure_machine("cpu", progress=said.append, budget_s=120)
     seconds = time.perf_counter() - start
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_float32_matmul_precision() == precision
@@ -45,11 +45,13 @@ def measured() -> tuple[Machine, float, list[str]]:
     return machine, seconds, said
 
 
-def test_it_takes_seconds(measured: tuple[Machine, float, list[str]]) -> None:
+def test_it_says_what_it_does_and_how_long_it_took(
+    measured: tuple[Machine, float, list[str]],
+) -> None:
     machine, seconds, said = measured
-    assert seconds <= 10
     assert machine.measured_in_s == pytest.approx(seconds, abs=1)
-    assert "attention" in said
+    assert {"memory", "float32 kernels", "attention", "disk"} <= set(said)
+    assert machine.left_out == ()
 
 
 def test_the_machine_is_complete(measured: tuple[Machine, float, list[str]]) -> None:
@@ -78,15 +80,6 @@ def test_a_quick_look_is_a_whole_machine() -> None:
     assert machine.kernels.matmul_flops_per_s["float32"].value > 0
     assert {rate.implementation for rate in machine.attention} == {"sdpa", "xformers"}
     assert msgspec.json.decode(msgspec.json.encode(machine), type=Machine) == machine
-
-
-def test_what_others_do_to_the_gpu_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[int | None] = [None, 12]
-    monkeypatch.setattr(devices.nvml, "busy_percent", lambda uuid: 37)
-    monkeypatch.setattr(devices.nvml, "others_percent", lambda uuid, since: shares.pop(0))
-    watch = _Watch(torch.device("cpu"))
-    assert watch.noise().gpu_percent == 37, "before the probe's own kernels"
-    assert watch.noise().gpu_percent == 12
 
 
 def test_it_survives_a_file(measured: tuple[Machine, float, list[str]]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from autotune.probe import transfers
 from autotune.probe.machine import Figure, TransferPoint
 from autotune.probe.pcie import line_rate
+from autotune.probe.timing import Timer
 from autotune.probe.transfers import (
     copy_rate,
     headline,
@@ -26,6 +27,7 @@ from autotune.probe.transfers import (
 )
 
 CPU = torch.device("cpu")
+BRIEF = Timer(CPU, 0.002)
 MIB = 1 << 20
 
 
@@ -38,13 +40,13 @@ def no_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_has_no_link() -> None:
-    assert measure_link(CPU, memory_bytes=MIB) is None
+    assert measure_link(BRIEF, memory_bytes=MIB) is None
 
 
 def test_a_copy_has_a_rate() -> None:
     source = torch.ones(MIB, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    assert copy_rate(target, source, CPU, 0.002).value > 0
+    assert copy_rate(BRIEF, target, source).value > 0
     assert torch.equal(target, source)
 
 
@@ -58,13 +60,13 @@ def test_the_module_is_as_large_as_allowed_and_draws_no_random_numbers() -> None
 
 
 def test_module_rates_leave_out_the_first_round() -> None:
-    out, back = module_rates(CPU, 8 * MIB)
+    out, back = module_rates(BRIEF, 8 * MIB)
     assert len(out.samples) == len(back.samples) == transfers._MODULE_ROUNDS
 
 
 @pytest.mark.usefixtures("no_pinning")
 def test_the_sweep_copies_every_size_both_ways() -> None:
-    points = tuple(sweep_of(CPU, (MIB, 4 * MIB), True, 0.004))
+    points = tuple(sweep_of(BRIEF, (MIB, 4 * MIB), pinned=True))
     assert [(p.direction, p.bytes) for p in points] == [
         ("h2d", MIB),
         ("d2h", MIB),
@@ -77,7 +79,7 @@ def test_the_sweep_copies_every_size_both_ways() -> None:
 @pytest.mark.usefixtures("no_pinning")
 def test_a_slow_link_is_not_swept_with_large_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "copy_rate", lambda *_: Figure(10.0 * MIB))
-    points = tuple(sweep_of(CPU, (MIB, 4 * MIB, 16 * MIB), False, 0.004))
+    points = tuple(sweep_of(BRIEF, (MIB, 4 * MIB, 16 * MIB), pinned=False))
     assert {point.bytes for point in points} == {MIB}
 
 
@@ -102,7 +104,7 @@ def test_sweeps_stay_within_the_allowance(memory: int, quick: bool) -> None:
 
 
 def test_a_link_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swept(device: Any, sizes: Any, pinned: bool, budget_s: float) -> Any:
+    def swept(timer: Any, sizes: Any, *, pinned: bool) -> Any:
         yield TransferPoint("h2d", pinned, sizes[-1], Figure(2.0 if pinned else 4.0))
         yield TransferPoint("d2h", pinned, sizes[-1], Figure(3.0 if pinned else 5.0))
 
@@ -112,13 +114,14 @@ def test_a_link_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "module_rates", lambda *_, **__: (Figure(6.0), Figure(7.0)))
     monkeypatch.setattr(transfers, "measure_overlap", lambda *_: Figure(0.9))
     monkeypatch.setattr(transfers.nvml, "gpu", lambda uuid: facts)
-    link = measure_link(torch.device("cuda:0"), memory_bytes=64 * MIB, uuid="GPU-x")
+    timer = Timer(torch.device("cuda:0"))
+    link = measure_link(timer, memory_bytes=64 * MIB, uuid="GPU-x")
     assert link is not None
     assert (link.h2d_pinned_bytes_per_s.value, link.d2h_pageable_bytes_per_s.value) == (2.0, 5.0)
     assert (link.module_h2d_bytes_per_s.value, link.overlap_fraction) == (6.0, Figure(0.9))
     assert (link.pcie_width_max, link.pcie_width_in_copy) == (16, 8)
     assert len(link.sweep) == 4
-    quick = measure_link(torch.device("cuda:0"), memory_bytes=64 * MIB, quick=True)
+    quick = measure_link(timer, memory_bytes=64 * MIB, quick=True)
     assert quick is not None
     assert quick.sweep == ()
     assert quick.overlap_fraction is None
@@ -128,9 +131,9 @@ def test_a_link_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     ("both", "fraction"), [(3.0, 0.0), (2.5, 0.5), (2.0, 1.0), (4.0, 0.0), (1.5, 1.0)]
 )
 def test_overlap_is_what_doing_both_at_once_saves(both: float, fraction: float) -> None:
-    figure = overlap(1.0, 2.0, Figure(both, (both, 3.0)))
+    figure = overlap(1.0, 2.0, Figure(both, (both, both, 3.0)))
     assert figure.value == pytest.approx(fraction)
-    assert figure.samples == (figure.value, 0.0)
+    assert figure.samples == (figure.value, figure.value, 0.0)
 
 
 @pytest.mark.usefixtures("no_pinning")
@@ -149,19 +152,19 @@ def test_a_copy_runs_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("computing"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     with torch.no_grad():
-        figure = measure_overlap(CPU, 4 * MIB, 0.002)
+        figure = measure_overlap(BRIEF, 4 * MIB)
     assert figure is not None
     assert 0 <= figure.value <= 1
     assert waits[:2] == [("copying", "computing"), ("computing", "copying")]
-    assert measure_overlap(CPU, 1, 0.002) is None
+    assert measure_overlap(BRIEF, 1) is None
 
 
 @pytest.mark.usefixtures("no_pinning")
 def test_the_link_state_in_copy_is_the_best_one_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     states = iter([(1, 16), (4, 16), (None, None), (4, 16), (3, 16)])
     monkeypatch.setattr(transfers.nvml, "link_state", lambda uuid: next(states))
-    assert transfers._link_in_copy(CPU, Figure(1e9), MIB, "GPU-x") == (4, 16)
-    assert transfers._link_in_copy(CPU, Figure(1e9), MIB, None) == (None, None)
+    assert transfers._link_in_copy(BRIEF, Figure(1e9), MIB, "GPU-x") == (4, 16)
+    assert transfers._link_in_copy(BRIEF, Figure(1e9), MIB, None) == (None, None)
 
 
 @pytest.mark.parametrize(

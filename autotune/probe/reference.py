@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -53,9 +55,24 @@ def read_machine(path: Path) -> Machine:
         reason = error.strerror or type(error).__name__
         hint = "check the path, or write one with `autotune probe --save FILE`"
         raise MachineError(f"cannot read the machine file {path}: {reason}", hint) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # not even text
         hint = "write one with `autotune probe --save FILE`"
         raise MachineError(f"{path} is not a machine file: {error}", hint) from error
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file can be written there, asked before the work that is to go into it.
+
+    Raises:
+        MachineError: it cannot.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise MachineError(f"cannot write {path}: it is a folder", "name a file in it")
+    if not folder.is_dir():
+        raise MachineError(f"cannot write {path}: there is no folder {folder}", "make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MachineError(f"cannot write {path}: no permission in {folder}", "choose another file")
 
 
 def write_machine(machine: Machine, path: Path) -> None:
@@ -69,7 +86,8 @@ def write_machine(machine: Machine, path: Path) -> None:
         temporary.write_bytes(encode_machine(machine))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror or type(error).__name__
         raise MachineError(f"cannot write {path}: {reason}", "choose another file") from error
 

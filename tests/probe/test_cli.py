@@ -122,7 +122,7 @@ def test_the_sweep_and_what_else_was_measured_are_shown() -> None:
     )
     link = replace(machine.link, sweep=sweep, overlap_fraction=Figure(0.93))
     host = replace(machine.host, disk_read_bytes_per_s=Figure(2.3e9))
-    rows = dict(probe_module._rows(replace(machine, link=link, host=host)))
+    rows = dict(probe_module._other_rows(replace(machine, link=link, host=host)))
     assert rows["  by size"] == "1 MiB 9.5, 1024 MiB 25.2 GB/s to device, pinned"
     assert rows["  overlap"] == "93% of a copy hides behind a kernel"
     assert rows["model cache"] == "read from disk at 2.3 GB/s"

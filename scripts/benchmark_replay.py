@@ -27,7 +27,7 @@ from torch import nn
 
 from autotune.probe.devices import choose_device
 from autotune.probe.replay import host_seconds_per_operator, replay
-from autotune.probe.timing import time_call
+from autotune.probe.timing import Timer, time_call
 from autotune.workload.trace import trace
 
 Make = Callable[[], nn.Module]
@@ -141,7 +141,8 @@ def measure(case: Case, device: torch.device, host_s: float) -> dict[str, Any]:
         weight=lambda o: o.count * (o.flops + o.bytes),
     )
     after = real_seconds(case, model, device)
-    kernels_s = sum(o.count * times[o.key].seconds for o in traced.operators if o.key in times)
+    timed = {key: time.seconds for key, time in times.items() if time.seconds is not None}
+    kernels_s = sum(o.count * timed.get(o.key, 0.0) for o in traced.operators)
     dispatch_s = host_s * traced.dispatches
     predicted = kernels_s + dispatch_s if device.type == "cpu" else max(kernels_s, dispatch_s)
     real = statistics.median((*before, *after))
@@ -149,7 +150,7 @@ def measure(case: Case, device: torch.device, host_s: float) -> dict[str, Any]:
         "case": case.name,
         "operators": traced.dispatches,
         "distinct": len(traced.operators),
-        "replayed": sum(o.key in times for o in traced.operators),
+        "replayed": sum(o.key in timed for o in traced.operators),
         "predicted_s": predicted,
         "real_s": real,
         "real_spread": (max(*before, *after) - min(*before, *after)) / real,
@@ -170,7 +171,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = choose_device(options.device)
-    host_s = host_seconds_per_operator(device).value
+    host = host_seconds_per_operator(Timer(device))
+    if host is None:
+        sys.exit("this machine is too busy to tell what an operator costs the host: try again")
+    host_s = host.value
     rows = []
     for case in CASES:
         rows.append(measure(case, device, host_s))

@@ -167,6 +167,9 @@ class Card:
         tf32: What cuDNN uses for float32 convolutions by PyTorch's default; ``None`` before Ampere.
         bfloat16: Whether the hardware multiplies it (at the float16 rate).
         memory: Bandwidth.
+        chip: Multiprocessors and the boost clock in MHz, from the same document; what the peaks
+            are computed from.
+        bus: Width in bits and the memory's clock in MHz, as the driver counts it: two transfers.
         total_mib: As the driver reports it.
         held_mib: What driver and desktop typically hold of it.
         module: GB/s of ``module.to()`` to the device and back.
@@ -185,6 +188,8 @@ class Card:
     held_mib: int
     context_mib: int
     capability: str
+    chip: tuple[int, int]
+    bus: tuple[int, int]
     pcie: tuple[int, int]
     watts: float
     module: tuple[float, float]
@@ -215,6 +220,8 @@ CARDS = (
         held_mib=512,
         context_mib=350,
         capability="8.6",
+        chip=(68, 1710),
+        bus=(320, 9501),
         pcie=(4, 16),
         watts=320,
         module=(2.4, 1.6),
@@ -233,6 +240,8 @@ CARDS = (
         held_mib=512,
         context_mib=330,
         capability="8.6",
+        chip=(28, 1777),
+        bus=(192, 7501),
         pcie=(4, 16),
         watts=170,
         module=(2.4, 1.6),
@@ -252,6 +261,8 @@ CARDS = (
         held_mib=256,
         context_mib=310,
         capability="8.6",
+        chip=(16, 1500),
+        bus=(128, 6001),
         pcie=(4, 8),
         watts=60,
         module=(2.0, 1.3),
@@ -271,6 +282,8 @@ CARDS = (
         held_mib=448,
         context_mib=400,
         capability="8.9",
+        chip=(24, 2460),
+        bus=(128, 8501),
         pcie=(4, 8),
         watts=115,
         module=(2.2, 1.5),
@@ -289,6 +302,8 @@ CARDS = (
         held_mib=640,
         context_mib=420,
         capability="8.9",
+        chip=(128, 2520),
+        bus=(384, 10501),
         pcie=(4, 16),
         watts=450,
         module=(3.0, 2.0),
@@ -307,6 +322,8 @@ CARDS = (
         held_mib=768,
         context_mib=500,
         capability="12.0",
+        chip=(170, 2407),
+        bus=(512, 14001),
         pcie=(5, 16),
         watts=575,
         module=(3.0, 2.0),
@@ -325,6 +342,8 @@ CARDS = (
         held_mib=384,
         context_mib=300,
         capability="7.5",
+        chip=(22, 1785),
+        bus=(192, 4001),
         pcie=(3, 16),
         watts=120,
         module=(2.0, 1.3),
@@ -348,6 +367,8 @@ CARDS = (
         held_mib=300,
         context_mib=300,
         capability="7.5",
+        chip=(40, 1590),
+        bus=(256, 5001),
         pcie=(3, 16),
         watts=70,
         module=(1.8, 1.2),
@@ -369,6 +390,8 @@ CARDS = (
         held_mib=560,
         context_mib=430,
         capability="8.0",
+        chip=(108, 1410),
+        bus=(5120, 1215),
         pcie=(4, 16),
         watts=400,
         module=(3.0, 2.0),
@@ -388,6 +411,8 @@ CARDS = (
         held_mib=640,
         context_mib=430,
         capability="8.0",
+        chip=(108, 1410),
+        bus=(5120, 1593),
         pcie=(4, 16),
         watts=400,
         module=(3.0, 2.0),
@@ -407,6 +432,8 @@ CARDS = (
         held_mib=560,
         context_mib=500,
         capability="9.0",
+        chip=(132, 1980),
+        bus=(5120, 2619),
         pcie=(5, 16),
         watts=700,
         module=(3.0, 2.0),
@@ -458,7 +485,7 @@ def machine_of(card: Card) -> Machine:
         link=_link(card),
         attention=tuple(_attention(card, kernels)),
         context_bytes=card.context_mib * MIB,
-        findings=(_free_memory_finding(card), *card.findings),
+        findings=_findings(card),
     )
 
 
@@ -490,6 +517,8 @@ def cpu_machine() -> Machine:
         held_mib=6 * 1024,
         context_mib=0,
         capability="",
+        chip=(0, 0),
+        bus=(0, 0),
         pcie=(0, 0),
         watts=0,
         module=(0, 0),
@@ -517,7 +546,10 @@ def cpu_machine() -> Machine:
         ),
         link=None,
         attention=tuple(_attention(replace(card, half=None), kernels, xformers=False)),
-        findings=("No GPU: the CPU does the work.",),
+        findings=(
+            "No GPU: the CPU does the work. Published figures, nothing measured; assumed are "
+            f"{card.host[0]} GiB of RAM, 80 % of it available.",
+        ),
     )
 
 
@@ -529,13 +561,18 @@ def _device(card: Card) -> Device:
         free_bytes=(card.total_mib - card.held_mib) * MIB,
         compute_capability=card.capability,
         power_limit_watts=card.watts,
+        power_limit_default_watts=card.watts,
+        multiprocessors=card.chip[0],
+        sm_clock_max_mhz=card.chip[1],
+        memory_bus_bits=card.bus[0],
+        memory_clock_max_mhz=card.bus[1],
     )
 
 
 def _host(ram_gib: int, cores: int) -> Host:
     total = ram_gib * GIB
     return Host(
-        cpu=f"assumed: {cores} cores",
+        cpu="assumed",
         cores=cores,
         ram_total_bytes=total,
         ram_available_bytes=int(total * 0.8),
@@ -562,11 +599,17 @@ def _link(card: Card) -> Link:
     )
 
 
-def _free_memory_finding(card: Card) -> str:
-    holder = "driver and desktop" if card.desktop else "the driver"
+def _findings(card: Card) -> tuple[str, ...]:
+    """Where the numbers come from that are no figures, and what is assumed."""
+    holder = "driver and desktop hold" if card.desktop else "the driver holds"
+    context, held = (format_bytes(size * MIB) for size in (card.context_mib, card.held_mib))
+    ram, cores = card.host
     return (
-        f"Published figures, nothing measured; free memory assumes that {holder} "
-        f"hold{'' if card.desktop else 's'} {format_bytes(card.held_mib * MIB)}."
+        "Published figures, nothing measured. Memory size, clocks, bus and power limit: "
+        f"{card.document.partition(' (')[0]}.",
+        f"Assumed: {holder} {held} of the memory, a CUDA context takes {context} (300 to 500 MiB "
+        f"on GPUs since 2018), and the host has {cores} cores and {ram} GiB, 80 % of it available.",
+        *card.findings,
     )
 
 

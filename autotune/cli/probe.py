@@ -75,6 +75,7 @@ DeepOption = Annotated[
 
 _REPLAY_BUDGET_S = 30.0
 _HOLDERS = 4  # processes named
+_LABELS = 13  # the width of the first column, in characters
 _SHORT = {"tensorfloat32": "tf32", "float8_e4m3fn": "float8"}
 
 
@@ -182,7 +183,7 @@ def print_machine(machine: Machine) -> None:
         out.print(_attention_table(machine))
         for name, error in _failed(machine.attention):
             out.print(f"{name}: {error}", style="dim", markup=False)
-    out.print(_grid(("•", finding) for finding in machine.findings))
+    out.print(_grid((("•", finding) for finding in machine.findings), label_width=1))
 
 
 def _plain(text: str) -> str:
@@ -200,11 +201,11 @@ def _origin(machine: Machine) -> str:
     return f"{name}, measured{took}"
 
 
-def _grid(rows: Iterable[tuple[str, str]]) -> Table:
+def _grid(rows: Iterable[tuple[str, str]], label_width: int = _LABELS) -> Table:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True, min_width=label_width)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, _plain(value))
@@ -252,7 +253,7 @@ def _rate_table(machine: Machine) -> Table:
     columns = [(title, values) for title, values in columns if values]
     factor, unit = _unit(max(v for _, values in columns for v in values.values()))
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(unit, no_wrap=True, style="dim")
+    table.add_column(unit, no_wrap=True, style="dim", min_width=_LABELS)
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for dtype in kernels.matmul_flops_per_s:
@@ -356,8 +357,9 @@ def _attention_table(machine: Machine) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("attention", "speed", "best rate", "extra memory"):
-        table.add_column(title, no_wrap=True, justify="left" if title == "attention" else "right")
+    table.add_column("attention", no_wrap=True, min_width=_LABELS)
+    for title in ("speed", "best rate", "extra memory"):
+        table.add_column(title, no_wrap=True, justify="right")
     table.add_column("")
     for name, speed in ranked(machine.attention):
         rates = [rate for rate in machine.attention if rate.implementation == name]

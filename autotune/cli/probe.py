@@ -29,7 +29,7 @@ from autotune.probe.pcie import line_rate
 from autotune.probe.peak import matmul_peak, memory_peak
 from autotune.probe.reference import check_writable, load_machine, write_machine
 from autotune.tuner import Ask, Measured
-from autotune.units import MIB, format_bytes, format_rate, format_seconds
+from autotune.units import GIB, MIB, format_bytes, format_rate, format_seconds
 from autotune.workload.architecture import Architecture, find_architecture
 from autotune.workload.cache import workload_of
 from autotune.workload.request import complete_request
@@ -217,7 +217,7 @@ def _device_rows(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "memory", _memory(machine)
     limits = ", ".join(_limits(device))
     if limits:
-        yield "limits", limits
+        yield "device", limits
     if device.kind == "cpu":
         yield "host", f"{host.cores} cores, {host.os}"
     else:
@@ -225,7 +225,9 @@ def _device_rows(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def _limits(device: Device) -> Iterator[str]:
-    """What the GPU may take and how fast it may run, and what slows it right now."""
+    """What runs the GPU, what it may take and how fast it may run, and what slows it right now."""
+    if device.driver is not None:
+        yield f"driver {device.driver}"
     if device.power_limit_watts is not None:
         usual = device.power_limit_default_watts
         lowered = usual is not None and usual > device.power_limit_watts
@@ -234,7 +236,7 @@ def _limits(device: Device) -> Iterator[str]:
     if device.sm_clock_max_mhz is not None:
         yield f"{device.sm_clock_max_mhz} MHz"
     if device.throttle_reasons:
-        yield f"held back by {' and '.join(device.throttle_reasons)}"
+        yield f"slowed by {' and '.join(device.throttle_reasons)}"
     if device.mig_enabled:
         yield "an instance of a split GPU (MIG)"
 
@@ -306,7 +308,7 @@ def _memory(machine: Machine) -> str:
     text = f"{format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}"
     held = [_held(process) for process in device.processes[:_HOLDERS]]
     if len(device.processes) > _HOLDERS:
-        held.append(f"{len(device.processes) - _HOLDERS} more")
+        held.append(f"and {len(device.processes) - _HOLDERS} more")
     return f"{text}; held by {', '.join(held)}" if held else text
 
 
@@ -329,12 +331,16 @@ def _link_rows(link: Link) -> Iterator[tuple[str, str]]:
     yield "from device", _copies(back, link.d2h_pageable_bytes_per_s, "")
     pinned = [point for point in link.sweep if point.pinned and point.direction == "h2d"]
     if pinned:
-        sizes = (f"{p.bytes // MIB} MiB {p.bytes_per_s.value / 1e9:.1f}" for p in pinned)
+        sizes = (f"{_size(p.bytes)} {p.bytes_per_s.value / 1e9:.1f}" for p in pinned)
         yield "  by size", f"{', '.join(sizes)} GB/s to device, pinned"
     if link.overlap_fraction is not None:
         yield "  overlap", f"{link.overlap_fraction.value:.0%} of a copy hides behind a kernel"
     to, from_ = link.module_h2d_bytes_per_s.value, link.module_d2h_bytes_per_s.value
     yield "module.to()", f"{_speed(to)} to device, {_speed(from_)} back"
+
+
+def _size(count: int) -> str:
+    return f"{count // MIB} MiB" if count < GIB else f"{count // GIB} GiB"
 
 
 def _bus(link: Link) -> str:

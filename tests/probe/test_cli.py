@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -16,12 +17,20 @@ from typer.testing import CliRunner
 from autotune import tuner
 from autotune.cli import machines
 from autotune.cli.env import env
+from autotune.cli.output import progress
 from autotune.cli.probe import probe, ranked
 from autotune.decide.corrections import replayable
 from autotune.errors import MachineError, ModelError, RequestError
-from autotune.probe import measure
-from autotune.probe.machine import Figure, Machine, OperatorTime, TransferPoint
-from autotune.probe.reference import load_machine, read_machine
+from autotune.probe import measure, reference
+from autotune.probe.machine import (
+    Device,
+    Figure,
+    GpuProcess,
+    Machine,
+    OperatorTime,
+    TransferPoint,
+)
+from autotune.probe.reference import check_writable, load_machine, read_machine
 
 RUNNER = CliRunner()
 probe_module = sys.modules[probe.__module__]
@@ -52,6 +61,8 @@ def test_probe_for_people_and_programs(tmp_path: Path) -> None:
     assert people.exit_code == 0, people.output
     assert "25.2 GB/s pinned of 31.5 GB/s (PCIe 4 x16)" in people.stdout
     assert "9.50 GiB free of 10.0 GiB" in people.stdout
+    assert "669.0 GB/s of 760.1 GB/s" in people.stdout
+    assert re.search(r"float16 +44.6 +59.5 +35.7 +38.7", people.stdout)
     assert read_machine(file) == load_machine("rtx-3080-10gb")
     programs = RUNNER.invoke(verb(probe), ["--json"])
     assert json.loads(programs.stdout)["name"] == "rtx-3080-10gb"
@@ -107,6 +118,7 @@ def test_deep_says_how_many_operators_were_timed(monkeypatch: pytest.MonkeyPatch
     timed, wanted = (int(number) for number in re.findall(r"\b(\d+) ", line)[:2])
     assert timed == -(-wanted // 2)
     assert "demo at 64x64" in line
+    assert re.search(r"rates stand in for \d+\.\d% of the work", line)
     programs = RUNNER.invoke(verb(probe), [*asked, "--json"])
     assert json.loads(programs.stdout)["operators"]
     assert programs.stderr.startswith("Timed")
@@ -123,9 +135,75 @@ def test_the_sweep_and_what_else_was_measured_are_shown() -> None:
     link = replace(machine.link, sweep=sweep, overlap_fraction=Figure(0.93))
     host = replace(machine.host, disk_read_bytes_per_s=Figure(2.3e9))
     rows = dict(probe_module._other_rows(replace(machine, link=link, host=host)))
-    assert rows["  by size"] == "1 MiB 9.5, 1024 MiB 25.2 GB/s to device, pinned"
+    assert rows["  by size"] == "1 MiB 9.5, 1 GiB 25.2 GB/s to device, pinned"
     assert rows["  overlap"] == "93% of a copy hides behind a kernel"
     assert rows["model cache"] == "read from disk at 2.3 GB/s"
+
+
+def shown(machine: Machine, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a person reads, on lines as long as they like."""
+    probe_module.print_machine(machine)
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_gpu_in_trouble_is_shown_with_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = load_machine("rtx-3080-10gb")
+    assert machine.link is not None
+    names = ("game.exe", "chrome", None, "Xorg", "other", "another")
+    held = tuple(GpuProcess(pid, pid << 20, name) for pid, name in enumerate(names, 100))
+    device = replace(
+        machine.device,
+        driver="575.51.03",
+        power_limit_watts=250.0,
+        throttle_reasons=("power cap", "hardware slowdown"),
+        processes=held,
+    )
+    link = replace(machine.link, pcie_generation_in_copy=4, pcie_width_in_copy=8)
+    kernels = replace(machine.kernels, launch_s=Figure(4.1e-6))
+    broken = "RuntimeError: no kernel [see]"
+    refused = tuple(
+        replace(rate, implementation="sdpa_cudnn", flops_per_s=None, error=broken)
+        for rate in machine.attention[:2]
+    )
+    machine = replace(
+        machine,
+        device=device,
+        link=link,
+        kernels=kernels,
+        attention=machine.attention + refused,
+        findings=("One [thing].", "Another."),
+    )
+    text = shown(machine, capsys)
+    assert "held by game.exe (PID 100) 100.0 MiB, chrome (PID 101) 101.0 MiB, a process" in text
+    assert "Xorg (PID 103) 103.0 MiB, and 2 more" in text
+    assert "driver 575.51.03, 250 W of 320 W, 1710 MHz, slowed by power cap and hardware" in text
+    assert "of 31.5 GB/s (PCIe 4 x16, running at 4 x8)" in text
+    assert "25.0 µs per operator of a model, 4.1 µs per bare operator" in text
+    assert text.count(f"sdpa_cudnn: {broken}") == 1
+    assert "• One [thing]. • Another." in text
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.mark.usefixtures("wide")
+def test_names_from_a_file_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = load_machine("t4-16gb")
+    device = replace(machine.device, name="A [bold]card[/bold]")
+    assert "A [bold]card[/bold]" in shown(replace(machine, device=device), capsys)
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_machine_that_knows_little_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = load_machine("rtx-3080-10gb")
+    device = Device(kind="xpu", name="Arc", total_bytes=8 << 30, free_bytes=4 << 30)
+    bare = replace(machine, device=device, link=None, attention=(), findings=())
+    text = shown(bare, capsys)
+    assert "4.00 GiB free of 8.00 GiB host" in text, "no row without facts"
+    assert " of " not in text.partition("memory rate")[2]
 
 
 def test_attention_is_ranked_shape_by_shape() -> None:
@@ -159,6 +237,47 @@ def test_a_broken_added_machine_does_not_hide_the_others(tmp_path: Path) -> None
     done = RUNNER.invoke(machines.app, ["--json"])
     assert json.loads(done.stdout)["machines"]
     assert "broken.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--save", "{folder}/absent/file.json"], "there is no folder"),
+        (["--save", "{folder}/locked/file.json"], "no permission"),
+        (["--deep", "demo", "--dtype", "float99"], "float99"),
+        (["--deep", "demo", "--height", "-8"], "height"),
+        (["--deep", "demo", "--batch", "0"], "batch"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(reference.os, "access", lambda path, mode: "locked" not in str(path))
+    monkeypatch.setattr(tuner, "machine_here", None)
+    monkeypatch.setattr(measure, "measure_machine", None)
+    done = RUNNER.invoke(verb(probe), [part.format(folder=tmp_path) for part in options])
+    assert isinstance(done.exception, (MachineError, RequestError))
+    assert message in str(done.exception)
+
+
+def test_a_folder_is_no_file_to_save_to(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="it is a folder"):
+        check_writable(tmp_path)
+
+
+def test_progress_is_shown_on_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, expected in ((io.StringIO(), ""), (Terminal(), "Measuring: float16 kernels …")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress("Measuring") as say:
+            assert (say is None) == (expected == "")
+            if say is not None:
+                say("float16 kernels")
+        assert expected in stream.getvalue()
 
 
 def test_unknown_machines_are_refused() -> None:

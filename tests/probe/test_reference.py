@@ -113,6 +113,12 @@ def test_broken_files_say_where(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(MachineError, match=where):
             load_machine(str(file))
+    file.write_bytes(b"\xff\xfe\x00not text")
+    with pytest.raises(MachineError, match="is not a machine file"):
+        load_machine(str(file))
+    file.write_text("[" * 100_000)
+    with pytest.raises(MachineError, match="is not a machine file"):
+        load_machine(str(file))
     with pytest.raises(MachineError, match="No such file"):
         load_machine(str(tmp_path / "absent.json"))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.probe.pretend import SlowClock
+
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).with_name("nvml_stub.c")
 
@@ -54,20 +56,6 @@ def under_driver(stub_folders: dict[str, Path]) -> UnderDriver:
         return json.loads(done.stdout)
 
     return run
-
-
-class SlowClock:
-    """A clock that moves only when told, and a little whenever somebody looks."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

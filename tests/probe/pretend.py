@@ -7,14 +7,56 @@ that it is seen to call what exists, in an order that works, and to end.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from autotune.probe import attention, host, kernels, transfers
+from autotune.probe.replay import UNET_MODULE
+
+
+class SlowClock:
+    """A clock that moves only when told, and a little whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def shrink(monkeypatch: Any) -> None:
+    """Makes everything that the probe computes small, and the CPU quiet.
+
+    Where time is that of a clock which a test moves, real seconds are only waited for.
+    """
+    importlib.import_module(UNET_MODULE)
+    importlib.import_module("accelerate")
+    monkeypatch.setattr(host, "_read_times", lambda: host._Times(0, 0, 0, 0))
+    shapes = tuple(replace(shape, q_tokens=16) for shape in attention.CPU_SHAPES)
+    for device in ("CPU", "GPU"):
+        monkeypatch.setattr(attention, f"{device}_SHAPES", shapes)
+        monkeypatch.setattr(kernels, f"_{device}_SIDES", (8, 16, 32))
+        monkeypatch.setattr(kernels, f"_{device}_IMAGES", (8, (4, 8)))
+        monkeypatch.setattr(kernels, f"_{device}_BUFFER", 2 << 20)
+    monkeypatch.setattr(kernels, "_SMALLEST_BUFFER", 1 << 20)
+    monkeypatch.setattr(transfers, "_OVERLAPPED_SIDE", 32)
+    monkeypatch.setattr(transfers, "_OVERLAPPED_BYTES", 1 << 20)
+    monkeypatch.setattr(transfers, "_SWEEP_BYTES", (1 << 20, 2 << 20, 4 << 20))
+    monkeypatch.setattr(transfers, "_QUICK_SWEEP_BYTES", (1 << 20, 2 << 20))
+    monkeypatch.setattr(transfers, "_LARGE_BYTES", 2 << 20)
+    monkeypatch.setattr(transfers, "_LAYERS", ((256, 256), (256, 512)))
 
 
 class SlowDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]

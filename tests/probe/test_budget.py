@@ -9,39 +9,24 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from autotune.probe import attention, deadline, disk, host, kernels, measure, transfers
+from autotune.probe import attention, deadline, disk, kernels, measure
 from autotune.probe.kernels import BARE
 from autotune.probe.machine import Machine
 from autotune.probe.measure import FULL_S, QUICK_S, measure_machine
 from autotune.probe.timing import COLD
-from tests.probe.pretend import SlowDevice, pretend
+from tests.probe.pretend import SlowDevice, pretend, shrink
 
 MIB = 1 << 20
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real seconds are not what is tested: nothing large is computed, nobody else is watched."""
-    monkeypatch.setattr(host, "_read_times", lambda: host._Times(0, 0, 0, 0))
-    shapes = tuple(replace(shape, q_tokens=16) for shape in attention.CPU_SHAPES)
-    for device in ("CPU", "GPU"):
-        monkeypatch.setattr(attention, f"{device}_SHAPES", shapes)
-        monkeypatch.setattr(kernels, f"_{device}_SIDES", (8, 16, 32))
-        monkeypatch.setattr(kernels, f"_{device}_IMAGES", (8, (4, 8)))
-        monkeypatch.setattr(kernels, f"_{device}_BUFFER", 2 * MIB)
-    monkeypatch.setattr(kernels, "_SMALLEST_BUFFER", MIB)
-    monkeypatch.setattr(transfers, "_OVERLAPPED_SIDE", 32)
-    monkeypatch.setattr(transfers, "_SWEEP_BYTES", (MIB, 2 * MIB, 4 * MIB))
-    monkeypatch.setattr(transfers, "_QUICK_SWEEP_BYTES", (MIB, 2 * MIB))
-    monkeypatch.setattr(transfers, "_LARGE_BYTES", 2 * MIB)
-    monkeypatch.setattr(transfers, "_LAYERS", ((256, 256), (256, 512)))
-    pytest.importorskip("diffusers.models.unets.unet_2d_condition")
+    shrink(monkeypatch)
 
 
 def probed(

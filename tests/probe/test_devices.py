@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from autotune.errors import MachineError
-from autotune.probe import attention, devices, kernels, live, transfers
+from autotune.probe import devices, live
 from autotune.probe.host import read_host
 from autotune.probe.machine import Machine
 from autotune.probe.measure import measure_machine
-from tests.probe.pretend import SlowDevice, pretend
+from tests.probe.pretend import SlowDevice, pretend, shrink
 
 GIB = 1 << 30
 FIRST = "GPU-11111111-aaaa-0000-0000-000000000000"
@@ -146,6 +146,67 @@ def test_a_gpu_that_is_lost_is_described_by_torch(under_driver: Any) -> None:
     assert "driver" not in facts
 
 
+# --- the whole probe of a pretended GPU, under the stub driver ------------------------------------
+
+WHOLE = """
+import sys, time, msgspec, pytest
+from autotune.probe import software
+from tests.probe.pretend import SlowClock, SlowDevice, pretend, shrink
+
+software.torch_build = lambda: {"cuda": "13.0"}
+with pytest.MonkeyPatch.context() as patch:
+    shrink(patch)
+    clock = SlowClock()
+    patch.setattr(time, "perf_counter", clock)
+    shown = pretend(patch, "cuda", ("NVIDIA GeForce RTX 3080",), (UUID.removeprefix("GPU-"),))
+    with shown, SlowDevice(clock.advance, SECONDS):
+        from autotune.probe.measure import measure_machine
+        machine = measure_machine()
+sys.stdout.buffer.write(msgspec.json.encode(machine))
+"""
+
+
+def whole(under_driver: Any, scenario: str, per_operator_s: float = 2e-3) -> Machine:
+    answer = under_driver(scenario, f"UUID, SECONDS = {FIRST!r}, {per_operator_s}\n{WHOLE}")
+    return msgspec.convert(answer, Machine)
+
+
+def test_the_whole_probe_of_a_quiet_gpu(under_driver: Any) -> None:
+    machine = whole(under_driver, "idle", 2e-4)
+    assert machine.name == "nvidia-geforce-rtx-3080"
+    assert machine.device.uuid == FIRST
+    assert machine.link is not None
+    assert (machine.link.pcie_generation_max, machine.link.pcie_width_in_copy) == (4, 16)
+    assert machine.link.overlap_fraction is not None
+    assert {point.pinned for point in machine.link.sweep} == {True, False}
+    kernels = machine.kernels
+    assert {"float32", "tensorfloat32", "float16", "bfloat16"} == set(kernels.matmul_flops_per_s)
+    assert set(kernels.convolution_channels_last_flops_per_s) == {"float32", "float16", "bfloat16"}
+    assert kernels.offload_hook_s is not None
+    assert kernels.dispatch_s.source == "measured"
+    assert machine.left_out == ()
+    assert kernels.memory_bytes_per_s.disturbances == ()
+    assert {"sdpa", "vanilla", "sliced", "sdpa_flash", "xformers"} <= {
+        rate.implementation for rate in machine.attention
+    }
+    refused = [rate for rate in machine.attention if rate.implementation == "sdpa_cudnn"]
+    assert all(rate.error for rate in refused), "kept with what it said"
+    assert not any("busy" in text or "slowed" in text for text in machine.findings)
+
+
+def test_the_whole_probe_of_a_hot_gpu_that_somebody_else_uses(under_driver: Any) -> None:
+    """Every figure is flagged with what disturbed it, and people are told once."""
+    machine = whole(under_driver, "desktop")
+    disturbed = ("other processes on the GPU", "software thermal slowdown")
+    assert machine.kernels.matmul_flops_per_s["float16"].disturbances[:2] == disturbed
+    assert machine.link is not None
+    assert machine.link.h2d_pinned_bytes_per_s.disturbances[:2] == disturbed
+    told = "\n".join(machine.findings)
+    assert told.count("slowed down while it was measured: software thermal slowdown") == 1
+    assert told.count("kept the GPU busy for up to 35 %") == 1
+    assert "Other processes hold 2.50 GiB" in told
+
+
 # --- CUDA where NVML is missing: a container without its "utility" capability ---------------------
 
 
@@ -184,25 +245,12 @@ def test_free_memory_without_nvml_is_torchs_of_now() -> None:
 # --- ROCm, XPU, MPS -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers.models.unets.unet_2d_condition")
-    monkeypatch.setattr(attention, "GPU_SHAPES", (attention.Shape(1, 2, 16, 16, 8),))
-    monkeypatch.setattr(kernels, "_GPU_SIDES", (8, 16))
-    monkeypatch.setattr(kernels, "_GPU_IMAGES", (8, (4, 8)))
-    monkeypatch.setattr(kernels, "_SMALLEST_BUFFER", 1 << 20)
-    monkeypatch.setattr(kernels, "_GPU_BUFFER", 1 << 20)
-    monkeypatch.setattr(transfers, "_SWEEP_BYTES", (1 << 20,))
-    monkeypatch.setattr(transfers, "_OVERLAPPED_SIDE", 32)
-    monkeypatch.setattr(transfers, "_LAYERS", ((64, 64),))
-
-
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["xpu", "mps", "rocm"])
 def test_other_devices_are_the_same_machine(
     monkeypatch: pytest.MonkeyPatch, slow_clock: Any, kind: str
 ) -> None:
     """Fields that do not exist there are absent, and nothing crashes."""
+    shrink(monkeypatch)
     if kind == "rocm":
         monkeypatch.setattr(torch.version, "hip", "6.4")
     with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from autotune.decide import attention
+from autotune.decide import attention, workspace
 from autotune.decide.attention import BYTES, Kernel
 from autotune.decide.corrections import Corrections
 from autotune.decide.merging import MATCHING_LAUNCHES, Matching, matching, merged, merges
@@ -86,8 +86,8 @@ class ForwardModel:
             memory += call.memory_s * operator.count
             host += launches * operator.count * self._machine.kernels.dispatch_s.value
             peak = max(peak, operator.live_bytes + own)
-            workspace = self._workspace(operator, execution.channels_last)
-            with_workspace = max(with_workspace, operator.live_bytes + workspace)
+            taken = workspace.convolution_bytes(self._machine, operator, execution.channels_last)
+            with_workspace = max(with_workspace, operator.live_bytes + taken)
         return ForwardCost(
             compute,
             memory,
@@ -148,30 +148,6 @@ class ForwardModel:
         if channels_last and operator.dtype in kernels.convolution_channels_last_flops_per_s:
             return kernels.convolution_channels_last_flops_per_s[operator.dtype].value
         return _rate(kernels.convolution_flops_per_s, operator.dtype)
-
-    def _workspace(self, operator: Operator, channels_last: bool) -> int:
-        """What an operator takes besides its tensors while memory is free.
-
-        Replay knows it. Otherwise: tensor cores take NHWC, so given NCHW, cuDNN converts input and
-        output in its workspace. It is no condition: where the workspace cannot be had, PyTorch
-        tries cuDNN's next plan.
-        """
-        if operator.kind != "convolution" or self._machine.device.kind != "cuda" or channels_last:
-            return 0
-        replayed = self._machine.operators.get(operator.key)
-        if replayed is not None and replayed.workspace_bytes is not None:
-            return replayed.workspace_bytes
-        if not self._has_tensor_cores(operator.dtype):
-            return 0
-        return operator.in_bytes + operator.out_bytes
-
-    def _has_tensor_cores(self, dtype: str) -> bool:
-        """GTX 16xx shares its capability with cards that have them: the rates tell them apart."""
-        rates = self._machine.kernels.matmul_flops_per_s
-        half = rates.get("float16") or rates.get("bfloat16")
-        if half is None or half.value < 2 * rates["float32"].value:
-            return False
-        return dtype != "float32" or float(self._machine.device.compute_capability or 0) >= 8.0
 
 
 def _rate(rates: dict[str, Figure], dtype: str) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from autotune.decide.allocator import rounding_bytes
 from autotune.decide.forward import ForwardCost
 from autotune.decide.prediction import LoadPrediction
 from autotune.errors import OptimizationError
@@ -61,6 +63,18 @@ class Weights:
         if run.component not in self._hooked:
             return self._staying
         return int(component.largest_leaf_bytes * _widening(component, run)) + self._staying
+
+    def rounding_bytes(self, run: ComponentRun, execution: Execution) -> int:
+        """What PyTorch's allocator counts for resident weights beyond their own bytes."""
+        if self._machine.device.kind != "cuda" or execution.placement == "sequential_offload":
+            return 0  # one leaf at a time is a block or two
+        if execution.placement == "device":
+            return sum(self._rounding.values())
+        return self._rounding[run.component]
+
+    @functools.cached_property
+    def _rounding(self) -> dict[str, int]:
+        return {c.name: rounding_bytes(c.tensor_bytes) for c in self._workload.components}
 
     def transfer_s(self, run: ComponentRun, execution: Execution, forward: ForwardCost) -> float:
         """Seconds that the run's weights take to cross, in the whole generation.

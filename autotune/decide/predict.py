@@ -7,20 +7,19 @@ the same from there (``scope.py``), since most candidate sets share them.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from autotune.decide.attention import Kernel
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import Budget, PhasePrediction, Prediction
 from autotune.decide.scope import reader
+from autotune.decide.workspace import library_bytes
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
 from autotune.units import MIB
 from autotune.workload.workload import ComponentRun, Phase, Trace, Workload
-
-CUBLAS_BYTES = int(8.125 * MIB)
-"""cuBLAS's workspace per handle and stream in PyTorch (4096 KiB × 2 + 16 KiB × 8)."""
 
 FRAGMENTATION = 0.10
 """Share of the activations that the caching allocator may lose in blocks it cannot reuse.
@@ -32,6 +31,14 @@ SEGMENT_BYTES = 20 * MIB
 
 ESTIMATE_MARGIN = 1.0
 """Share of the activations to keep free on top, where they are a guess from the weights."""
+
+
+class Path(NamedTuple):
+    """One forward as an execution runs it."""
+
+    trace: Trace
+    kernel: Kernel
+    channels_last: bool
 
 
 class Predictor:
@@ -112,7 +119,8 @@ class Predictor:
         launch = forward.launch_s * run.calls
         transfer = self._weights.transfer_s(run, execution, forward)
         activation = forward.activation_bytes
-        workspace = forward.workspace_bytes + self._fixed_bytes()
+        fixed = library_bytes(self.machine) + self._weights.rounding_bytes(run, execution)
+        workspace = forward.workspace_bytes + fixed
         margin = self._margin_bytes(activation)
         if run.is_estimated:
             margin += int(ESTIMATE_MARGIN * activation)
@@ -123,7 +131,7 @@ class Predictor:
             workspace_bytes=workspace,
             margin_bytes=margin,
             peak_bytes=resident + activation + workspace,
-            needed_bytes=resident + activation + self._fixed_bytes() + margin,
+            needed_bytes=resident + activation + fixed + margin,
             seconds=compute + memory + transfer + launch,
             compute_s=compute,
             memory_s=memory,
@@ -136,19 +144,10 @@ class Predictor:
             return 0  # malloc returns large blocks to the system
         return int(FRAGMENTATION * activation_bytes) + SEGMENT_BYTES
 
-    def _fixed_bytes(self) -> int:
-        return CUBLAS_BYTES if self.machine.device.kind == "cuda" else 0
-
     # ---- one forward ----------------------------------------------------------------------------
 
     def _forward(self, run: ComponentRun, execution: Execution) -> ForwardCost:
-        if run.role == "encoder":  # transformers' encoders bring their own attention
-            execution, kernel = Execution(), Kernel("sdpa")
-        elif run.role == "autoencoder":
-            execution = self._decoding(execution)
-            kernel = self._kernel(execution)
-        else:
-            kernel = self._kernel(execution)
+        execution, kernel = self._as_run(run, execution)
         key = (
             id(run),
             kernel,
@@ -158,9 +157,26 @@ class Predictor:
         )
         cost = self._forwards.get(key)
         if cost is None:
-            trace = self._trace(run, execution) if run.role == "autoencoder" else run.trace
+            trace = self._trace(run, execution)
             cost = self._forwards[key] = self._model.cost(trace, execution, kernel)
         return cost
+
+    def path(self, run: ComponentRun, execution: Execution) -> Path:
+        """What this run of the workload executes.
+
+        Raises:
+            OptimizationError: the execution needs a code path that was not traced.
+        """
+        execution, kernel = self._as_run(run, execution)
+        return Path(self._trace(run, execution), kernel, execution.channels_last)
+
+    def _as_run(self, run: ComponentRun, execution: Execution) -> tuple[Execution, Kernel]:
+        """What of an execution reaches this run, and its attention."""
+        if run.role == "encoder":  # transformers' encoders bring their own attention
+            return Execution(), Kernel("sdpa")
+        if run.role == "autoencoder":
+            execution = self._decoding(execution)
+        return execution, self._kernel(execution)
 
     def _decoding(self, execution: Execution) -> Execution:
         """What of an execution reaches the VAE: not slicing, whose setter it lacks, nor merging.
@@ -177,7 +193,7 @@ class Predictor:
         )
 
     def _trace(self, run: ComponentRun, execution: Execution) -> Trace:
-        variant = execution.decode_variant
+        variant = execution.decode_variant if run.role == "autoencoder" else ""
         if not variant or variant in run.variants:
             return run.variants.get(variant, run.trace)
         request = self.workload.request

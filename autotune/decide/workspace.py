@@ -1,0 +1,121 @@
+"""What CUDA's libraries take besides tensors: cuDNN for a convolution, cuBLAS for good.
+
+None of it decides whether something fits: where a workspace cannot be had, PyTorch goes down
+cuDNN's list of plans (``try_configs`` in ``aten/src/ATen/native/cudnn/Conv_v8.cpp``). It belongs to
+the peak.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import NamedTuple
+
+from autotune.probe.machine import Machine
+from autotune.units import MIB
+from autotune.workload.workload import Operator
+
+HALF_DTYPES = ("float16", "bfloat16")
+
+ADDRESSED_BYTES = 2**31
+"""What a signed 32-bit offset reaches. A convolution between larger 16-bit tensors is not given the
+engine that needs copies of both: FLUX.1's decode of 4, 8 and 16 images on an H100 peaks 2.0, 2.0
+and 1.88 GiB per image above the weights, that of one 2.4 (sayakpaul/diffusers-torchao)."""
+
+
+def library_bytes(machine: Machine) -> int:
+    """cuBLAS's workspace, which PyTorch allocates at the first product and keeps.
+
+    ``parseChosenWorkspaceSize`` in ``aten/src/ATen/cuda/CublasHandlePool.cpp``: 32 MiB from Hopper
+    on, 2 × 4096 + 8 × 16 KiB before.
+    """
+    if machine.device.kind != "cuda":
+        return 0
+    return 32 * MIB if _capability(machine) >= 9 else int(8.125 * MIB)
+
+
+def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool) -> int:
+    """Workspace of one convolution, while memory is free.
+
+    Replay knows it. Otherwise: cuDNN's tensor-core engines read NHWC, so that tensors laid out as
+    NCHW are copied. 16-bit engines write NHWC too (``..._nhwckrsc_nhwc_...`` in profiles): input,
+    filter and output are copied, as ten published decodes of Qwen-Image's VAE show to within
+    0.1 % (InvokeAI #9305, RTX 4090). TF32 ones write NCHW themselves (``..._nhwckrsc_nchw_...``):
+    only input and filter are, as SDXL's float32 decode does on an A100
+    (Hugging Face's simple_sdxl_optimizations).
+    """
+    if operator.kind != "convolution" or machine.device.kind != "cuda" or channels_last:
+        return 0
+    replayed = machine.operators.get(operator.key)
+    if replayed is not None and replayed.workspace_bytes is not None:
+        return replayed.workspace_bytes
+    if not _has_tensor_cores(machine, operator.dtype):
+        return 0
+    read = operator.in_bytes + operator.weight_bytes
+    writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(operator)
+    return read + operator.out_bytes if writes_nhwc else read
+
+
+def searched_bytes(operator: Operator) -> int:
+    """Workspace of cuDNN's tiled FFT, which ``torch.backends.cudnn.benchmark`` may find fastest.
+
+    ``CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING`` transforms input, output and *filter* in tiles of
+    32 × 32, complex in float32, half of which is symmetric. Where an image fills a tile the filter
+    dominates: 6.6 GiB for SD 1.5's 1280 × 1280. PyTorch 1's search is known to keep it
+    (onnxruntime's stable_diffusion README: 9 GB for SD 1.5 on three cards; PyTorch 2's does not).
+    Only for filters of more than one pixel and stride 1.
+    """
+    shape = _shape(operator.signature) if operator.kind == "convolution" else None
+    if shape is None or not shape.suits_tiles:
+        return 0
+    covered = TILE + 1 - shape.kernel
+    tiles = math.prod(-(-side // covered) for side in shape.sides)
+    maps = shape.batch * tiles * (shape.channels_in + shape.channels_out)
+    return (shape.channels_in * shape.channels_out + maps) * TILE * (TILE // 2 + 1) * COMPLEX_BYTES
+
+
+TILE, COMPLEX_BYTES = 32, 8
+
+
+class _Shape(NamedTuple):
+    batch: int
+    channels_in: int
+    channels_out: int
+    kernel: int
+    sides: tuple[int, ...]
+    stride: int
+
+    @property
+    def suits_tiles(self) -> bool:
+        is_plain = self.stride == 1 and 1 < self.kernel <= TILE
+        return is_plain and len(self.sides) == 2 and min(self.sides) >= TILE
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(signature: str) -> _Shape | None:
+    """Of a traced ``aten.convolution``; ``None`` where it is something else."""
+    try:
+        _, (image, weight, _, stride, *_), _ = json.loads(signature)
+        batch, channels_in, *sides = image["s"]
+        channels_out, _, *kernel = weight["s"]
+        return _Shape(batch, channels_in, channels_out, max(kernel), tuple(sides), max(stride))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _is_addressed(operator: Operator) -> bool:
+    return max(operator.in_bytes, operator.out_bytes) < ADDRESSED_BYTES
+
+
+def _has_tensor_cores(machine: Machine, dtype: str) -> bool:
+    """GTX 16xx shares its capability with cards that have them: the rates tell them apart."""
+    rates = machine.kernels.matmul_flops_per_s
+    half = rates.get("float16") or rates.get("bfloat16")
+    if half is None or half.value < 2 * rates["float32"].value:
+        return False
+    return dtype != "float32" or _capability(machine) >= 8
+
+
+def _capability(machine: Machine) -> float:
+    return float(machine.device.compute_capability or 0)

@@ -74,6 +74,7 @@ DeepOption = Annotated[
 ]
 
 _REPLAY_BUDGET_S = 30.0
+_SMALL_SHARE = 0.001  # of the work: an estimate of that does no harm
 _HOLDERS = 4  # processes named
 _LABELS = 13  # the width of the first column, in characters
 _SHORT = {"tensorfloat32": "tf32", "float8_e4m3fn": "float8"}
@@ -169,7 +170,9 @@ def _by_rates(measured: Measured, workload: Workload) -> str:
         is_timed = time is not None and time.seconds is not None
         seconds[is_timed] += operator.count * model.rate_seconds(operator)
     share = seconds[False] / max(sum(seconds.values()), 1e-12)
-    return f" (rates stand in for {share:.1%} of the work)" if share else ""
+    if share < _SMALL_SHARE:
+        return ""
+    return f" (rates stand in for the rest, {share:.1%} of the work)"
 
 
 def print_machine(machine: Machine) -> None:

@@ -62,5 +62,6 @@ def under_driver(stub_folders: dict[str, Path]) -> UnderDriver:
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
     """Stands in for the clock: what is slow by it takes no time at all in a test."""
     clock = SlowClock()
-    monkeypatch.setattr(time, "perf_counter", clock)
+    for name in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(time, name, clock)
     return clock

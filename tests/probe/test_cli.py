@@ -118,7 +118,7 @@ def test_deep_says_how_many_operators_were_timed(monkeypatch: pytest.MonkeyPatch
     timed, wanted = (int(number) for number in re.findall(r"\b(\d+) ", line)[:2])
     assert timed == -(-wanted // 2)
     assert "demo at 64x64" in line
-    assert re.search(r"rates stand in for \d+\.\d% of the work", line)
+    assert re.search(r"rates stand in for the rest, \d+\.\d% of the work", line)
     programs = RUNNER.invoke(verb(probe), [*asked, "--json"])
     assert json.loads(programs.stdout)["operators"]
     assert programs.stderr.startswith("Timed")

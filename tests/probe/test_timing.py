@@ -98,6 +98,16 @@ def test_work_that_goes_on_is_flagged_with_its_name(monkeypatch: pytest.MonkeyPa
     assert timed(monkeypatch, QUIET, QUIET, watch=watch).disturbances == (OTHERS_ON_GPU,)
 
 
+def test_of_two_series_beside_others_the_quicker_suffered_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = FakeWatch((OTHERS_ON_GPU,), (OTHERS_ON_GPU,))
+    slow = [2 * second for second in QUIET]
+    uneven = [1.0, 1.0, 1.1, 1.6]
+    figure = timed(monkeypatch, slow, uneven, watch=watch)
+    assert figure.samples == tuple(uneven)
+
+
 def test_a_series_of_ones_own_is_better_than_a_steady_one_beside_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import autotune.probe as _probe_package  # noqa: F401
 from autotune.errors import AutotuneError
 
 if TYPE_CHECKING:
+    from autotune.decide.choose import Limits
     from autotune.decide.plan import Plan
     from autotune.probe.machine import Machine
     from autotune.profile.profile import Profile
@@ -34,12 +35,14 @@ def configure(
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
+    frames: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     quality: str = "exact",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
 ) -> Tuned:
     """Configure a loaded diffusers pipeline in place, for this machine and this request.
@@ -48,13 +51,16 @@ def configure(
         pipe: A loaded pipeline; what was set on it by hand is kept.
         height: Pixels; the model's native size by default.
         width: Pixels; the model's native size by default.
-        batch: Images per call.
+        batch: Images (or videos) per call.
+        frames: Of a video; the model's native number by default.
         steps: Denoise steps; the pipeline's default when left out.
         guidance_scale: The pipeline's default when left out.
         quality: ``"exact"``, ``"high"``, ``"balanced"`` or ``"fast"``: what may change the image.
         only: Names of the only optimizations to consider.
         without: Names of optimizations to leave out.
         vram_limit: Most device memory to use, in bytes or as ``"5GiB"``.
+        call: Further arguments of the pipeline that decide what runs, such as
+            ``{"strength": 0.5, "max_sequence_length": 256}``; they are passed on when you draw.
         device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory.
 
     Returns:
@@ -66,9 +72,8 @@ def configure(
     """
     from autotune.tuner import configure_pipeline
 
-    ask = _ask(
-        height, width, batch, steps, guidance_scale, "auto", quality, only, without, vram_limit
-    )
+    limits = _limits(quality, only, without, vram_limit)
+    ask = _ask(height, width, batch, frames, steps, guidance_scale, "auto", limits, call)
     return configure_pipeline(pipe, ask, device)  # type: ignore[no-any-return]
 
 
@@ -78,6 +83,7 @@ def load(
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
+    frames: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     dtype: str = "auto",
@@ -85,6 +91,7 @@ def load(
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
 ) -> Tuned:
     """Plan before the weights are read, then load and configure the pipeline.
@@ -100,9 +107,8 @@ def load(
     """
     from autotune.tuner import load_tuned
 
-    ask = _ask(
-        height, width, batch, steps, guidance_scale, dtype, quality, only, without, vram_limit
-    )
+    limits = _limits(quality, only, without, vram_limit)
+    ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     return load_tuned(model, ask, device)  # type: ignore[no-any-return]
 
 
@@ -113,6 +119,7 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
+    frames: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     dtype: str = "auto",
@@ -120,6 +127,7 @@ def plan(
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    call: Mapping[str, bool | int | float | str] | None = None,
 ) -> Plan:
     """Decide for a model on this machine, or on another one that was recorded.
 
@@ -134,9 +142,8 @@ def plan(
     """
     from autotune.tuner import machine_here, make_plan
 
-    ask = _ask(
-        height, width, batch, steps, guidance_scale, dtype, quality, only, without, vram_limit
-    )
+    limits = _limits(quality, only, without, vram_limit)
+    ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     if machine is None:
         machine = machine_here().machine
     elif isinstance(machine, (str, Path)):
@@ -167,22 +174,28 @@ def profiles() -> tuple[Profile, ...]:
     return tuple(s.profile for s in list_profiles() if s.profile is not None)
 
 
+def _limits(
+    quality: str, only: Iterable[str], without: Iterable[str], vram_limit: int | str | None
+) -> Limits:
+    from autotune.decide.choose import Limits
+    from autotune.units import parse_bytes
+
+    limit = parse_bytes(vram_limit) if isinstance(vram_limit, str) else vram_limit
+    return Limits(quality=quality, only=tuple(only), without=tuple(without), vram_limit=limit)
+
+
 def _ask(
     height: int | None,
     width: int | None,
     batch: int,
+    frames: int | None,
     steps: int | None,
     guidance_scale: float | None,
     dtype: str,
-    quality: str,
-    only: Iterable[str],
-    without: Iterable[str],
-    vram_limit: int | str | None,
+    limits: Limits,
+    call: Mapping[str, bool | int | float | str] | None,
 ) -> Ask:
-    from autotune.decide.choose import Limits
     from autotune.tuner import Ask
-    from autotune.units import parse_bytes
 
-    limit = parse_bytes(vram_limit) if isinstance(vram_limit, str) else vram_limit
-    limits = Limits(quality=quality, only=tuple(only), without=tuple(without), vram_limit=limit)
-    return Ask(height, width, batch, steps, guidance_scale, dtype, limits)
+    options = dict(call or {})
+    return Ask(height, width, batch, steps, guidance_scale, dtype, limits, frames, options)

@@ -17,7 +17,7 @@ from autotune.decide.corrections import replayable
 from autotune.decide.forward import ForwardModel
 from autotune.decide.plan import Plan
 from autotune.decide.prediction import Prediction
-from autotune.errors import RequestError
+from autotune.errors import ModelError, RequestError
 from autotune.probe import nvml
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
@@ -27,10 +27,15 @@ from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
 from autotune.profile.staleness import stale_reasons
 from autotune.profile.store import load_profile, update_profile
 from autotune.runtime.account import shortage, ways_out
-from autotune.workload.architecture import Architecture, builtin_names, find_architecture
+from autotune.workload.architecture import (
+    DEMO,
+    Architecture,
+    builtin_names,
+    find_architecture,
+)
 from autotune.workload.cache import workload_of
 from autotune.workload.request import complete_request
-from autotune.workload.workload import Workload
+from autotune.workload.workload import Request, Workload
 
 log = logging.getLogger("autotune")
 
@@ -52,6 +57,7 @@ class Planned(NamedTuple):
     """A plan with what it was made from."""
 
     architecture: Architecture
+    machine: Machine
     workload: Workload
     plan: Plan
 
@@ -178,7 +184,7 @@ def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
         ModelError, RequestError, OptimizationError: see the stages.
     """
     architecture, workload = work_out(model, machine, ask)
-    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+    return Planned(architecture, machine, workload, choose(machine, workload, ask.limits))
 
 
 def plan_here(
@@ -197,7 +203,7 @@ def plan_here(
     if progress is not None:
         progress("the model's operators")
     machine = replayed(measured, workload, REPLAY_S).machine
-    return Planned(architecture, workload, choose(machine, workload, ask.limits))
+    return Planned(architecture, machine, workload, choose(machine, workload, ask.limits))
 
 
 def work_out(
@@ -214,9 +220,18 @@ def work_out(
     Raises:
         ModelError, RequestError: see the stages.
     """
-    check_limits(ask.limits)
+    check_ask(ask)
     architecture = find_architecture(model) if isinstance(model, str) else model
-    request = complete_request(
+    return architecture, workload_of(architecture, completed(architecture, machine, ask), pipe)
+
+
+def completed(architecture: Architecture, machine: Machine, ask: Ask) -> Request:
+    """The request with the model's own values where the user leaves them open.
+
+    Raises:
+        RequestError: the model cannot draw it.
+    """
+    return complete_request(
         architecture,
         machine,
         height=ask.height,
@@ -228,10 +243,47 @@ def work_out(
         frames=ask.frames,
         options=ask.options,
     )
-    return architecture, workload_of(architecture, request, pipe)
 
 
-def loadable(model: str) -> Architecture:
+_SAID_OTHERWISE = {
+    "height": "height",
+    "width": "width",
+    "num_frames": "frames",
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "batch",
+    "num_videos_per_prompt": "batch",
+    "prompt": "prompt",
+    "image": "image",
+    "mask_image": "mask",
+    "generator": "seed",
+}
+"""Arguments of pipelines that have an option of their own; guidance may have two."""
+
+
+def check_ask(ask: Ask) -> None:
+    """Refuse what is wrong whatever the model and the machine.
+
+    Raises:
+        RequestError: an unknown quality level, or an argument of the pipeline that has an option
+            of its own or is no plain value.
+        OptimizationError: an unknown name in ``only`` or ``without``.
+    """
+    check_limits(ask.limits)
+    for name, value in ask.options.items():
+        if name in _SAID_OTHERWISE:
+            option = _SAID_OTHERWISE[name]
+            raise RequestError(
+                f"the pipeline's {name} has an option of its own",
+                f"use --{option}, in Python {option}=",
+            )
+        if not isinstance(value, (bool, int, float, str)):
+            raise RequestError(
+                f"{name} is a {type(value).__name__}, and a plan is made for plain values",
+                "give a bool, an int, a float or a str here; pass others when you draw",
+            )
+
+
+def loadable(model: str | Architecture) -> Architecture:
     """The architecture of loadable weights: a built-in name stands for its hub repository.
 
     The repository may hold more than the built-in file (a safety checker, say), and a plan must be
@@ -240,18 +292,18 @@ def loadable(model: str) -> Architecture:
     Raises:
         ModelError: unknown, unreadable, or not to be had without a connection.
     """
-    architecture = find_architecture(model)
-    if model in builtin_names() and architecture.weights and "/" not in model and model != "demo":
-        found = find_architecture(architecture.weights)
-        return msgspec.structs.replace(
-            found,
-            name=model,
-            variant=architecture.variant,
-            half_dtype=architecture.half_dtype,
-            steps=architecture.steps,
-            guidance_scale=architecture.guidance_scale,
+    architecture = find_architecture(model) if isinstance(model, str) else model
+    if architecture.name not in builtin_names() or architecture.name == DEMO:
+        return architecture
+    if architecture.weights is None:
+        raise ModelError(
+            f"{architecture.name} has no weights of its own: its parts are in several repositories",
+            "load the pipeline in Python and give it to autotune.configure",
         )
-    return architecture
+    told = ("name", "variant", "half_dtype", "steps", "guidance_scale", "height", "width", "frames")
+    return msgspec.structs.replace(
+        find_architecture(architecture.weights), **{t: getattr(architecture, t) for t in told}
+    )
 
 
 def device_name(machine: Machine) -> str:

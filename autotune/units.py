@@ -32,7 +32,10 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``0.0123`` → ``"12.3 ms"``; ``83`` → ``"83.0 s"``."""
+    """``0.0123`` → ``"12.3 ms"``; ``83`` → ``"83.0 s"``; ``4674`` → ``"1 h 18 min"``."""
+    if abs(seconds) >= 600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
     if abs(seconds) >= 1:
         return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{seconds:.2f} s"
     if abs(seconds) >= 1e-3:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from autotune.cli.memory import MemoryAccount
+from autotune.cli.models import ModelAccount, ModelList
+from autotune.cli.run import RunReport
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.probe.machine import Machine
 from autotune.profile.profile import Profile
@@ -21,9 +24,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 
 SCHEMAS: dict[str, type[msgspec.Struct]] = {
     "machine.json": Machine,
+    "memory.json": MemoryAccount,
+    "model.json": ModelAccount,
+    "models.json": ModelList,
     "plan.json": Plan,
     "predict.json": PredictionReport,
     "profile.json": Profile,
+    "run.json": RunReport,
 }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autotune.cli.output import console
+from autotune.decide.breakdown import ComponentPrediction
 from autotune.decide.plan import Plan, PredictionReport
-from autotune.decide.prediction import Prediction
+from autotune.decide.prediction import Budget, PhasePrediction, Prediction
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import (
     compare,
     describe_bottleneck,
     describe_machine,
     describe_prediction,
+    describe_start,
     describe_workload,
     shortage,
     ways_out,
@@ -31,12 +33,19 @@ def escape(text: str) -> str:
     return escaped(text)
 
 
-def print_plan(plan: Plan) -> None:
+Parts = tuple[ComponentPrediction, ...]
+
+
+def print_plan(plan: Plan, parts: Parts) -> None:
     """The whole plan: facts, phases, reasons, what was left out."""
-    out = console()
-    out.print(_facts(plan))
-    out.print(phase_table(plan.prediction))
+    print_facts(plan)
+    console().print(phase_table(plan.prediction, parts))
     print_reasons(plan)
+
+
+def print_facts(plan: Plan) -> None:
+    """Machine, workload, bottleneck, the set, time and memory."""
+    console().print(_facts(plan))
 
 
 def print_reasons(plan: Plan) -> None:
@@ -45,24 +54,33 @@ def print_reasons(plan: Plan) -> None:
     if not plan.fits:
         out.print(f"[bold red]{shortage(plan)}[/]; try {ways_out(plan)}")
     out.print(_reason_table(plan))
-    for note in plan.notes:
-        out.print(f"[yellow]note[/] {escape(note)}")
+    print_notes(plan.notes)
 
 
-def print_report(report: PredictionReport) -> None:
+def print_notes(notes: tuple[str, ...]) -> None:
+    """What is estimated, kept or of no effect."""
+    for note in notes:
+        console().print(f"[yellow]note[/] {escape(note)}")
+
+
+def print_report(report: PredictionReport, parts: Parts) -> None:
     """The prediction of a given set."""
-    out = console()
+    print_report_facts(report)
+    console().print(phase_table(report.prediction, parts))
+    print_notes(report.notes)
+
+
+def print_report_facts(report: PredictionReport) -> None:
+    """Machine, workload, the set, time and memory."""
     names = ", ".join(map(str, report.optimizations)) or "nothing"
     grid = _grid()
     grid.add_row("machine", escape(describe_machine(report)))
     grid.add_row("workload", escape(describe_workload(report)))
     grid.add_row("with", names)
     grid.add_row("predicted", describe_prediction(report.prediction))
-    grid.add_row("fits", _fit(report.fits, report.prediction, report.budget_bytes))
-    out.print(grid)
-    out.print(phase_table(report.prediction))
-    for note in report.notes:
-        out.print(f"[yellow]note[/] {escape(note)}")
+    grid.add_row("fits", _fit(report))
+    _add_start(grid, report)
+    console().print(grid)
 
 
 def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
@@ -75,20 +93,31 @@ def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
         out.print("memory was checked in an earlier run; --verify always checks it again")
 
 
-def phase_table(prediction: Prediction) -> RenderableType:
-    """Memory and time per phase."""
-    table = _table("phase", "weights", "active", "workspace", "needed", "seconds", "bound by")
+def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
+    """Memory and time per phase, and per component where a phase has several."""
+    table = _table("phase", "weights", "active", "needed", "seconds", "bound by")
     binding = prediction.binding_phase.name
-    for p in prediction.phases:
-        mark = "◀" if p.name == binding else " "
-        table.add_row(
-            p.name,
-            *map(format_bytes, (p.resident_bytes, p.activation_bytes, p.workspace_bytes)),
-            format_bytes(p.needed_bytes) + mark,
-            format_seconds(p.seconds),
-            _bound(p.compute_s, p.memory_s, p.transfer_s, p.launch_s),
-        )
+    for phase in prediction.phases:
+        within = [p for p in parts if p.prediction.name == phase.name]
+        _add_phase(table, phase.name, phase, "▶ " if phase.name == binding else "")
+        if len(within) > 1:
+            for part in within:
+                _add_phase(table, f"  {part.label} ×{part.calls}", part.prediction, style="dim")
     return table
+
+
+def _add_phase(
+    table: Table, title: str, phase: PhasePrediction, mark: str = "", style: str = ""
+) -> None:
+    table.add_row(
+        title,
+        format_bytes(phase.resident_bytes),
+        format_bytes(phase.activation_bytes),
+        mark + format_bytes(phase.needed_bytes),
+        format_seconds(phase.seconds),
+        _bound(phase.compute_s, phase.memory_s, phase.transfer_s, phase.launch_s),
+        style=style,
+    )
 
 
 def _bound(*shares: float) -> str:
@@ -110,17 +139,28 @@ def _facts(plan: Plan) -> Table:
     grid.add_row("chosen", f"[bold green]{chosen}[/]")
     if plan.kept:
         grid.add_row("kept", ", ".join(map(str, plan.kept)))
-    plain_fits = plan.baseline.needed_bytes <= plan.budget_bytes
+    plain_fits = Budget(plan.budget_bytes, plan.host_budget_bytes).holds(plan.baseline)
     plain = describe_prediction(plan.baseline)
     grid.add_row("plain", plain if plain_fits else f"{plain}; does not fit")
     grid.add_row("planned", describe_prediction(plan.prediction))
-    grid.add_row("fits", _fit(plan.fits, plan.prediction, plan.budget_bytes))
+    grid.add_row("fits", _fit(plan))
+    _add_start(grid, plan)
     return grid
 
 
-def _fit(fits: bool, prediction: Prediction, budget: int) -> str:
-    need = f"needs {format_bytes(prediction.needed_bytes)} of {format_bytes(budget)} available"
-    return need if fits else f"[bold red]no[/]: {need}"
+def _fit(plan: Plan | PredictionReport) -> str:
+    needed, budget = plan.prediction.needed_bytes, plan.budget_bytes
+    need = f"needs {format_bytes(needed)} of {format_bytes(budget)} available"
+    host, available = plan.prediction.host_bytes, plan.host_budget_bytes
+    if available is not None and host > available:
+        need += f", {format_bytes(host)} of {format_bytes(available)} of host RAM"
+    return need if plan.fits else f"[bold red]no[/]: {need}"
+
+
+def _add_start(grid: Table, plan: Plan | PredictionReport) -> None:
+    start = describe_start(plan)
+    if start:
+        grid.add_row("start", start)
 
 
 def _reason_table(plan: Plan) -> Table:
@@ -165,5 +205,5 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in (0, 6) else "right")
+        table.add_column(column, justify="left" if index in (0, 5) else "right")
     return table

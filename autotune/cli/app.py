@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import warnings
 
 import click
 import typer
@@ -11,6 +13,7 @@ import typer
 from autotune import __version__
 from autotune.cli import machines, profile
 from autotune.cli.env import env
+from autotune.cli.models import models
 from autotune.cli.optimizations import optimizations
 from autotune.cli.plan import plan, predict
 from autotune.cli.probe import probe
@@ -31,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (run, probe, plan, predict, optimizations, env):
+for verb in (run, probe, plan, predict, models, optimizations, env):
     app.command()(verb)
 app.add_typer(profile.app, name="profile")
 app.add_typer(machines.app, name="machines")
@@ -48,6 +51,11 @@ def main() -> None:
     """Run the command line; every expected error ends in one line, a remedy and exit code 1."""
     for name, level in _QUIET.items():
         os.environ.setdefault(name, level)
+    # What libraries deprecate is for programmers, and no terminal's encoding is worth a traceback.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         # In standalone mode click would swallow Ctrl-C without a word.
         code = app(standalone_mode=False)

@@ -11,6 +11,8 @@ from autotune.tuner import (
     Ask,
     Measured,
     Planned,
+    check_ask,
+    completed,
     machine_here,
     make_plan,
     plan_here,
@@ -18,8 +20,11 @@ from autotune.tuner import (
     replayed,
     work_out,
 )
-from autotune.workload.architecture import Architecture
+from autotune.workload.architecture import Architecture, find_architecture
 from autotune.workload.workload import Workload
+
+ANY_MACHINE = "a100-80gb"
+"""A reference machine that computes every dtype, where it does not matter which it is."""
 
 
 def this_machine(device: str | None = None) -> Measured:
@@ -45,7 +50,9 @@ def plan_on(name: str | None, model: str, ask: Ask) -> Planned:
     """
     named = _named(name)
     if named is not None:
-        return make_plan(model, named, ask)
+        with progress("Tracing"):
+            return make_plan(model, named, ask)
+    check_request(find_architecture(model), ask)
     measured = this_machine()
     with progress("Planning: tracing and timing") as say:
         return plan_here(model, measured, ask, say)
@@ -59,11 +66,25 @@ def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Worklo
     """
     named = _named(name)
     if named is not None:
-        return named, work_out(model, named, ask)[1]
+        with progress("Tracing"):
+            return named, work_out(model, named, ask)[1]
+    check_request(find_architecture(model), ask)
     measured = this_machine()
     with progress("Tracing and timing"):
         workload = work_out(model, measured.machine, ask)[1]
         return replayed(measured, workload, REPLAY_S).machine, workload
+
+
+def check_request(architecture: Architecture, ask: Ask) -> None:
+    """Refuse what the model cannot draw on any machine, before this one is measured.
+
+    Raises:
+        RequestError, OptimizationError: see ``autotune.tuner``.
+    """
+    from autotune.probe.reference import load_machine
+
+    check_ask(ask)
+    completed(architecture, load_machine(ANY_MACHINE), ask)
 
 
 def _named(name: str | None) -> Machine | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Annotated
 
 import typer
@@ -12,7 +14,8 @@ from autotune.units import parse_bytes
 
 Height = Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")]
 Width = Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")]
-Batch = Annotated[int, typer.Option(help="Images per call.")]
+Batch = Annotated[int, typer.Option(help="Images or videos per call.")]
+Frames = Annotated[int | None, typer.Option(help="Of a video; the model's native number.")]
 Steps = Annotated[int | None, typer.Option(help="Denoise steps; the pipeline's default.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
@@ -23,6 +26,10 @@ Only = Annotated[str, typer.Option(help="Consider these optimizations alone (com
 Without = Annotated[str, typer.Option(help="Leave these optimizations out (comma-separated).")]
 VramLimit = Annotated[str | None, typer.Option(help="Most device memory to use, such as 5GiB.")]
 Device = Annotated[str | None, typer.Option(help="cuda:1, cpu, …; the GPU with most free memory.")]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="A further argument of the pipeline; repeatable."),
+]
 MachineName = Annotated[
     str | None, typer.Option("--machine", help="A reference machine or a JSON file; this machine.")
 ]
@@ -40,6 +47,34 @@ def make_limits(quality: str, only: str, without: str, vram_limit: str | None) -
         without=_names(without),
         vram_limit=None if vram_limit is None else _size(vram_limit),
     )
+
+
+def parse_call(items: list[str] | None) -> dict[str, bool | int | float | str]:
+    """``["strength=0.5", "clean_caption=true"]`` → names and plain values.
+
+    Raises:
+        RequestError: an item is no ``key=value``, or a key comes twice.
+    """
+    values: dict[str, bool | int | float | str] = {}
+    for item in items or ():
+        key, equals, text = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise RequestError(f"--call {item} is no KEY=VALUE", "write it like strength=0.5")
+        if key in values:
+            raise RequestError(f"--call {key} is given twice", "give it once")
+        values[key] = _plain_value(text)
+    return values
+
+
+def _plain_value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if math.isfinite(value):
+                return value
+    return text
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import typer
 
-from autotune.cli.machine import plan_on_this, this_machine
+from autotune.cli.machine import check_request, plan_on_this, this_machine
 from autotune.cli.options import (
     Batch,
+    Call,
     Device,
     Dtype,
+    Frames,
     Guidance,
     Height,
     Only,
@@ -29,8 +29,19 @@ from autotune.cli.options import (
     Width,
     Without,
     make_limits,
+    parse_call,
 )
-from autotune.cli.output import JsonFlag, print_json
+from autotune.cli.output import JsonFlag, print_json, progress
+from autotune.cli.outputs import check_suffix, files_for, save
+from autotune.cli.pictures import (
+    Size,
+    call_parameters,
+    picture_arguments,
+    pipeline_for,
+    read_picture,
+    size_for,
+)
+from autotune.decide.plan import Plan
 from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
 from autotune.tuner import (
@@ -43,23 +54,71 @@ from autotune.tuner import (
     was_verified,
 )
 from autotune.tuner import tuned as apply_plan
+from autotune.workload.architecture import Architecture, find_architecture
+from autotune.workload.request import native_request
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 DEMO_PROMPT = "a handwritten seven"
+MAX_FPS = 240
+
+
+class RunReport(Plan, frozen=True, kw_only=True):
+    """The ``--json`` contract of ``run``: the plan, and what came of it.
+
+    Attributes:
+        measured: Seconds and peak bytes by phase; no peak where memory was checked before.
+        images: Files written.
+        videos: The same for videos: files, or folders of frames.
+        seed: Draws the same again.
+    """
+
+    measured: tuple[PhaseMeasurement, ...]
+    images: tuple[str, ...]
+    videos: tuple[str, ...]
+    seed: int
+
+
+class Job(NamedTuple):
+    """What to draw, checked as far as that goes without weights.
+
+    Attributes:
+        architecture: With the pipeline that takes what is given.
+        size: Of what is drawn; ``None`` leaves a side to the model.
+        arguments: Of the pipeline, besides what is planned.
+        files: To write.
+        is_video: What is drawn.
+    """
+
+    architecture: Architecture
+    size: Size
+    arguments: dict[str, Any]
+    files: list[Path]
+    is_video: bool
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name.")] = "demo",
     prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to start from; it is scaled to what is drawn.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where the picture is to be drawn anew.")
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Image file; a batch is numbered.")
-    ] = Path("autotune.png"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="An image, .mp4, .webm or .gif; a folder for a video's frames."
+        ),
+    ] = None,
     height: Height = None,
     width: Width = None,
     batch: Batch = 1,
+    frames: Frames = None,
+    fps: Annotated[int, typer.Option(help="Frames per second of the video file.")] = 16,
     steps: Steps = None,
     guidance: Guidance = None,
+    call: Call = None,
     seed: Annotated[int | None, typer.Option(help="Makes the image repeatable.")] = None,
     dtype: Dtype = "auto",
     quality: Quality = "exact",
@@ -73,26 +132,36 @@ def run(
     ] = "auto",
     json: JsonFlag = False,
 ) -> None:
-    """Plan for this machine, load MODEL that way, draw an image."""
+    """Plan for this machine, load MODEL that way, draw.
+
+    MODEL is a hub id, a folder, or a name that `autotune models` lists.
+    """
     limits = make_limits(quality, only, without, vram_limit)
-    ask = Ask(height, width, batch, steps, guidance, dtype, limits)
-    if verify not in ("auto", "always", "never"):
-        raise RequestError(f"unknown --verify {verify!r}", "use auto, always or never")
-    files = _image_files(output, batch)
-    text = _prompt(model, prompt)
+    options = parse_call(call)
+    _check_choice(verify, fps)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
+    check_suffix(output)
+    pictures = _read_pictures(image, mask)
+    architecture = find_architecture(model)
+    with progress("Reading the pipeline"):
+        job = _job(architecture, prompt, negative_prompt, pictures, Size(height, width))
+        job = job._replace(files=files_for(output, job.is_video, batch))
+    ask = Ask(*job.size, batch, steps, guidance, dtype, limits, frames, options)
+    check_request(job.architecture, ask)
     measured = this_machine(device)
-    planned = plan_on_this(loadable(model), measured, ask)
+    planned = plan_on_this(job.architecture, measured, ask)
     require_fit(planned.plan)
     tuned = _load(planned, measured)
-    options = {"seed": seed, "negative_prompt": negative_prompt}
-    result, phases = tuned.measure(text, **options)
-    _save(result.images, files)
+    arguments = {"seed": seed, **job.arguments}
+    result, phases = tuned.measure(**arguments)
+    job = job._replace(files=save(result[0], job.files, fps))
+    if len(job.files) < batch:
+        typer.echo(f"warning: the pipeline drew {len(job.files)} of {batch}", err=True)
     check = verify == "always" or (verify == "auto" and not was_verified(measured, planned))
     if check and measured.machine.device.kind == "cpu":
-        phases = _add_peaks(tuned, phases, text, options)
+        phases = _add_peaks(tuned, phases, arguments)
     _remember(measured, planned, phases)
-    _report(planned, phases, files, seed, json)
+    _report(planned, phases, job, seed, json)
 
 
 def _remember(measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]) -> None:
@@ -108,112 +177,121 @@ def _load(planned: Planned, measured: Measured) -> Any:
 
     with _quiet_libraries():
         pipe = load_pipeline(planned.architecture, planned.plan)
+        pipe = _as_planned(pipe, planned.architecture.pipeline)
     shown = sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shown, desc="denoise", leave=False)
     return apply_plan(pipe, planned, measured)
 
 
+def _as_planned(pipe: Any, pipeline: str) -> Any:
+    """The same modules as the pipeline that starts from a picture, where that was planned."""
+    if type(pipe).__name__ == pipeline:
+        return pipe
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    auto = AutoPipelineForInpainting if "Inpaint" in pipeline else AutoPipelineForImage2Image
+    return auto.from_pipe(pipe)
+
+
 def _add_peaks(
-    tuned: Any, phases: tuple[PhaseMeasurement, ...], text: str, options: dict[str, Any]
+    tuned: Any, phases: tuple[PhaseMeasurement, ...], arguments: dict[str, Any]
 ) -> tuple[PhaseMeasurement, ...]:
     from autotune.runtime.tuned import with_peaks
 
     tuned.pipe.set_progress_bar_config(disable=True)
-    return with_peaks(phases, tuned.measure_peaks(text, **options))
+    return with_peaks(phases, tuned.measure_peaks(**arguments))
 
 
 def _report(
-    planned: Planned,
-    phases: tuple[PhaseMeasurement, ...],
-    files: list[Path],
-    seed: int,
-    json: bool,
+    planned: Planned, phases: tuple[PhaseMeasurement, ...], job: Job, seed: int, json: bool
 ) -> None:
     if json:
-        measured = [msgspec.to_builtins(m) for m in phases]
-        print_json({**planned.plan.to_dict(), "measured": measured, "images": files, "seed": seed})
+        files = tuple(map(str, job.files))
+        report = RunReport(
+            **{name: getattr(planned.plan, name) for name in planned.plan.__struct_fields__},
+            measured=phases,
+            images=() if job.is_video else files,
+            videos=files if job.is_video else (),
+            seed=seed,
+        )
+        print_json(report.to_dict())
         return
     from autotune.cli.account import escape, print_run
     from autotune.cli.output import console
 
     print_run(planned.plan, phases)
-    saved = ", ".join(map(str, files))
-    console().print(f"[bold]image[/] {escape(saved)} (seed {seed})", soft_wrap=True)
+    saved = ", ".join(map(str, job.files))
+    what = "video" if job.is_video else "image"
+    console().print(f"[bold]{what}[/] {escape(saved)} (seed {seed})", soft_wrap=True)
 
 
 # ---- what is checked before anything is measured or loaded ---------------------------------------
 
 
-def _prompt(model: str, prompt: str | None) -> str:
-    if prompt is not None:
-        return prompt
-    if model == "demo":
-        return DEMO_PROMPT
-    raise RequestError("there is no prompt", 'say what to draw: --prompt "a lighthouse at dusk"')
+def _job(
+    architecture: Architecture,
+    prompt: str | None,
+    negative_prompt: str | None,
+    pictures: tuple[Any, Any],
+    asked: Size,
+) -> Job:
+    """What to draw and with which pipeline; its class is looked at, its weights are not.
+
+    Raises:
+        ModelError: there are no weights to load.
+        RequestError: the pipeline does not take what is given, or needs more.
+    """
+    image, mask = pictures
+    pipeline = pipeline_for(architecture.pipeline, image is not None, mask is not None)
+    texts = _texts(architecture.name, pipeline, prompt, negative_prompt)
+    picture_arguments(pipeline, image, mask, Size(None, None))  # refuses before the hub is asked
+    is_video = native_request(architecture).frames > 1
+    found = msgspec.structs.replace(loadable(architecture), pipeline=pipeline)
+    size = size_for(found, image, asked)
+    scaled = picture_arguments(pipeline, image, mask, size)
+    return Job(found, size, {**texts, **scaled}, [], is_video)
+
+
+def _texts(
+    model: str, pipeline: str, prompt: str | None, negative_prompt: str | None
+) -> dict[str, str]:
+    """Prompts, as far as the pipeline takes them."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt}
+    if prompt is None and model == "demo":
+        given["prompt"] = DEMO_PROMPT
+    parameters = call_parameters(pipeline)
+    if given["prompt"] is None and (parameters is None or "prompt" in parameters):
+        raise RequestError(
+            "there is no prompt", 'say what to draw: --prompt "a lighthouse at dusk"'
+        )
+    texts = {name: text for name, text in given.items() if text is not None}
+    for name in texts:
+        if parameters is not None and name not in parameters:
+            option = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{pipeline} has no use for {option}", "leave it out")
+    return texts
+
+
+def _read_pictures(image: Path | None, mask: Path | None) -> tuple[Any, Any]:
+    if mask is not None and image is None:
+        raise RequestError("--mask says where to redraw a picture", "give the picture with --image")
+    return (
+        None if image is None else read_picture(image),
+        None if mask is None else read_picture(mask, "L"),
+    )
+
+
+def _check_choice(verify: str, fps: int) -> None:
+    if verify not in ("auto", "always", "never"):
+        raise RequestError(f"unknown --verify {verify!r}", "use auto, always or never")
+    if not 1 <= fps <= MAX_FPS:
+        raise RequestError(f"fps {fps} is out of range", f"use 1 to {MAX_FPS}")
 
 
 def _checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed {seed} is out of range", "use 0 to 2**63 - 1")
     return seed
-
-
-def _image_files(output: Path, batch: int) -> list[Path]:
-    """The files to write, after making sure that they can be written.
-
-    Raises:
-        RequestError: the folder is missing or not writable, or the suffix is no image format.
-    """
-    if output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise RequestError(
-            f"{output} is no image file name", f"end it in {', '.join(IMAGE_SUFFIXES)}"
-        )
-    folder = output.parent
-    if not folder.is_dir():
-        raise RequestError(f"there is no folder {folder}", f"mkdir -p {folder}")
-    if output.is_dir():
-        raise RequestError(f"{output} is a folder", "give a file name with -o")
-    _require_writable(folder)
-    if batch == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
-
-
-def _require_writable(folder: Path) -> None:
-    """Find out before the work, not after it."""
-    try:
-        handle, probe = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        Path(probe).unlink()
-    except OSError as error:
-        raise RequestError(
-            f"cannot write to {folder}: {error.strerror}", "choose another folder with -o"
-        ) from error
-
-
-def _save(images: list[Any], files: list[Path]) -> None:
-    """Write each image whole or not at all."""
-    for image, file in zip(images, files, strict=True):
-        try:
-            _save_one(image, file)
-        except OSError as error:
-            raise RequestError(
-                f"cannot write {file}: {error.strerror or error}",
-                "make room, or choose another folder with -o; the same --seed draws it again",
-            ) from error
-
-
-def _save_one(image: Any, file: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=file.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        image.save(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

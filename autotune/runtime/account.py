@@ -26,6 +26,8 @@ def explain_plan(plan: Plan) -> str:
 
 def describe_bottleneck(bottleneck: Bottleneck) -> str:
     """``"compute in denoise"``."""
+    if bottleneck.resource == "ram":
+        return "host RAM"
     return f"{_RESOURCES[bottleneck.resource]} in {bottleneck.phase}"
 
 

@@ -13,7 +13,7 @@ PROMPT = " ".join(["a"] * 50)
 """As long as people's prompts are. Most pipelines pad every prompt to one length; for the others
 this length is what is predicted."""
 
-_UPSCALED = {"StableDiffusionUpscalePipeline": 4, "StableDiffusionLatentUpscalePipeline": 2}
+UPSCALED = {"StableDiffusionUpscalePipeline": 4, "StableDiffusionLatentUpscalePipeline": 2}
 """How many times larger than the image given the image drawn is."""
 
 
@@ -22,7 +22,7 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     import torch
 
     parameters = inspect.signature(pipe.__call__).parameters
-    upscaled = _UPSCALED.get(type(pipe).__name__, 1)
+    upscaled = UPSCALED.get(type(pipe).__name__, 1)
     side = (request.height // upscaled, request.width // upscaled)
     guidance = request.guidance_scale
     wanted: dict[str, Any] = {

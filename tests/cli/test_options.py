@@ -1,0 +1,51 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import pytest
+
+from autotune.cli.options import make_limits, parse_call
+from autotune.errors import RequestError
+from autotune.tuner import Ask, check_ask
+
+
+def test_call_arguments_become_plain_values():
+    values = parse_call(
+        ["strength=0.5", "max_sequence_length=256", "clean_caption=False", "prompt_2=a=b", "e=1e3"]
+    )
+    assert values == {
+        "strength": 0.5,
+        "max_sequence_length": 256,
+        "clean_caption": False,
+        "prompt_2": "a=b",
+        "e": 1000.0,
+    }
+    assert [type(v) for v in values.values()] == [float, int, bool, str, float]
+    assert parse_call(None) == {}
+    assert parse_call(["x=nan", "y=inf", "z="]) == {"x": "nan", "y": "inf", "z": ""}
+
+
+@pytest.mark.parametrize("items", [["strength"], ["=1"], ["a b=1"], ["a=1", "a=2"]])
+def test_what_is_no_call_argument(items):
+    with pytest.raises(RequestError) as caught:
+        parse_call(items)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"height": 512}, "--height, in Python height="),
+        ({"num_inference_steps": 3}, "--steps"),
+        ({"num_videos_per_prompt": 3}, "--batch"),
+        ({"sigmas": [1.0]}, "plain value"),
+    ],
+)
+def test_arguments_that_are_said_otherwise(options, said):
+    with pytest.raises(RequestError, match=said):
+        check_ask(Ask(options=options))
+
+
+def test_limits():
+    limits = make_limits("high", "tome, xformers", "", "5GiB")
+    assert (limits.only, limits.vram_limit) == (("tome", "xformers"), 5 << 30)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from autotune.errors import RequestError
 from autotune.probe.machine import Machine
-from autotune.workload.architecture import Architecture
+from autotune.workload.architecture import Architecture, builtin_names
 from autotune.workload.workload import Request
 
 MAX_SIDE, MAX_BATCH, MAX_STEPS, MAX_FRAMES = 16384, 1024, 1000, 10_000
@@ -86,8 +86,11 @@ def native_request(architecture: Architecture) -> Native:
 
 
 def _native_frames(architecture: Architecture, defaults: _Defaults) -> int:
-    """1 for images; video pipelines take ``num_frames``, whose default may be the model's."""
-    if not defaults.takes("num_frames"):
+    """1 for images; video pipelines take ``num_frames``, whose default may be the model's.
+
+    Built-in files of video models say it themselves, so that diffusers need not be imported.
+    """
+    if architecture.name in builtin_names() or not defaults.takes("num_frames"):
         return 1
     frames = architecture.config("transformer").get("sample_frames") or USUAL_FRAMES
     return int(defaults.number("num_frames", frames))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import jsonschema  # type: ignore[import-untyped]
 import msgspec
@@ -126,3 +129,16 @@ def test_the_start_in_plain_words(monkeypatch):
         plan, workload=msgspec.structs.replace(plan.workload, frames=16), host_budget_bytes=None
     )
     assert describe_start(video) == "loading 12.0 s; first video 3.00 s more"
+
+
+def test_a_plan_that_is_traced_already_imports_no_torch():
+    said("plan", "sdxl", *ON)
+    done = subprocess.run(
+        [sys.executable, "-m", "autotune", "plan", "sdxl", *ON, "--explain", "memory"],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "diffusers", "transformers"}

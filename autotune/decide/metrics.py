@@ -8,15 +8,17 @@ replaying a trace's requests through a model of PyTorch's allocator.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
+from autotune.decide.placement import Weights
 from autotune.decide.predict import Path, Predictor
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import Component, ComponentRun, Operator
+from autotune.workload.workload import AttentionShape, Component, ComponentRun, Operator
 
 GENERATIONS, STEPS = 2, 2
 """What is replayed: by then the allocator has every segment that it will ever ask for."""
@@ -33,49 +35,48 @@ class Expected(NamedTuple):
     device_bytes: int
 
 
-def expected(predictor: Predictor, execution: Execution, *, searches: bool = False) -> Expected:
-    """The peaks of generations run in this way, after the first.
+def expected(predictor: Predictor, execution: Execution) -> Expected:
+    """The peaks of a few generations run in this way.
 
     Args:
         predictor: Of a CUDA machine.
         execution: How the pipeline runs.
-        searches: ``torch.backends.cudnn.benchmark`` is set, which PyTorch 1 lets take workspaces
-            that it would not take by itself.
 
     Raises:
+        DeviceMemoryError: it does not fit in the machine's free memory.
         OptimizationError: the execution needs a code path that was not traced.
     """
-    replay = _Replay(predictor, execution, searches)
-    replay.load()
+    pipeline = _Pipeline(predictor, execution)
+    pipeline.load()
     for _ in range(GENERATIONS):
-        replay.generate()
-    allocator = replay.allocator
+        pipeline.generate()
+    allocator = pipeline.allocator
     reserved = allocator.peak_reserved_bytes
     return Expected(
         allocator.peak_allocated_bytes, reserved, reserved + predictor.machine.context_bytes
     )
 
 
-class _Replay:
-    """Sends an allocator what a pipeline would."""
+class _Pipeline:
+    """Sends an allocator what a pipeline would. Token merging is left out: it takes little."""
 
-    def __init__(self, predictor: Predictor, execution: Execution, searches: bool) -> None:
+    def __init__(self, predictor: Predictor, execution: Execution) -> None:
         self.machine, self.workload = predictor.machine, predictor.workload
         self.allocator = CachingAllocator(_capacity(self.machine))
         self._predictor, self._execution = predictor, execution
-        self._searches = searches and _is_torch_1(self.machine)
         self._components = {c.name: c for c in self.workload.components}
         self._before = dict(
             zip(self.workload.offload_order[1:], self.workload.offload_order, strict=False)
         )
         self._hooked = {*self.workload.offload_order, *self.workload.offload_apart}
+        self._weights = Weights(self.machine, self.workload)
         self._here: dict[str, list[Block]] = {}
 
     def load(self) -> None:
         """Weights that stay, then cuBLAS's workspace."""
         is_whole = self._execution.placement == "device"
         for component in self.workload.components:
-            if is_whole or component.name not in self._hooked:
+            if is_whole or not self._hooks(component):
                 self._bring(component)
         self.allocator.allocate(workspace.library_bytes(self.machine))
 
@@ -91,7 +92,7 @@ class _Replay:
 
     def _run(self, run: ComponentRun) -> None:
         component = self._components[run.component]
-        if self._execution.placement == "model_offload" and run.component in self._hooked:
+        if self._execution.placement == "model_offload" and self._hooks(component):
             if run.component in self._before:
                 self._take_away(self._before[run.component])
             if run.component not in self._here:
@@ -99,16 +100,18 @@ class _Replay:
         if run.upcast_bytes and run.component in self._here:
             self._cast(component, 1 + run.upcast_bytes / component.weight_bytes)
         path = self._predictor.path(run, self._execution)
+        streamed = self._streamed(run)
         for _ in range(min(run.calls, STEPS)):
-            self._forward(path, component)
+            replay(self.allocator, self.machine, path, self._leaf_bytes(component))
+        if streamed is not None:
+            self.allocator.free(streamed)
         if run.upcast_bytes and run.component in self._here:
             self._cast(component, 1.0)
 
     # ---- weights --------------------------------------------------------------------------------
 
-    def _bring(self, component: Component, wider: float = 1.0) -> None:
-        sizes = component.tensor_bytes or (component.weight_bytes,)
-        self._here[component.name] = [self.allocator.allocate(int(s * wider)) for s in sizes]
+    def _bring(self, component: Component) -> None:
+        self._here[component.name] = [self.allocator.allocate(s) for s in _sizes(component)]
 
     def _take_away(self, name: str) -> None:
         for block in self._here.pop(name, ()):
@@ -118,66 +121,72 @@ class _Replay:
     def _cast(self, component: Component, wider: float) -> None:
         """``module.to(dtype)``: each tensor is made anew before the old one goes."""
         blocks = self._here[component.name]
-        sizes = component.tensor_bytes or (component.weight_bytes,)
-        for index, size in enumerate(sizes):
+        for index, size in enumerate(_sizes(component)):
             new = self.allocator.allocate(int(size * wider))
             self.allocator.free(blocks[index])
             blocks[index] = new
 
-    # ---- one forward ----------------------------------------------------------------------------
-
-    def _forward(self, path: Path, component: Component) -> None:
-        if not path.trace.timeline:  # not traced: a guess in one piece
-            self.allocator.use(path.trace.activation_bytes)
-            return
-        numbered: dict[int, Block] = {}
-        timed = iter(path.trace.timed)
-        count = 0
-        for event in path.trace.timeline:
-            if event > 0:
-                count += 1
-                numbered[count] = self.allocator.allocate(event)
-            elif event < 0:
-                self.allocator.free(numbered.pop(-event))
-            else:
-                self._call(path.trace.operators[next(timed)], path, component)
-        for block in numbered.values():
-            self.allocator.free(block)
-
-    def _call(self, operator: Operator, path: Path, component: Component) -> None:
-        leaf = self._sequential_leaf(component)
-        if operator.attention is not None:
-            _use_scores(self.allocator, path.kernel, operator)
-        else:
-            self._convolve(operator, path.channels_last)
-        if leaf is not None:
-            self.allocator.free(leaf)
-
-    def _convolve(self, operator: Operator, channels_last: bool) -> None:
-        """The first workspace in cuDNN's list that can be had."""
-        wanted = [workspace.convolution_bytes(self.machine, operator, channels_last)]
-        if self._searches:
-            wanted.insert(0, workspace.searched_bytes(operator))
-        for size in wanted:
-            try:
-                self.allocator.use(size)
-            except DeviceMemoryError:
-                continue
-            if size:
-                return
-
-    def _sequential_leaf(self, component: Component) -> Block | None:
-        """A layer's weights; accelerate empties the cache for every tensor that it places."""
+    def _leaf_bytes(self, component: Component) -> int:
         is_sequential = self._execution.placement == "sequential_offload"
-        if not is_sequential or component.name not in self._hooked:
+        return component.largest_leaf_bytes if is_sequential and self._hooks(component) else 0
+
+    def _streamed(self, run: ComponentRun) -> Block | None:
+        """Under group offload: the groups that are here at once, in one piece."""
+        if self._execution.placement != "group_offload":
             return None
-        self.allocator.release_cached()
-        return self.allocator.allocate(component.largest_leaf_bytes)
+        return self.allocator.allocate(self._weights.resident_bytes(run, self._execution))
+
+    def _hooks(self, component: Component) -> bool:
+        return component.name in self._hooked
 
 
-def _use_scores(allocator: CachingAllocator, kernel: Kernel, operator: Operator) -> None:
-    assert operator.attention is not None
-    own = attention.transient_bytes(kernel, operator.attention, operator.dtype)
+def replay(allocator: CachingAllocator, machine: Machine, path: Path, leaf_bytes: int = 0) -> None:
+    """Send an allocator what one forward requests, and take everything back at its end.
+
+    Args:
+        allocator: In whatever state.
+        machine: Whose libraries take workspaces.
+        path: The forward, weights being in place.
+        leaf_bytes: Of one layer's weights, where accelerate brings each when it is called; it
+            empties the cache for every tensor that it places.
+    """
+    trace = path.trace
+    if not trace.timeline:  # not traced: a guess in one piece
+        allocator.use(trace.activation_bytes)
+        return
+    blocks: dict[int, Block] = {}
+    timed, count = iter(trace.timed), 0
+    for event in trace.timeline:
+        if event > 0:
+            count += 1
+            blocks[count] = allocator.allocate(event)
+        elif event < 0:
+            allocator.free(blocks.pop(-event))
+        else:
+            _call(allocator, machine, trace.operators[next(timed)], path, leaf_bytes)
+    for block in blocks.values():
+        allocator.free(block)
+
+
+def _call(
+    allocator: CachingAllocator, machine: Machine, operator: Operator, path: Path, leaf_bytes: int
+) -> None:
+    leaf = None
+    if leaf_bytes:
+        allocator.release_cached()
+        leaf = allocator.allocate(leaf_bytes)
+    if operator.attention is not None:
+        _attend(allocator, path.kernel, operator.attention, operator.dtype)
+    else:
+        # Where a workspace cannot be had, PyTorch tries the next of cuDNN's plans.
+        with contextlib.suppress(DeviceMemoryError):
+            allocator.use(workspace.convolution_bytes(machine, operator, path.channels_last))
+    if leaf is not None:
+        allocator.free(leaf)
+
+
+def _attend(allocator: CachingAllocator, kernel: Kernel, shape: AttentionShape, dtype: str) -> None:
+    own = attention.transient_bytes(kernel, shape, dtype)
     if not kernel.writes_scores:
         allocator.use(own)
         return
@@ -186,9 +195,9 @@ def _use_scores(allocator: CachingAllocator, kernel: Kernel, operator: Operator)
     allocator.free(scores)
 
 
+def _sizes(component: Component) -> tuple[int, ...]:
+    return component.tensor_bytes or (component.weight_bytes,)
+
+
 def _capacity(machine: Machine) -> int:
     return max(0, machine.device.free_bytes - machine.context_bytes)
-
-
-def _is_torch_1(machine: Machine) -> bool:
-    return machine.software.get("torch", "").startswith("1.")

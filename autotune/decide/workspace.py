@@ -7,11 +7,6 @@ the peak.
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-from typing import NamedTuple
-
 from autotune.probe.machine import Machine
 from autotune.units import MIB
 from autotune.workload.workload import Operator
@@ -55,53 +50,6 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
     read = operator.in_bytes + operator.weight_bytes
     writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(operator)
     return read + operator.out_bytes if writes_nhwc else read
-
-
-def searched_bytes(operator: Operator) -> int:
-    """Workspace of cuDNN's tiled FFT, which ``torch.backends.cudnn.benchmark`` may find fastest.
-
-    ``CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING`` transforms input, output and *filter* in tiles of
-    32 × 32, complex in float32, half of which is symmetric. Where an image fills a tile the filter
-    dominates: 6.6 GiB for SD 1.5's 1280 × 1280. PyTorch 1's search is known to keep it
-    (onnxruntime's stable_diffusion README: 9 GB for SD 1.5 on three cards; PyTorch 2's does not).
-    Only for filters of more than one pixel and stride 1.
-    """
-    shape = _shape(operator.signature) if operator.kind == "convolution" else None
-    if shape is None or not shape.suits_tiles:
-        return 0
-    covered = TILE + 1 - shape.kernel
-    tiles = math.prod(-(-side // covered) for side in shape.sides)
-    maps = shape.batch * tiles * (shape.channels_in + shape.channels_out)
-    return (shape.channels_in * shape.channels_out + maps) * TILE * (TILE // 2 + 1) * COMPLEX_BYTES
-
-
-TILE, COMPLEX_BYTES = 32, 8
-
-
-class _Shape(NamedTuple):
-    batch: int
-    channels_in: int
-    channels_out: int
-    kernel: int
-    sides: tuple[int, ...]
-    stride: int
-
-    @property
-    def suits_tiles(self) -> bool:
-        is_plain = self.stride == 1 and 1 < self.kernel <= TILE
-        return is_plain and len(self.sides) == 2 and min(self.sides) >= TILE
-
-
-@functools.lru_cache(maxsize=4096)
-def _shape(signature: str) -> _Shape | None:
-    """Of a traced ``aten.convolution``; ``None`` where it is something else."""
-    try:
-        _, (image, weight, _, stride, *_), _ = json.loads(signature)
-        batch, channels_in, *sides = image["s"]
-        channels_out, _, *kernel = weight["s"]
-        return _Shape(batch, channels_in, channels_out, max(kernel), tuple(sides), max(stride))
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 def _is_addressed(operator: Operator) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 from autotune.demo import model_path
 from autotune.errors import ModelError, first_line
 from autotune.probe.machine import Value
+from autotune.workload.live import digest_of, dtype_of, modules_of, parts_of, pipeline_dtype
 
 DEMO = "demo"
 
@@ -25,13 +26,16 @@ DEMO = "demo"
 class ComponentConfig(Value, frozen=True):
     """One part: the library and class that ``model_index.json`` names, and its configuration.
 
-    ``dtype`` is empty for what runs in the request's dtype, as nearly everything does.
+    ``dtype`` is empty for what runs in the request's dtype, as nearly everything does. ``weights``
+    is a digest of a loaded part's parameters: adapters change them, and the configuration does not
+    say so.
     """
 
     library: str
     class_name: str
     config: dict[str, Any]
     dtype: str = ""
+    weights: str = ""
 
 
 class Architecture(Value, frozen=True):
@@ -115,19 +119,20 @@ def find_architecture(model: str) -> Architecture:
 
 
 def describe_pipeline(pipe: Any) -> Architecture:
-    """Read the architecture off a loaded diffusers pipeline."""
-    components = getattr(pipe, "components", {})
-    modules = {n: m for n, m in components.items() if hasattr(m, "parameters")}
+    """Read the architecture off a loaded pipeline: one of diffusers', or the user's own."""
+    components, modules = parts_of(pipe), modules_of(pipe)
     if not modules:
         raise ModelError(
             f"{type(pipe).__name__} holds no modules",
             "give a diffusers pipeline, such as DiffusionPipeline",
         )
     name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+    index = dict(getattr(pipe, "config", None) or {})
+    usual = pipeline_dtype(pipe)
     return Architecture(
         name=name,
         pipeline=type(pipe).__name__,
-        components={n: _describe_module(pipe, n, m) for n, m in modules.items()},
+        components={n: _describe_module(index.get(n), m, usual) for n, m in modules.items()},
         schedulers={
             n: ComponentConfig("diffusers", type(c).__name__, _plain(c.config))
             for n, c in components.items()
@@ -138,7 +143,7 @@ def describe_pipeline(pipe: Any) -> Architecture:
             for n, c in components.items()
             if hasattr(c, "model_max_length")
         },
-        options=_options(dict(pipe.config)),
+        options=_options(index),
         weights=name,
     )
 
@@ -162,17 +167,33 @@ def _options(index: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(config: Any) -> dict[str, Any]:
     """Configurations hold dtypes and enums here and there; a trace needs what JSON can carry."""
-    values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    try:
+        values = json.loads(json.dumps(dict(config), default=str))
+    except (TypeError, ValueError, RecursionError):  # a module of the user's own holds anything
+        return {}
     return {k: v for k, v in values.items() if not k.startswith("_")}
 
 
-def _describe_module(pipe: Any, name: str, module: Any) -> ComponentConfig:
-    # The pipeline notes what save_pretrained would write: classes such as the safety checker are
-    # found in their pipeline's folder only.
-    library, class_name = pipe.config[name]
+def _describe_module(entry: Any, module: Any, usual: str) -> ComponentConfig:
+    """What ``save_pretrained`` would write, and what differs from it.
+
+    Args:
+        entry: Library and class as the pipeline notes them: classes such as the safety checker are
+            found in their pipeline's folder only. It knows nothing of what it never registered.
+        module: As it is loaded.
+        usual: The dtype of the pipeline.
+    """
+    cls = type(module)
+    library, class_name = entry if entry and entry[0] else (cls.__module__, cls.__name__)
     config = getattr(module, "config", {})
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return ComponentConfig(library=library, class_name=class_name, config=_plain(plain))
+    dtype = dtype_of(module)
+    return ComponentConfig(
+        library=library,
+        class_name=class_name,
+        config=_plain(config.to_dict() if hasattr(config, "to_dict") else config),
+        dtype="" if dtype == usual else dtype,
+        weights=digest_of(module),
+    )
 
 
 def _looks_like_path(model: str) -> bool:

@@ -1,15 +1,18 @@
 """Traces, kept on disk: the same model at the same size is not traced twice.
 
 A file is named after everything that decides its content, so it can never be stale, only unused;
-the oldest are removed when there are too many. Losing one costs a second.
+the oldest are removed when there are too many. Losing one costs a second. What runs code of the
+user's own is traced each time: nothing says which version that is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,14 @@ import msgspec
 from autotune.errors import ProfileError
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
+from autotune.workload.live import has_own_code
 from autotune.workload.workload import Request, Workload
 
-MAX_FILES = 256
+MAX_FILES, MAX_BYTES = 256, 128 << 20
+"""SDXL's traces take a quarter of a megabyte, a video's with its tiles a few."""
+
+_ABANDONED_S = 3600
+"""A file that is still being written after an hour never will be finished."""
 
 
 def workload_of(architecture: Architecture, request: Request, pipe: Any = None) -> Workload:
@@ -36,7 +44,8 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
         ModelError: the model cannot be traced.
         RequestError: its pipeline refuses the request.
     """
-    path = _path(architecture, request)
+    is_lasting = pipe is None or not has_own_code(pipe)
+    path = _path(architecture, request) if is_lasting else None
     workload = _read(path) if path else None
     if workload is None:
         from autotune.workload.phases import trace_workload
@@ -109,6 +118,17 @@ def _write(path: Path, workload: Workload) -> None:
 
 
 def _prune(folder: Path) -> None:
-    files = sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
-    for file in files[MAX_FILES:]:
-        file.unlink(missing_ok=True)
+    """Keep the newest; other processes may be doing the same."""
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append((file.stat(), file))
+    total = kept = 0
+    for status, file in sorted(found, key=lambda f: f[0].st_mtime, reverse=True):
+        if file.suffix == ".tmp":
+            if status.st_mtime < time.time() - _ABANDONED_S:
+                file.unlink(missing_ok=True)
+            continue
+        total, kept = total + status.st_size, kept + 1
+        if kept > MAX_FILES or total > MAX_BYTES:
+            file.unlink(missing_ok=True)

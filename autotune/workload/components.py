@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import ComponentConfig
+from autotune.workload.live import COMPUTED_IN, dtype_of
 from autotune.workload.workload import Component
 
 
 def meta_module(
-    name: str, component: ComponentConfig, dtype: torch.dtype, live: Mapping[str, Any]
+    name: str, component: ComponentConfig, dtype: torch.dtype, live: Mapping[str, nn.Module]
 ) -> nn.Module:
     """A component on the meta device: from its configuration, else like the loaded one.
 
@@ -32,25 +34,59 @@ def meta_module(
     loaded = live.get(name)
     if loaded is None:
         return build_on_meta(name, component, dtype)
-    try:
-        built = build_on_meta(name, component, dtype)
-    except ModelError:
-        return like_on_meta(loaded)
-    return built if _shapes(built) == _shapes(loaded) else like_on_meta(loaded)
+    made = None
+    with contextlib.suppress(ModelError):
+        made = build_on_meta(name, component, dtype)
+    if made is None or not _is_like(made, loaded):
+        made = like_on_meta(loaded)
+    _take_dtypes(made, loaded, dtype)
+    return made
 
 
-def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [p.shape for p in module.parameters()]
+def _is_like(made: nn.Module, loaded: nn.Module) -> bool:
+    """Whether both have the same parameters; what is packed may have any shape."""
+    mine, theirs = dict(made.named_parameters()), dict(loaded.named_parameters())
+    return mine.keys() == theirs.keys() and all(
+        is_packed(p) or p.shape == mine[n].shape for n, p in theirs.items()
+    )
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether it is stored in fewer bits than it is computed in: quantized, in one way or other."""
+    is_plain = not hasattr(tensor, "__tensor_flatten__")
+    return not (is_plain and str(tensor.dtype).removeprefix("torch.") in COMPUTED_IN)
 
 
 def like_on_meta(module: nn.Module) -> nn.Module:
-    """A copy of a loaded module without its data: for adapters and classes of the user's own."""
+    """A copy of a loaded module without its data: for adapters and classes of the user's own.
+
+    What offloads the original is left behind: it would move weights that the copy has not.
+    """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_without_data(parameter), requires_grad=False)
     for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo).eval()
+        memo[id(buffer)] = _without_data(buffer)
+    made = copy.deepcopy(module, memo).eval()
+    if any(hasattr(m, "_hf_hook") for m in made.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(made, recurse=True)
+    return made
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _take_dtypes(made: nn.Module, loaded: nn.Module, dtype: torch.dtype) -> None:
+    """The loaded module's own dtype becomes ``dtype``; what was left wider stays that wide."""
+    own = dtype_of(loaded)
+    mine = dict(made.named_parameters())
+    for name, theirs in loaded.named_parameters():
+        if not is_packed(theirs):
+            is_usual = str(theirs.dtype) == f"torch.{own}"
+            mine[name].data = mine[name].data.to(dtype if is_usual else theirs.dtype)
 
 
 def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> nn.Module:
@@ -69,45 +105,56 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
             f"{first_line(error)}",
             "the configuration may be of a newer diffusers or transformers: try upgrading them",
         ) from error
-    # nn.Module.to, since ModelMixin.to logs a warning meant for real weights.
-    nn.Module.to(module, dtype)
+    # nn.Module.to, since ModelMixin.to logs a warning meant for real weights. A few buffers are
+    # made on the CPU whatever the default device is (torch.Tensor([...])).
+    nn.Module.to(module, device="meta", dtype=dtype)
     for kept in _kept_in_float32(module, dtype):
         kept.float()
     return module.eval().requires_grad_(False)
 
 
-def describe(name: str, module: nn.Module) -> Component:
-    """Sizes of a module's weights, in bytes of the dtypes they have."""
-    leaves = [
-        _own_bytes(m)
-        for m in module.modules()
-        if next(m.parameters(recurse=False), None) is not None
+def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> Component:
+    """Sizes of a module's weights.
+
+    Args:
+        name: The pipeline's attribute.
+        module: On the meta device, in the dtype that it will run in.
+        loaded: The module itself, where it is loaded: what is packed there is counted so.
+    """
+    named = (*module.named_parameters(), *module.named_buffers())
+    sizes = {path: _bytes(tensor) for path, tensor in named}
+    for path, tensor in () if loaded is None else loaded.named_parameters():
+        if is_packed(tensor) and path in sizes:
+            sizes[path] = _bytes(tensor)
+    owned = [
+        sum(sizes.get(f"{path}.{own}".lstrip("."), 0) for own in child._parameters)
+        for path, child in module.named_modules()
+        if next(child.parameters(recurse=False), None) is not None
     ]
     parameters = list(module.parameters())
     return Component(
         name=name,
         class_name=type(module).__name__,
         parameters=sum(p.numel() for p in parameters),
-        weight_bytes=weight_bytes(module),
-        largest_leaf_bytes=max(leaves, default=0),
-        leaf_count=len(leaves),
+        weight_bytes=sum(sizes.values()),
+        largest_leaf_bytes=max(owned, default=0),
+        leaf_count=len(owned),
         tensor_count=len(parameters),
-        tensor_bytes=tuple(_tensor_bytes(module)),
+        tensor_bytes=tuple(sizes.values()),
     )
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers (SD 3's position table is one), in their dtypes."""
-    return sum(_tensor_bytes(module))
+    return sum(_bytes(t) for t in (*module.parameters(), *module.buffers()))
 
 
-def _tensor_bytes(module: nn.Module) -> Iterator[int]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        yield tensor.numel() * tensor.element_size()
-
-
-def _own_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of its data; a tensor that wraps others has theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
 
 
 def _find_class(name: str, component: ComponentConfig) -> Any:

@@ -6,29 +6,41 @@ what comes after the last is *decode*.
 
 from __future__ import annotations
 
-import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from autotune.errors import ModelError, first_line
 from autotune.units import format_bytes
 from autotune.workload.architecture import Architecture
+from autotune.workload.assumed import ASSUMED, usual_calls
 from autotune.workload.components import describe, meta_module, weight_bytes
 from autotune.workload.estimate import estimated_call
-from autotune.workload.rehearsal import Call, meta_pipeline, rehearse
+from autotune.workload.live import is_denoiser, modules_of
+from autotune.workload.rehearsal import (
+    Call,
+    RehearsalError,
+    meta_pipeline,
+    pipeline_class,
+    rehearse,
+)
 from autotune.workload.variants import switched, variants_of
 from autotune.workload.workload import ComponentRun, Phase, Request, Role, Trace, Workload
 
-_SLICES_TRACED = 4
+_SLICES_TRACED = 2
 """A sliced decode repeats itself: so many images are traced, the others are counted."""
 
 
 def trace_workload(architecture: Architecture, request: Request, pipe: Any = None) -> Workload:
     """Trace every phase of one generation.
+
+    What cannot be traced is estimated, and a pipeline that cannot be rehearsed is taken to do what
+    most do; the workload's notes say so.
 
     Args:
         architecture: The model's classes and configurations.
@@ -37,21 +49,31 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
             describe are copied from it, without their data.
 
     Raises:
-        ModelError: a component's class is not installed, or the pipeline's own code fails.
+        ModelError: a class is not installed, or there is no denoiser at all.
         RequestError: the pipeline refuses the request.
     """
-    live = getattr(pipe, "components", {})
+    live = {} if pipe is None else modules_of(pipe)
     modules = {
         name: meta_module(name, component, getattr(torch, component.dtype or request.dtype), live)
         for name, component in architecture.components.items()
     }
-    rehearsed = meta_pipeline(architecture, modules, type(pipe) if pipe is not None else None)
-    modules = {n: m for n, m in rehearsed.components.items() if isinstance(m, nn.Module)}
-    components = tuple(describe(n, m) for n, m in modules.items())
-    runs = _Runs(modules, request)
-    calls = rehearse(rehearsed, request, runs.trace)
-    phases = _phases(calls, runs.found)
-    chained, apart = _offload_order(rehearsed)
+    cls = pipeline_class(architecture, pipe)
+    try:
+        rehearsed = meta_pipeline(architecture, cls, modules, pipe)
+        modules = modules_of(rehearsed)  # AnimateDiff's constructor makes another UNet
+        runs = _Runs(modules, request)
+        phases = _phases(rehearse(rehearsed, request, runs.trace), runs)
+    except RehearsalError as error:
+        runs = _Runs(modules, request)
+        phases = _usual_phases(usual_calls(architecture, modules, request), runs)
+        if not any(p.name == "denoise" for p in phases):
+            raise ModelError(
+                f"cannot rehearse {cls.__name__} ({error}), and it has nothing like a denoiser",
+                "give a diffusion pipeline",
+            ) from error
+        runs.notes.insert(0, f"{cls.__name__} cannot be rehearsed ({error}); {ASSUMED}")
+    components = tuple(describe(n, m, live.get(n)) for n, m in modules.items())
+    chained, apart = _offload_order(cls, modules)
     return Workload(
         model=architecture.name,
         pipeline=architecture.pipeline,
@@ -124,9 +146,7 @@ def _on_zeros(call: Call, operators: tuple[str, ...]) -> str:
 def _role(call: Call) -> Role:
     if call.entry in ("encode", "decode"):
         return "autoencoder"
-    parameters = inspect.signature(type(call.module).forward).parameters
-    is_denoiser = any(p == "t" or p.startswith("timestep") for p in parameters)
-    return "denoiser" if is_denoiser else "encoder"
+    return "denoiser" if is_denoiser(call.component, call.module) else "encoder"
 
 
 def _latent_tokens(call: Call) -> int:
@@ -135,24 +155,44 @@ def _latent_tokens(call: Call) -> int:
     return 0 if latents is None else latents.shape[-1] * latents.shape[-2]
 
 
-def _phases(calls: list[Key], found: list[ComponentRun]) -> tuple[Phase, ...]:
+def _phases(calls: list[Key], traced: _Runs) -> tuple[Phase, ...]:
     """Runs by phase, in the order of their first call, with how often each was called."""
     order = list(dict.fromkeys(calls))
-    runs = dict(zip(order, found, strict=True))
+    runs = dict(zip(order, traced.found, strict=True))
+    if not any(run.role == "denoiser" for run in runs.values()):
+        key = _busiest(calls, runs)
+        runs[key] = msgspec.structs.replace(runs[key], role="denoiser")
     denoising = [i for i, key in enumerate(calls) if runs[key].role == "denoiser"]
-    if not denoising:
-        raise ModelError(
-            "the pipeline never called a denoiser (a UNet or transformer with a timestep)",
-            "give a diffusion pipeline",
-        )
     first, last = denoising[0], denoising[-1] + 1
     parts = {"encode": calls[:first], "denoise": calls[first:last], "decode": calls[last:]}
     return tuple(Phase(name, tuple(_counted(part, runs))) for name, part in parts.items() if part)
 
 
+def _busiest(calls: list[Key], runs: dict[Key, ComponentRun]) -> Key:
+    """What is called most often, where nothing says that it denoises."""
+    counts = Counter(key for key in calls if runs[key].role == "encoder")
+    if not counts:
+        raise RehearsalError("it never called a denoiser")
+    return max(counts, key=lambda key: (counts[key], runs[key].trace.flops))
+
+
 def _counted(calls: list[Key], runs: dict[Key, ComponentRun]) -> Iterator[ComponentRun]:
-    for key in dict.fromkeys(calls):
-        yield msgspec.structs.replace(runs[key], calls=calls.count(key))
+    counts = Counter(calls)
+    for key in counts:
+        yield msgspec.structs.replace(runs[key], calls=counts[key])
+
+
+_PHASE_OF: dict[Role, str] = {"encoder": "encode", "denoiser": "denoise", "autoencoder": "decode"}
+
+
+def _usual_phases(calls: Iterable[tuple[Call, int]], traced: _Runs) -> tuple[Phase, ...]:
+    """Phases of calls that were not seen, but assumed."""
+    parts: dict[str, list[ComponentRun]] = {name: [] for name in _PHASE_OF.values()}
+    for call, times in calls:
+        traced.trace(call)
+        run = msgspec.structs.replace(traced.found[-1], calls=times, is_estimated=True)
+        parts[_PHASE_OF[run.role]].append(run)
+    return tuple(Phase(name, tuple(runs)) for name, runs in parts.items() if runs)
 
 
 def _never_called(components: Iterable[Any], phases: tuple[Phase, ...]) -> Iterator[str]:
@@ -164,12 +204,13 @@ def _never_called(components: Iterable[Any], phases: tuple[Phase, ...]) -> Itera
             yield f"{component.name}: its weights ({size}) are counted, it runs in no phase"
 
 
-def _offload_order(pipe: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _offload_order(
+    cls: type, modules: dict[str, nn.Module]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What ``enable_model_cpu_offload`` chains, and what it hooks alone."""
-    modules = [n for n, m in pipe.components.items() if isinstance(m, nn.Module)]
-    sequence = (getattr(pipe, "model_cpu_offload_seq", None) or "").split("->")
+    sequence = (getattr(cls, "model_cpu_offload_seq", None) or "").split("->")
     chained = tuple(n for n in sequence if n in modules)
-    excluded = set(getattr(pipe, "_exclude_from_cpu_offload", ()))
+    excluded = set(getattr(cls, "_exclude_from_cpu_offload", ()))
     return chained, tuple(n for n in modules if n not in chained and n not in excluded)
 
 
@@ -179,7 +220,7 @@ def _offload_order(pipe: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _variants(call: Call, whole: Trace, request: Request) -> Iterator[tuple[str, Trace]]:
     if call.entry not in ("encode", "decode"):
         return
-    for variant in variants_of(call.module, request):
+    for variant in variants_of(call.module, request, _batch(call)):
         try:
             trace = _variant(call, variant)
         except Exception:  # this autoencoder cannot do it at this size
@@ -189,23 +230,25 @@ def _variants(call: Call, whole: Trace, request: Request) -> Iterator[tuple[str,
 
 
 def _variant(call: Call, variant: str) -> Trace:
-    batched = next((t for t in call.tensors if t.dim() >= 4), None)
-    batch = 1 if batched is None else batched.shape[0]
+    batch = _batch(call)
     traced = min(batch, _SLICES_TRACED) if variant.startswith("sliced") else batch
     few = call if traced == batch else _with_batch(call, batch, traced)
     with switched(call.module, variant):
         found, out, _ = few.trace()
     if traced == batch:
         return found
-    out_bytes = sum(t.numel() * t.element_size() for t in _tensors(out)) // traced
-    return _repeated(found, batch, traced, out_bytes)
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    items = (
-        out if isinstance(out, tuple) else vars(out).values() if hasattr(out, "__dict__") else ()
+    return _repeated(
+        found, batch, traced, _bytes(tree_flatten(out)[0]) // traced, _bytes(few.tensors)
     )
-    return (t for t in items if isinstance(t, Tensor))
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _batch(call: Call) -> int:
+    """Images, or frames that are decoded as images."""
+    return next((t.shape[0] for t in call.tensors if t.dim() >= 4), 1)
 
 
 def _with_batch(call: Call, batch: int, fewer: int) -> Call:
@@ -217,19 +260,33 @@ def _with_batch(call: Call, batch: int, fewer: int) -> Call:
     return call._replace(args=args, kwargs={k: cut(v) for k, v in call.kwargs.items()})
 
 
-def _repeated(trace: Trace, batch: int, traced: int, image_bytes: int) -> Trace:
-    """The trace of a few images as that of a batch: as much more work, and the images that wait."""
-    waiting = (batch - traced) * image_bytes
+def _repeated(trace: Trace, batch: int, traced: int, image_bytes: int, in_bytes: int) -> Trace:
+    """The trace of a few images as that of a batch: more work, and images that wait meanwhile.
+
+    Args:
+        trace: Of so many images as were traced.
+        batch: How many there are.
+        traced: How many were traced.
+        image_bytes: Of one image that came out.
+        in_bytes: Of all that went in.
+    """
+    more_inputs = (batch - traced) * in_bytes // traced
+    waiting = (batch - traced) * image_bytes + more_inputs
     operators = tuple(
         msgspec.structs.replace(
-            o, count=o.count * batch // traced, live_bytes=o.live_bytes + waiting
+            o,
+            # What is called once, whatever the batch, joins the images.
+            count=o.count if o.count % traced else o.count * batch // traced,
+            live_bytes=o.live_bytes + waiting,
         )
         for o in trace.operators
     )
     return Trace(
         operators=operators,
-        # At the end the images are joined: all of them, twice.
-        activation_bytes=max(trace.activation_bytes + waiting, 2 * batch * image_bytes),
+        # At the end the images are joined: all of them are there twice.
+        activation_bytes=max(
+            trace.activation_bytes + waiting, 2 * batch * image_bytes + in_bytes + more_inputs
+        ),
         dispatches=sum(o.count for o in operators),
         timeline=trace.timeline,  # what is reserved for a few images serves all that follow
         timed=trace.timed,

@@ -8,6 +8,7 @@ read off the pipeline itself, whichever pipeline it is.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from autotune.errors import ModelError, RequestError, first_line
 from autotune.workload.architecture import Architecture
 from autotune.workload.arguments import call_arguments
+from autotune.workload.live import is_of_diffusers
 from autotune.workload.standins import (
     CLIP_PIXELS,
     StandInProcessor,
@@ -39,6 +41,10 @@ from autotune.workload.workload import Request
 
 ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_features")
 """Methods by which pipelines call their modules."""
+
+
+class RehearsalError(Exception):
+    """This pipeline cannot be rehearsed, whatever the request."""
 
 
 class Call(NamedTuple):
@@ -91,7 +97,7 @@ def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str
 
     Raises:
         RequestError: the pipeline refuses the request.
-        ModelError: its ``__call__`` fails on meta modules.
+        RehearsalError: its ``__call__`` fails on meta modules.
     """
     script = _Script(tracer)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
@@ -106,24 +112,25 @@ def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str
         arguments = call_arguments(pipe, request)
         try:
             pipe(**arguments)
-        except ModelError:
-            raise
         except Exception as error:  # the code of any pipeline
-            raise _failure(error, pipe) from error
+            raise _failure(error, pipe, request) from error
     return script.calls
 
 
-def _failure(error: Exception, pipe: Any) -> Exception:
-    raised_in = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if "check_inputs" in raised_in:
+def _failure(error: Exception, pipe: Any, request: Request) -> Exception:
+    """Whether the pipeline refuses what was asked, or cannot be rehearsed whatever is asked."""
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    is_meant = isinstance(error, ValueError) and (raised.line or "").startswith("raise ")
+    if is_meant and any(name in str(error) for name in (*_ASKED, *request.options)):
         return RequestError(
-            f"{_name(pipe)} refuses: {first_line(error)}", "ask for a size or length it takes"
+            f"{type(pipe).__name__} refuses: {first_line(error)}",
+            "ask for a size, length or number that it takes",
         )
-    return ModelError(f"cannot rehearse {_name(pipe)}: {first_line(error)}")
+    return RehearsalError(first_line(error))
 
 
-def _name(pipe: Any) -> str:
-    return type(pipe).__name__
+_ASKED = ("height", "width", "frames", "num_inference_steps", "guidance")
+"""What errors call the things that everybody may ask for."""
 
 
 class _Script:
@@ -268,42 +275,70 @@ def _optional_imports(cls: type) -> Iterator[None]:
 # ---- the pipeline -------------------------------------------------------------------------------
 
 
-def meta_pipeline(
-    architecture: Architecture, modules: dict[str, nn.Module], cls: Any = None
-) -> Any:
-    """The pipeline around modules on the meta device, with stand-ins for what has no weights.
-
-    Args:
-        architecture: Names its class, schedulers, tokenizers and options.
-        modules: Pipeline attribute → module on the meta device.
-        cls: The pipeline's class where it is not one of diffusers'.
+def pipeline_class(architecture: Architecture, pipe: Any = None) -> Any:
+    """The class of the loaded pipeline, else diffusers' class of that name.
 
     Raises:
-        ModelError: there is no such class, or it does not take these parts.
+        ModelError: there is no such class.
     """
     import diffusers
 
-    cls = cls or getattr(diffusers, architecture.pipeline, None)
+    cls = getattr(diffusers, architecture.pipeline, None) if pipe is None else type(pipe)
     if cls is None:
         raise ModelError(
             f"{architecture.pipeline} is no pipeline of the installed diffusers",
             "upgrade diffusers, or load the pipeline yourself and call autotune.configure",
         )
+    return cls
+
+
+def meta_pipeline(
+    architecture: Architecture, cls: Any, modules: dict[str, nn.Module], pipe: Any = None
+) -> Any:
+    """The pipeline around modules on the meta device, with stand-ins for what has no weights.
+
+    Args:
+        architecture: Names its schedulers, tokenizers and options.
+        cls: Its class.
+        modules: Pipeline attribute → module on the meta device.
+        pipe: The loaded pipeline, where there is one: a class of the user's own is copied from it,
+            since nobody knows what it keeps on itself.
+
+    Raises:
+        RehearsalError: the class does not take these parts.
+    """
     try:
         with _quiet():
-            pipe = _on_cpu(cls)(**dict(_parts(cls, architecture, modules)))
+            if pipe is None or is_of_diffusers(cls):
+                made = _on_cpu(cls)(**dict(_parts(cls, architecture, modules, pipe)))
+            else:
+                made = _copied(pipe, architecture, modules)
     except Exception as error:  # the constructor of any pipeline
-        raise ModelError(
-            f"cannot build {architecture.pipeline}: {first_line(error)}",
-            "check that its parts are complete and of this diffusers' version",
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
+        raise RehearsalError(first_line(error)) from error
+    if hasattr(made, "set_progress_bar_config"):
+        made.set_progress_bar_config(disable=True)
     for name in ("image_processor", "video_processor", "mask_processor"):
-        processor = getattr(pipe, name, None)
+        processor = getattr(made, name, None)
         for method in ("postprocess", "postprocess_video"):
             if hasattr(processor, method):
                 setattr(processor, method, Unprocessed())
-    return pipe
+    return made
+
+
+def _copied(pipe: Any, architecture: Architecture, modules: dict[str, nn.Module]) -> Any:
+    """The loaded pipeline's own state, around other modules: neither learns of the other."""
+    made = object.__new__(_on_cpu(type(pipe)))
+    processors = {n: copy.copy(v) for n, v in vars(pipe).items() if n.endswith("_processor")}
+    tokenizers = {n: StandInTokenizer(limit) for n, limit in architecture.tokenizers.items()}
+    parts = processors | tokenizers | _schedulers(architecture, pipe) | modules
+    vars(made).update(vars(pipe) | parts, _all_hooks=[])  # hooks would offload the real modules
+    return made
+
+
+def _schedulers(architecture: Architecture, pipe: Any) -> dict[str, Any]:
+    if pipe is not None:
+        return {n: copy.deepcopy(getattr(pipe, n)) for n in architecture.schedulers}
+    return {n: make_scheduler(c) for n, c in architecture.schedulers.items()}
 
 
 def _on_cpu(cls: Any) -> Any:
@@ -317,10 +352,10 @@ def _on_cpu(cls: Any) -> Any:
 
 
 def _parts(
-    cls: Any, architecture: Architecture, modules: dict[str, nn.Module]
+    cls: Any, architecture: Architecture, modules: dict[str, nn.Module], pipe: Any
 ) -> Iterator[tuple[str, Any]]:
-    schedulers = {n: make_scheduler(c) for n, c in architecture.schedulers.items()}
-    known = {**schedulers, **architecture.options, **modules}
+    """What the constructor takes, as far as somebody knows it."""
+    known = {**_schedulers(architecture, pipe), **architecture.options, **modules}
     looking = next((modules[n] for n in ("image_encoder", "safety_checker") if n in modules), None)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -15,10 +15,10 @@ VIDEO_TILE = 256
 """Side in pixels that diffusers' video autoencoders tile with by default."""
 
 
-def variants_of(vae: Any, request: Request) -> tuple[str, ...]:
+def variants_of(vae: Any, request: Request, batch: int) -> tuple[str, ...]:
     """Switches that can change this call: slicing needs a batch, tiling a larger image."""
     tiles = [f"tiled:{t}" for t in tile_sizes(request)] if has_tiles(vae) else []
-    if request.batch == 1 or not hasattr(vae, "use_slicing"):
+    if batch == 1 or not hasattr(vae, "use_slicing"):
         return tuple(tiles)
     return ("sliced", *tiles, *(f"sliced+{t}" for t in tiles))
 

@@ -69,7 +69,8 @@ def test_a_module_of_the_pipelines_own_folder_is_found_again(
         "StableDiffusionSafetyChecker",
     )
     weight = trace_workload(architecture, request_of()).component("safety_checker").weight_bytes
-    assert weight == sum(p.nbytes for p in sd_pipe.safety_checker.parameters())
+    checker = sd_pipe.safety_checker
+    assert weight == sum(t.nbytes for t in (*checker.parameters(), *checker.buffers()))
 
 
 def test_a_replaced_component_is_described_as_it_is_now(sd_pipe: Any, sdxl_pipe: Any) -> None:

@@ -120,7 +120,7 @@ def test_a_tile_really_cuts_the_image(
     sd_pipe: Any, side: int, tiles: tuple[int, ...], request_of: RequestOf
 ) -> None:
     assert tile_sizes(request_of(side)) == tiles
-    assert variants_of(sd_pipe.vae, request_of(side)) == tuple(f"tiled:{t}" for t in tiles)
+    assert variants_of(sd_pipe.vae, request_of(side), batch=1) == tuple(f"tiled:{t}" for t in tiles)
 
 
 @pytest.mark.parametrize("variant", ["", "sliced", "tiled:64", "sliced+tiled:128"])
@@ -168,23 +168,37 @@ def test_a_configuration_that_cannot_be_built_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_forward_that_fails_is_one_line(sd_pipe: Any, request_of: RequestOf) -> None:
-    with pytest.raises(ModelError, match="cannot trace unet") as caught:
-        trace_workload(
-            replaced(describe_pipeline(sd_pipe), "unet", class_embed_type="timestep"), request_of()
-        )
-    assert "\n" not in str(caught.value)
+def test_a_forward_that_fails_is_estimated_and_said(sd_pipe: Any, request_of: RequestOf) -> None:
+    architecture = replaced(describe_pipeline(sd_pipe), "unet", class_embed_type="timestep")
+    workload = trace_workload(architecture, request_of())
+    (note,) = workload.notes
+    assert note.startswith("unet (UNet2DConditionModel) cannot be traced: class_labels should be")
+    assert "\n" not in note
+    assert [(p.name, r.is_estimated) for p in workload.phases for r in p.runs] == [
+        ("encode", False),
+        ("denoise", True),
+        ("decode", False),
+    ]
 
 
-def test_a_pipeline_of_another_kind_is_refused_with_what_is_known(
-    sd_pipe: Any, request_of: RequestOf
-) -> None:
+def test_a_pipeline_without_a_denoiser_is_refused(sd_pipe: Any, request_of: RequestOf) -> None:
     import msgspec
 
     architecture = describe_pipeline(sd_pipe)
     rest = {n: c for n, c in architecture.components.items() if n != "unet"}
-    with pytest.raises(ModelError, match="cannot trace StableDiffusionPipeline yet"):
+    with pytest.raises(ModelError, match="has nothing like a denoiser") as caught:
         trace_workload(msgspec.structs.replace(architecture, components=rest), request_of())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_class_that_is_not_installed_is_refused(
+    sd_pipe: Any, request_of: RequestOf
+) -> None:
+    import msgspec
+
+    newer = msgspec.structs.replace(describe_pipeline(sd_pipe), pipeline="StableDiffusion9Pipeline")
+    with pytest.raises(ModelError, match="no pipeline of the installed diffusers"):
+        trace_workload(newer, request_of())
 
 
 # ---- the built-in files -------------------------------------------------------------------------

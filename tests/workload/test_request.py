@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from autotune.errors import ModelError, RequestError
+from autotune.errors import RequestError
 from autotune.probe.machine import Machine
 from autotune.workload.architecture import (
     Architecture,
@@ -118,7 +118,8 @@ def test_native_sizes() -> None:
     assert of() == (96, 96)
 
 
-def test_a_model_without_a_vae_is_refused(cpu_machine: Machine) -> None:
+def test_a_model_without_a_vae_draws_what_its_network_draws(cpu_machine: Machine) -> None:
     unet = ComponentConfig("diffusers", "UNet2DModel", {"sample_size": 8})
-    with pytest.raises(ModelError, match="has no VAE"):
-        complete_request(Architecture("m", "DDPMPipeline", {"unet": unet}), cpu_machine)
+    architecture = Architecture("m", "DDPMPipeline", {"unet": unet})
+    request = complete_request(architecture, cpu_machine, height=64, width=64)
+    assert (request.height, request.width, request.steps) == (64, 64, 1000)

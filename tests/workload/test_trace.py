@@ -265,6 +265,8 @@ def test_attention_is_recognised_however_it_is_called(named: bool) -> None:
 
 def test_a_trace_takes_its_hooks_with_it(sd_pipe: Any, request_of: RequestOf) -> None:
     unet = sd_pipe.unet
-    inputs = real_call(sd_pipe, ComponentRun("unet", 1, Trace((), 0, 0)), side=64, batch=1)
+    inputs = real_call(
+        sd_pipe, ComponentRun("unet", "denoiser", 1, Trace((), 0, 0)), side=64, batch=1
+    )
     trace(unet, inputs, [])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())

@@ -130,7 +130,7 @@ def _recorded(name: str, module: nn.Module, calls: list[Call], rounding: int) ->
                     output = original(*args, **kwargs)
             finally:
                 depth -= 1
-            shapes = tuple(tuple(t.shape) for t in _tensors(output))
+            shapes = tuple(tuple(t.shape) for t in tensors_of(output))
             calls[index] = replace(calls[index], outputs=shapes)
             return output
 
@@ -149,7 +149,8 @@ def _recorded(name: str, module: nn.Module, calls: list[Call], rounding: int) ->
             setattr(module, method, original)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """Tensors in what a component is given or returns, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -158,11 +159,11 @@ def _tensors(value: Any) -> list[Tensor]:
         value = [value.parameters]
     elif not isinstance(value, (list, tuple)):
         return []
-    return [t for item in value for t in _tensors(item)]
+    return [t for item in value for t in tensors_of(item)]
 
 
 def _storage_bytes(value: Any, weights: set[int], rounding: int) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(value)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_of(value)}
     return sum(_up(s.nbytes(), rounding) for p, s in storages.items() if p not in weights)
 
 

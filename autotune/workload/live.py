@@ -1,0 +1,87 @@
+"""What a loaded pipeline is made of: read off its objects, without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter
+from typing import Any
+
+COMPUTED_IN = ("float32", "float16", "bfloat16", "float64")
+"""Dtypes of arithmetic; weights may be stored in others and are converted layer by layer."""
+
+
+def is_of_diffusers(cls: type) -> bool:
+    """Whether diffusers defines the class, and not the user or a repository."""
+    return _package(cls) == "diffusers"
+
+
+def has_own_code(pipe: Any) -> bool:
+    """Whether the pipeline or a component is of a class whose version nothing tells."""
+    modules = modules_of(pipe).values()
+    known = {"diffusers", "transformers"}
+    return not is_of_diffusers(type(pipe)) or any(_package(type(m)) not in known for m in modules)
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """Attribute → module, scheduler or tokenizer.
+
+    A pipeline of the user's own may hold parts that it never registered: ``components`` raises.
+    """
+    try:
+        return dict(pipe.components)
+    except Exception:  # a ValueError of diffusers', or whatever a class of another kind raises
+        return {n: v for n, v in getattr(pipe, "__dict__", {}).items() if not n.startswith("_")}
+
+
+def modules_of(pipe: Any) -> dict[str, Any]:
+    """Attribute → module, as it was before ``torch.compile`` wrapped it."""
+    return {n: original(part) for n, part in parts_of(pipe).items() if _is_module(part)}
+
+
+def original(module: Any) -> Any:
+    """What ``torch.compile`` has wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_module(part: Any) -> bool:
+    return hasattr(part, "named_parameters") and hasattr(part, "forward")
+
+
+def is_denoiser(name: str, module: Any) -> bool:
+    """UNets, transformers and ControlNets are told the timestep, or named as what they are."""
+    parameters = inspect.signature(type(module).forward).parameters
+    is_timed = any(p == "t" or p.startswith("timestep") for p in parameters)
+    return is_timed or name.startswith(("unet", "transformer"))
+
+
+def pipeline_dtype(pipe: Any) -> str:
+    """The dtype of the largest denoiser; empty where nothing has weights."""
+    modules = modules_of(pipe)
+    denoisers = [m for n, m in modules.items() if is_denoiser(n, m)]
+    return dtype_of(max(denoisers or modules.values(), key=_size, default=None))
+
+
+def _size(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def dtype_of(module: Any) -> str:
+    """What most of its weights are computed in: a few may be kept wider. Empty without any."""
+    sizes: Counter[str] = Counter()
+    for parameter in () if module is None else module.parameters():
+        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    known = [d for d in COMPUTED_IN if d in sizes]
+    return max(known, key=lambda d: sizes[d], default="")
+
+
+def digest_of(module: Any) -> str:
+    """Names, shapes and dtypes of all parameters, in short."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
+    return digest.hexdigest()

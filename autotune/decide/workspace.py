@@ -7,6 +7,8 @@ the peak.
 
 from __future__ import annotations
 
+import re
+
 from autotune.probe.machine import Machine
 from autotune.units import MIB
 from autotune.workload.workload import Operator
@@ -14,9 +16,13 @@ from autotune.workload.workload import Operator
 HALF_DTYPES = ("float16", "bfloat16")
 
 ADDRESSED_BYTES = 2**31
-"""What a signed 32-bit offset reaches. A convolution between larger 16-bit tensors is not given the
-engine that needs copies of both: FLUX.1's decode of 4, 8 and 16 images on an H100 peaks 2.0, 2.0
-and 1.88 GiB per image above the weights, that of one 2.4 (sayakpaul/diffusers-torchao)."""
+"""What a signed 32-bit offset reaches. cuDNN before 9.3 (PyTorch before 2.7) has no engine with
+copies of both for larger 16-bit tensors: FLUX.1's decode of 4, 8 and 16 images on an H100 peaks at
+2.0, 2.0 and 1.88 GiB per image above the weights, that of one at 2.4 (sayakpaul/diffusers-torchao).
+Since then it has (PyTorch #134890), and Qwen-Image's decode of 2048² on an RTX 4090 uses it."""
+
+ADDRESSES_MORE = (2, 7)
+"""The first PyTorch whose wheels bring such a cuDNN for every CUDA version."""
 
 
 def library_bytes(machine: Machine) -> int:
@@ -48,11 +54,14 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
     if not _has_tensor_cores(machine, operator.dtype):
         return 0
     read = operator.in_bytes + operator.weight_bytes
-    writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(operator)
+    writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(machine, operator)
     return read + operator.out_bytes if writes_nhwc else read
 
 
-def _is_addressed(operator: Operator) -> bool:
+def _is_addressed(machine: Machine, operator: Operator) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", machine.software.get("torch", ""))
+    if version is None or (int(version[1]), int(version[2])) >= ADDRESSES_MORE:
+        return True
     return max(operator.in_bytes, operator.out_bytes) < ADDRESSED_BYTES
 
 

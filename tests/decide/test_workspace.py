@@ -45,13 +45,15 @@ def test_copies_by_engine(machine: str, dtype: str, expected: int) -> None:
     assert convolution_bytes(load_machine(machine), convolution(dtype), False) == expected
 
 
-def test_large_tensors_are_not_copied_twice(rtx_3080: Machine) -> None:
+@pytest.mark.parametrize(("torch", "copied"), [("2.5.1", False), ("2.7.0+cu128", True), ("", True)])
+def test_large_tensors_before_cudnn_9_3(rtx_3080: Machine, torch: str, copied: bool) -> None:
+    machine = replace(rtx_3080, software={"torch": torch} if torch else {})
     below, from_there = (
-        convolution_bytes(rtx_3080, convolution(in_bytes=n), channels_last=False)
+        convolution_bytes(machine, convolution(in_bytes=n), channels_last=False)
         for n in (ADDRESSED_BYTES - 2, ADDRESSED_BYTES)
     )
     assert below == ADDRESSED_BYTES - 2 + FILTER + OUT
-    assert from_there == ADDRESSED_BYTES + FILTER
+    assert from_there == ADDRESSED_BYTES + FILTER + OUT * copied
 
 
 def test_channels_last_needs_none(rtx_3080: Machine) -> None:

@@ -2,90 +2,222 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import NamedTuple
 
-from autotune.decide.plan import Reason
-from autotune.decide.prediction import Budget, Prediction
+from autotune.decide.decision import TOLERANCE, Pool
+from autotune.decide.plan import Reason, Rejection
+from autotune.decide.prediction import Bottleneck, Budget, Prediction, Resource, find_bottleneck
 from autotune.optimizations.base import Setting
 from autotune.units import format_bytes, format_seconds
 
+RESOURCES: dict[Resource, str] = {
+    "vram": "memory",
+    "ram": "host RAM",
+    "compute": "compute",
+    "memory_bandwidth": "memory bandwidth",
+    "transfer": "transfer over the link",
+    "launch": "launch overhead of the host",
+}
+"""What people call them."""
 
-def explain_chosen(
-    settings: tuple[Setting, ...],
-    predictions: Mapping[str, tuple[Prediction, Prediction]],
-    budget: Budget,
-) -> tuple[Reason, ...]:
-    """What dropping each chosen optimization would do.
+
+class Terms(NamedTuple):
+    """What a set is compared with.
+
+    Attributes:
+        chosen: The choice.
+        pool: What it was chosen from.
+        budget: What must hold it.
+    """
+
+    chosen: Prediction
+    pool: Pool
+    budget: Budget
+
+
+# ---- taken --------------------------------------------------------------------------------------
+
+
+def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reason:
+    """What a chosen optimization attacks, and what dropping it would do.
 
     Args:
-        settings: The chosen set.
-        predictions: Name → (prediction without it, prediction of the whole set).
-        budget: Bytes available on device and host.
+        setting: The member.
+        without: The prediction of the rest of the set.
+        terms: The choice.
     """
-    return tuple(Reason(s.name, _reason(*predictions[s.name], budget)) for s in settings)
-
-
-def _reason(without: Prediction, chosen: Prediction, budget: Budget) -> str:
-    binding = without.binding_phase
-    if without.needed_bytes > budget.device_bytes:
-        now = chosen.binding_phase
-        return (
-            f"without it {binding.name} needs {format_bytes(binding.needed_bytes)} and "
-            f"{format_bytes(budget.device_bytes)} are available; with it the most is "
-            f"{format_bytes(now.needed_bytes)} ({now.name})"
-        )
-    if not budget.host_holds(without):
-        return (
-            f"without it {format_bytes(without.host_bytes)} of host RAM are needed and "
-            f"{format_bytes(budget.host_bytes or 0)} are available"
-        )
-    return (
-        f"without it {format_seconds(without.seconds)} instead of {format_seconds(chosen.seconds)} "
-        f"({_percent(without.seconds, chosen.seconds)})"
+    chosen = terms.chosen
+    attacks = _attacked(without, terms)
+    memory = _change(format_bytes(without.needed_bytes), format_bytes(chosen.needed_bytes))
+    if chosen.binding_phase.name != without.binding_phase.name:
+        memory += f" ({chosen.binding_phase.name})"
+    time = _change(format_seconds(without.seconds), format_seconds(chosen.seconds))
+    what = f"{RESOURCES[attacks.resource]} in {attacks.phase}"
+    return Reason(
+        optimization=setting.name,
+        text=f"{what}: {memory}, {time}; without it {_price_of_dropping(without, terms)}",
+        attacks=attacks,
+        before_bytes=without.needed_bytes,
+        after_bytes=chosen.needed_bytes,
+        before_seconds=without.seconds,
+        after_seconds=chosen.seconds,
+        fits_without=terms.budget.holds(without),
     )
 
 
-def explain_rejected(added: Prediction, chosen: Prediction, budget: Budget) -> str:
-    """What adding an optimization to the chosen set would do to time and memory."""
-    if added.needed_bytes > budget.device_bytes >= chosen.needed_bytes:
-        binding = added.binding_phase
-        return (
-            f"would not fit: {binding.name} needs {format_bytes(binding.needed_bytes)} of "
-            f"{format_bytes(budget.device_bytes)}"
-        )
-    if budget.host_holds(chosen) and not budget.host_holds(added):
-        return (
-            f"would not fit: needs {format_bytes(added.host_bytes)} of host RAM, "
-            f"{format_bytes(budget.host_bytes or 0)} are available"
-        )
-    gain = chosen.seconds - added.seconds
-    time = f"{format_seconds(added.seconds)} instead of {format_seconds(chosen.seconds)}"
-    if gain > 0.001 * chosen.seconds:
-        verdict = f"would gain {gain / chosen.seconds:.1%} ({time})"
-    elif gain < -0.001 * chosen.seconds:
-        verdict = f"would be slower: {time}"
-    else:
-        verdict = f"would gain no time ({time})"
-    return f"{verdict}; {_memory_verdict(added, chosen, budget)}"
+def _change(before: str, after: str) -> str:
+    return f"{before} → {after}" if before != after else f"{after} either way"
 
 
-def _memory_verdict(added: Prediction, chosen: Prediction, budget: Budget) -> str:
+def _attacked(without: Prediction, terms: Terms) -> Bottleneck:
+    """Memory that would not suffice; else the share of a phase's time that shrinks most."""
+    if _lacks_more(without, terms):
+        return find_bottleneck(without, terms.budget)
+    shrunk: dict[tuple[Resource, str], float] = {}
+    for before, after in zip(without.phases, terms.chosen.phases, strict=True):
+        shrunk["compute", before.name] = before.compute_s - after.compute_s
+        shrunk["memory_bandwidth", before.name] = before.memory_s - after.memory_s
+        shrunk["transfer", before.name] = before.transfer_s - after.transfer_s
+        shrunk["launch", before.name] = before.launch_s - after.launch_s
+    most = max(shrunk, key=lambda key: shrunk[key])
+    if without.seconds > terms.chosen.seconds and shrunk[most] > 0:
+        return Bottleneck(*most)
+    return Bottleneck("vram", without.binding_phase.name)
+
+
+def _lacks_more(without: Prediction, terms: Terms) -> bool:
+    """Whether the member is there for memory; where nothing fits, others make up for lost time."""
+    budget, chosen = terms.budget, terms.chosen
+    if budget.holds(without):
+        return False
+    is_slow = without.seconds > terms.pool.fastest_seconds * (1 + TOLERANCE)
+    is_as_near = budget.lacks(without) <= budget.lacks(chosen) * (1 + TOLERANCE)
+    return budget.holds(chosen) or not (is_slow and is_as_near)
+
+
+def _price_of_dropping(without: Prediction, terms: Terms) -> str:
+    chosen = terms.chosen
+    if _lacks_more(without, terms):
+        return _shortage(without, terms)
+    fastest = terms.pool.fastest_seconds
+    if without.seconds > fastest * (1 + TOLERANCE):
+        return _loss("slower", without.seconds, chosen.seconds, fastest, format_seconds)
+    least = terms.pool.least_bytes
+    if without.needed_bytes > least * (1 + TOLERANCE):
+        needed = without.needed_bytes
+        return _loss("more memory", needed, chosen.needed_bytes, least, format_bytes)
+    longest = format_seconds(terms.pool.longest_seconds)
+    return f"longer than the {longest} that saving memory may take"
+
+
+def _loss(
+    what: str, without: float, chosen: float, best: float, write: Callable[[float], str]
+) -> str:
+    """How much worse than the choice; than the best, from which the tolerance counts, if little."""
+    if without > chosen * (1 + TOLERANCE):
+        return f"{_percent(without / chosen - 1)} {what}"
+    return f"{_percent(without / best - 1)} {what} than the best set ({write(best)})"
+
+
+def _shortage(without: Prediction, terms: Terms) -> str:
+    budget = terms.budget
+    device = format_bytes(budget.device_bytes)
+    if without.needed_bytes <= budget.device_bytes:
+        return _host_shortage(without, budget)
+    if not budget.holds(terms.chosen):
+        return f"even further from fitting in {device}"
+    return f"{without.binding_phase.name} does not fit in {device}"
+
+
+def _host_shortage(needs: Prediction, budget: Budget) -> str:
+    return (
+        f"{format_bytes(needs.host_bytes)} of host RAM are needed of "
+        f"{format_bytes(budget.host_bytes or 0)}"
+    )
+
+
+# ---- left out -----------------------------------------------------------------------------------
+
+
+def explain_rejected(setting: Setting, added: Prediction, terms: Terms) -> Rejection:
+    """What adding an optimization to the choice would do to time and memory.
+
+    Args:
+        setting: It, with the parameters that were predicted.
+        added: The prediction with it.
+        terms: The choice.
+    """
+    phase, saved = _most_saved(added, terms.chosen)
+    return Rejection(
+        optimization=setting.name,
+        text=_verdict(added, terms),
+        setting=setting,
+        seconds=added.seconds,
+        needed_bytes=added.needed_bytes,
+        saved_bytes=saved,
+        saved_in=phase,
+        fits=terms.budget.holds(added),
+    )
+
+
+def _most_saved(added: Prediction, chosen: Prediction) -> tuple[str, int]:
+    """The phase in which most device memory is saved, and how much."""
+    pairs = zip(added.phases, chosen.phases, strict=True)
+    saved = ((a.name, c.needed_bytes - a.needed_bytes) for a, c in pairs)
+    return max(saved, key=lambda s: s[1])
+
+
+def _verdict(added: Prediction, terms: Terms) -> str:
+    budget, chosen = terms.budget, terms.chosen
+    memory = _memory_verdict(added, terms)
+    if not budget.holds(chosen):
+        return f"would not make it fit: {memory}"
+    if added.needed_bytes > budget.device_bytes:
+        needed, free = format_bytes(added.needed_bytes), format_bytes(budget.device_bytes)
+        return f"would not fit: {added.binding_phase.name} needs {needed} of {free}"
+    if not budget.host_holds(added):
+        return f"would not fit: {_host_shortage(added, budget)}"
+    if added == chosen:
+        needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.seconds)
+        return f"changes nothing: {seconds} and {needed} with and without it"
+    time = _time_verdict(added, terms)
+    is_faster = added.seconds < chosen.seconds
+    return time if is_faster and memory == _SAVES_NONE else f"{time}; {memory}"
+
+
+_SAVES_NONE = "it saves no memory"
+
+
+def _time_verdict(added: Prediction, terms: Terms) -> str:
+    chosen = terms.chosen
+    gain = 1 - added.seconds / chosen.seconds
+    after, now = format_seconds(added.seconds), format_seconds(chosen.seconds)
+    if after == now:
+        return f"would gain no time ({now})"
+    if gain < 0:
+        return f"would be slower: {after} instead of {now}"
+    small = f", less than {TOLERANCE:.0%}" if gain < TOLERANCE else ""
+    return f"would gain {_percent(gain)}{small} ({after} instead of {now})"
+
+
+def _memory_verdict(added: Prediction, terms: Terms) -> str:
     """Whether the memory it saves is memory that anybody waits for."""
-    saved = [
-        (a, c.needed_bytes - a.needed_bytes)
-        for a, c in zip(added.phases, chosen.phases, strict=True)
-    ]
-    phase, most = max(saved, key=lambda s: s[1])
+    chosen = terms.chosen
+    phase, most = _most_saved(added, chosen)
     binding = chosen.binding_phase.name
+    if added.needed_bytes > chosen.needed_bytes:
+        more = format_bytes(added.needed_bytes - chosen.needed_bytes)
+        return f"it needs {more} more in {added.binding_phase.name}"
     if most <= 0:
-        return "it saves no memory"
-    if phase.name != binding and added.needed_bytes >= chosen.needed_bytes:
-        return f"it saves {format_bytes(most)} in {phase.name}, but {binding} is binding"
-    if chosen.needed_bytes <= budget.device_bytes:
-        return f"it saves {format_bytes(most)} in {phase.name}, which fits without it"
-    return f"it saves {format_bytes(most)} in {phase.name}, which is not enough"
+        return _SAVES_NONE
+    saves = f"it saves {format_bytes(most)} in {phase}"
+    if added.needed_bytes == chosen.needed_bytes and phase != binding:
+        return f"{saves}, but {binding} is binding"
+    if not terms.budget.holds(chosen):
+        return f"{saves}, which is not enough"
+    return saves if terms.pool.least_bytes else f"{saves}, which fits without it"
 
 
-def _percent(value: float, reference: float) -> str:
-    change = value / reference - 1
-    return f"{change:+.0%}" if abs(change) >= 0.1 else f"{change:+.1%}"
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -10,7 +10,8 @@ from autotune.decide.prediction import Bottleneck, Prediction
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import Workload
+from autotune.workload.architecture import Architecture
+from autotune.workload.workload import Role, Workload
 
 
 class MachineSummary(msgspec.Struct, frozen=True):
@@ -24,7 +25,10 @@ class MachineSummary(msgspec.Struct, frozen=True):
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True):
-    """What was asked; ``weight_bytes`` is all components together in the dtype they run in."""
+    """What was asked; ``weight_bytes`` is all components together in the dtype they run in.
+
+    ``denoisers`` and ``autoencoders`` are names of components.
+    """
 
     model: str
     pipeline: str
@@ -37,6 +41,8 @@ class WorkloadSummary(msgspec.Struct, frozen=True):
     weight_bytes: int
     frames: int = 1
     options: dict[str, bool | int | float | str] = {}
+    denoisers: tuple[str, ...] = ()
+    autoencoders: tuple[str, ...] = ()
 
 
 class Bottlenecks(msgspec.Struct, frozen=True):
@@ -47,18 +53,95 @@ class Bottlenecks(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why an optimization was taken."""
+    """Why an optimization was taken: with it against without it, the rest of the set being there.
+
+    Attributes:
+        optimization: Its name.
+        text: One sentence.
+        attacks: What held the rest back, and no longer does.
+        before_bytes: Device memory needed without it.
+        after_bytes: Device memory needed with it: that of the whole set.
+        before_seconds: One generation without it.
+        after_seconds: One generation with it.
+        fits_without: Whether the rest would fit.
+    """
 
     optimization: str
     text: str
+    attacks: Bottleneck
+    before_bytes: int
+    after_bytes: int
+    before_seconds: float
+    after_seconds: float
+    fits_without: bool
 
 
 class Rejection(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why an optimization was left out; ``rule`` is the coherence rule's id where one decided."""
+    """Why an optimization was left out; numbers only where it could have been taken.
+
+    Attributes:
+        optimization: Its name.
+        text: One sentence.
+        rule: Id of the coherence rule where one decided.
+        needs_quality: The strictest level that allows it, where quality decided.
+        setting: The parameters that the numbers are for: its fastest that fit.
+        instead_of: Members of the chosen set that it does not go with, and takes the place of.
+        seconds: One generation with it.
+        needed_bytes: Device memory needed with it.
+        saved_bytes: Most device memory that it saves in a phase; negative where it needs more.
+        saved_in: That phase.
+        fits: Whether the set with it would fit.
+    """
 
     optimization: str
     text: str
     rule: str | None = None
+    needs_quality: str | None = None
+    setting: Setting | None = None
+    instead_of: tuple[str, ...] = ()
+    seconds: float | None = None
+    needed_bytes: int | None = None
+    saved_bytes: int | None = None
+    saved_in: str | None = None
+    fits: bool | None = None
+
+
+WayOutKind = Literal[
+    "processes", "dtype", "limits", "batch", "quality", "size", "frames", "ram", "vram"
+]
+
+
+Change = dict[str, int | str | tuple[int | str, ...] | None]
+"""Names of limits or of the request's fields, and what to set them to."""
+
+
+class WayOut(msgspec.Struct, frozen=True):
+    """What would make it fit, as predicted.
+
+    Attributes:
+        kind: What it costs: other programs' memory, precision, the user's own limits, fewer images
+            at once, quality, a smaller image, a shorter video, or hardware.
+        text: A few words with the numbers.
+        change: The same for a program: ``{"batch": 1}``, ``{"quality": "high"}``,
+            ``{"vram_limit": None}``; ``"pids"`` of programs to close; ``"device_bytes"`` and
+            ``"host_bytes"`` of memory to be had besides.
+        optimizations: The set that would then be chosen.
+        seconds: One generation with it.
+        needed_bytes: Device memory needed with it.
+        host_bytes: Host RAM needed with it.
+        budget_bytes: Device memory that would be available.
+        host_budget_bytes: Host RAM that would be available.
+    """
+
+    kind: WayOutKind
+    text: str
+    change: Change
+    optimizations: tuple[Setting, ...]
+    seconds: float
+    needed_bytes: int
+    host_bytes: int
+    budget_bytes: int
+    host_budget_bytes: int | None
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -72,6 +155,9 @@ class Plan(msgspec.Struct, frozen=True):
         kept: Optimizations that the user had set by hand and that were left alone.
         ways_out: When it does not fit: what would help, one phrase each.
         execution: The same set as the runtime and the predictor read it.
+        priority: ``"speed"``, ``"balanced"`` or ``"memory"``.
+        fastest_seconds: Of the fastest set in the choice: the tolerance counts from there.
+        remedies: The ways out with their predictions.
     """
 
     machine: MachineSummary
@@ -90,10 +176,23 @@ class Plan(msgspec.Struct, frozen=True):
     kept: tuple[Setting, ...] = ()
     ways_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    priority: str = "speed"
+    fastest_seconds: float | None = None
+    remedies: tuple[WayOut, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""
         return _plain(self)
+
+    def code(self, architecture: Architecture | None = None) -> str:
+        """Plain diffusers lines that load and run the pipeline in the same way, to paste.
+
+        Args:
+            architecture: Of the model; says where its weights are and in which dtypes they run.
+        """
+        from autotune.decide.code import code_of
+
+        return code_of(self, architecture)
 
 
 class PredictionReport(msgspec.Struct, frozen=True):
@@ -145,4 +244,11 @@ def summarize_workload(workload: Workload) -> WorkloadSummary:
         weight_bytes=workload.weight_bytes,
         frames=r.frames,
         options=r.options,
+        denoisers=_running_as(workload, "denoiser"),
+        autoencoders=_running_as(workload, "autoencoder"),
     )
+
+
+def _running_as(workload: Workload, role: Role) -> tuple[str, ...]:
+    runs = (r for p in workload.phases for r in p.runs if r.role == role)
+    return tuple(dict.fromkeys(r.component for r in runs))

@@ -1,61 +1,18 @@
-"""What any choice must hold, on random machines; and what a user can restrict."""
+"""What a user can restrict, and what the choice does with it. What holds always is in
+``test_properties.py``."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from autotune.decide.choose import QUALITIES, TOLERANCE, Limits, choose, execution_of, predict
-from autotune.decide.predict import Predictor
-from autotune.decide.rules import broken_rule
+from autotune.decide.choose import TOLERANCE, Limits, choose, predict
+from autotune.decide.plan import Plan
 from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.base import EXACTNESS, Setting
-from autotune.probe.machine import Figure, Machine
-from autotune.probe.reference import load_machine
+from autotune.probe.machine import Machine
 from autotune.units import GIB
-
-relaxed = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-factors = st.floats(0.2, 5)
-free = st.floats(0.5, 30)
-qualities = st.sampled_from(QUALITIES)
-
-
-def scaled(figure: Figure, factor: float) -> Figure:
-    return Figure(figure.value * factor, source="scaled")
-
-
-@st.composite
-def machines(draw: st.DrawFn, base: str = "rtx-3080-10gb-torch1") -> Machine:
-    """A reference machine with other rates: faster or slower arithmetic, memory, link and host."""
-    machine = load_machine(base)
-    compute, memory, link, host = (draw(factors) for _ in range(4))
-    kernels, wires = machine.kernels, machine.link
-    assert wires is not None
-    return msgspec.structs.replace(
-        machine,
-        kernels=msgspec.structs.replace(
-            kernels,
-            matmul_flops_per_s={
-                k: scaled(f, compute) for k, f in kernels.matmul_flops_per_s.items()
-            },
-            convolution_flops_per_s={
-                k: scaled(f, compute) for k, f in kernels.convolution_flops_per_s.items()
-            },
-            memory_bytes_per_s=scaled(kernels.memory_bytes_per_s, memory),
-            dispatch_s=scaled(kernels.dispatch_s, host),
-        ),
-        link=msgspec.structs.replace(
-            wires,
-            h2d_pageable_bytes_per_s=scaled(wires.h2d_pageable_bytes_per_s, link),
-            module_h2d_bytes_per_s=scaled(wires.module_h2d_bytes_per_s, link),
-            module_d2h_bytes_per_s=scaled(wires.module_d2h_bytes_per_s, link),
-        ),
-    )
 
 
 def with_free(machine: Machine, gib: float) -> Machine:
@@ -63,101 +20,18 @@ def with_free(machine: Machine, gib: float) -> Machine:
     return msgspec.structs.replace(machine, device=device)
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def workload(request, traced):
-    return traced(request.param)
+def with_ram(machine: Machine, gib: float) -> Machine:
+    host = msgspec.structs.replace(machine.host, ram_available_bytes=int(gib * GIB))
+    return msgspec.structs.replace(machine, host=host)
 
 
-@relaxed
-@given(machine=machines(), gib=free, more=st.floats(0, 20), quality=qualities)
-def test_more_memory_is_never_slower(workload, machine, gib, more, quality):
-    little = choose(with_free(machine, gib), workload, Limits(quality=quality))
-    much = choose(with_free(machine, gib + more), workload, Limits(quality=quality))
-    assert much.fits or not little.fits
-    if little.fits:
-        # Within the tolerance the smaller set wins over the last percent.
-        assert much.prediction.seconds <= little.prediction.seconds * (1 + TOLERANCE)
+def names(plan: Plan) -> list[str]:
+    return [s.name for s in plan.optimizations]
 
 
-@relaxed
-@given(machine=machines(), gib=free, quality=qualities)
-def test_choice_fits_or_says_so(workload, machine, gib, quality):
-    plan = choose(with_free(machine, gib), workload, Limits(quality=quality))
-    needed = max(p.needed_bytes for p in plan.prediction.phases)
-    assert plan.prediction.needed_bytes == needed
-    assert plan.fits == (needed <= plan.budget_bytes)
-    for phase in plan.prediction.phases:
-        parts = phase.resident_bytes + phase.activation_bytes + phase.workspace_bytes
-        assert phase.peak_bytes >= parts  # the largest run of the phase, part by part
-    shares = sum(
-        p.compute_s + p.memory_s + p.transfer_s + p.launch_s for p in plan.prediction.phases
-    )
-    assert plan.prediction.seconds == pytest.approx(shares)
-
-
-@relaxed
-@given(machine=machines(), gib=free, quality=qualities)
-def test_choice_is_minimal_and_maximal(workload, machine, gib, quality):
-    """No member can go without breaking the fit or the tolerance; none can come that gains more."""
-    machine = with_free(machine, gib)
-    plan = choose(machine, workload, Limits(quality=quality))
-    predictor = Predictor(machine, workload)
-    if not plan.fits:
-        return
-    fastest = plan.prediction.seconds / (1 + TOLERANCE)
-    for setting in plan.optimizations:
-        rest = [s for s in plan.optimizations if s != setting]
-        without = predictor.predict(execution_of(rest))
-        breaks_fit = without.needed_bytes > plan.budget_bytes
-        assert breaks_fit or without.seconds > fastest * (1 + TOLERANCE) * 0.999999
-    allowed = [
-        o
-        for o in CATALOGUE.values()
-        if o.name not in {s.name for s in plan.optimizations}
-        and not o.unavailable(machine, workload)
-    ]
-    for optimization in allowed:
-        for parameters in optimization.worth_trying(machine, workload):
-            if QUALITIES.index(optimization.quality(parameters)) > QUALITIES.index(quality):
-                continue
-            larger = (*plan.optimizations, optimization.setting(parameters))
-            added = predictor.predict(execution_of(larger))
-            coherent = broken_rule([s.name for s in larger], added) is None
-            if coherent and added.needed_bytes <= plan.budget_bytes:
-                assert added.seconds >= fastest * 0.999999
-
-
-@relaxed
-@given(machine=machines(), gib=free)
-def test_stricter_quality_is_never_lossier(workload, machine, gib):
-    machine = with_free(machine, gib)
-    worst = []
-    for quality in QUALITIES:
-        plan = choose(machine, workload, Limits(quality=quality))
-        levels = [
-            QUALITIES.index(CATALOGUE[s.name].quality(s.parameters)) for s in plan.optimizations
-        ]
-        assert max(levels, default=0) <= QUALITIES.index(quality)
-        worst.append(max(levels, default=0))
-    assert worst[0] == 0
-
-
-@relaxed
-@given(machine=machines(), gib=free, quality=qualities)
-def test_same_input_same_plan(workload, machine, gib, quality):
-    machine = with_free(machine, gib)
-    first = choose(machine, workload, Limits(quality=quality))
-    assert choose(machine, workload, Limits(quality=quality)) == first
-
-
-@relaxed
-@given(machine=machines(), gib=free, quality=qualities)
-def test_everything_is_explained(workload, machine, gib, quality):
-    plan = choose(with_free(machine, gib), workload, Limits(quality=quality))
-    chosen = [s.name for s in plan.optimizations]
-    assert [r.optimization for r in plan.reasons] == chosen
-    assert sorted([*chosen, *(r.optimization for r in plan.rejected)]) == sorted(CATALOGUE)
-    assert all(r.text for r in (*plan.reasons, *plan.rejected))
+def text_of(plan: Plan, optimization: str) -> str:
+    told = (*plan.reasons, *plan.rejected)
+    return next(r.text for r in told if r.optimization == optimization)
 
 
 def test_exact_before_lossy(traced, rtx_3080_torch1):
@@ -220,3 +94,85 @@ def test_when_nothing_fits_the_nearest_miss_is_shown(traced, rtx_3080):
     assert not plan.fits
     assert plan.bottleneck.after.resource == "vram"
     assert "sequential_cpu_offload" in {s.name for s in plan.optimizations}
+
+
+# ---- quality, priority and memory ---------------------------------------------------------------
+
+
+def test_lossy_optimizations_can_be_allowed_by_name(traced, rtx_3080_torch1):
+    workload = traced("sd15", height=1024, width=1024, batch=4)
+    named = choose(rtx_3080_torch1, workload, Limits(quality="tome"))
+    assert "tome" in names(named)
+    assert "near-exact: needs --quality high" in text_of(named, "vae_tiling")
+    both = choose(rtx_3080_torch1, workload, Limits(quality="high,tome"))
+    assert "needs --quality" not in text_of(both, "vae_tiling")
+    exact = choose(rtx_3080_torch1, workload, Limits(quality="vae_tiling"))
+    assert "lossy: needs --quality balanced" in text_of(exact, "tome")
+
+
+def test_what_quality_forbids_is_told_with_its_gain(traced, rtx_3080_torch1):
+    plan = choose(rtx_3080_torch1, traced("sd15", height=1024, width=1024, batch=4))
+    tome = next(r for r in plan.rejected if r.optimization == "tome")
+    assert tome.needs_quality == "balanced"
+    assert tome.seconds is not None
+    assert tome.seconds < plan.prediction.seconds
+    assert "would gain" in tome.text
+
+
+@pytest.mark.parametrize("quality", ["", "high,", "high,fast", "lossy", "high fast"])
+def test_other_qualities_are_refused(traced, rtx_3080, quality):
+    with pytest.raises(RequestError, match="quality") as caught:
+        choose(rtx_3080, traced("sd15"), Limits(quality=quality))
+    assert "names of optimizations" in caught.value.hint
+
+
+def test_unknown_priorities_are_refused(traced, rtx_3080):
+    with pytest.raises(RequestError, match="priority 'size'"):
+        choose(rtx_3080, traced("sd15"), Limits(priority="size"))
+
+
+def test_memory_first_takes_up_to_twice_the_time(traced, rtx_3080):
+    """On a card with room, speed needs nothing; memory takes what halves the need."""
+    machine = with_free(rtx_3080, 24)
+    speed, memory = (
+        choose(machine, traced("sdxl"), Limits(priority=p)) for p in ("speed", "memory")
+    )
+    assert names(speed) == []
+    assert "model_cpu_offload" in names(memory)
+    assert memory.prediction.needed_bytes < 0.6 * speed.prediction.needed_bytes
+    assert memory.prediction.seconds <= 2 * speed.prediction.seconds
+    assert "more memory" in text_of(memory, "model_cpu_offload")
+
+
+def test_host_ram_is_a_budget(traced, rtx_3080):
+    """Offloaded weights lie in RAM: without enough of it, the plan says what is missing."""
+    workload = traced("sdxl")
+    assert names(choose(rtx_3080, workload)) == ["model_cpu_offload"]
+    for plan in (
+        choose(with_ram(rtx_3080, 2), workload),
+        choose(rtx_3080, workload, Limits(ram_limit=2 * GIB)),
+    ):
+        assert not plan.fits
+        assert plan.host_budget_bytes == 2 * GIB
+
+
+def test_the_ram_limit_holds_where_the_device_is_the_host(traced, cpu_machine):
+    plan = choose(cpu_machine, traced("sd15"), Limits(ram_limit=GIB))
+    assert plan.budget_bytes <= GIB
+    assert plan.host_budget_bytes is None
+    assert not plan.fits
+
+
+def test_a_member_is_explained_by_what_it_attacks(traced, rtx_3080_torch1):
+    plan = choose(rtx_3080_torch1, traced("sdxl"), Limits(only=("xformers", "model_cpu_offload")))
+    attention, offload = plan.reasons
+    assert (attention.attacks.resource, attention.attacks.phase) == ("compute", "denoise")
+    assert attention.after_seconds < attention.before_seconds * (1 - TOLERANCE)
+    assert (offload.attacks.resource, offload.attacks.phase) == ("vram", "decode")
+    assert offload.after_bytes < plan.budget_bytes < offload.before_bytes
+    assert not offload.fits_without
+
+
+def test_what_changes_nothing_is_said_to(traced, rtx_3080):
+    plan = choose(rtx_3080, traced("sdxl"))
+    assert "changes nothing" in text_of(plan, "xformers")

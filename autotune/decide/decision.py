@@ -1,0 +1,248 @@
+"""The choice: the smallest coherent set that is as good as any.
+
+Of the coherent sets that the quality allows:
+
+1. those that fit, on the device and in host RAM, margins included;
+2. where memory comes first, of these those that need little: within 3 % of the least that any needs
+   which takes at most twice the time of the fastest that fits (``memory``) or a quarter more
+   (``balanced``);
+3. of these, those within 3 % of the fastest of them;
+4. of these, the least lossy, then the fewest members, then the least device memory.
+
+The tolerance is counted once, from the fastest set and not from the chosen one: without any of its
+members the choice would not fit or be more than 3 % behind the fastest; any other would gain less
+than 3 %. (Counted from the chosen one, two that gain 2 % each would both be dropped.) It follows
+that more memory never makes a plan slower by more than the tolerance, and that a stricter quality
+never makes it lossier.
+
+Where none fits, the choice is the nearest miss: of the sets within 3 % of the one that lacks least,
+the least lossy; of these, by time and number as before, the one that lacks least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from autotune.decide.limits import (
+    QUALITIES,
+    Limits,
+    allows,
+    budget_within,
+    check_limits,
+    level_of,
+)
+from autotune.decide.plan import Rejection
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Budget
+from autotune.decide.search import Candidate, Space, execution_of
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Setting
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+TOLERANCE = 0.03
+"""A set must be faster than another by more than this to be worth one more optimization."""
+
+SLACK = {"balanced": 0.25, "memory": 1.0}
+"""Priority → how much more time than the fastest takes a set may take to save memory."""
+
+Catalogue = Mapping[str, Optimization]
+Options = dict[str, tuple[Setting, ...]]
+
+
+class Pool(NamedTuple):
+    """What is chosen from: all fit, or none does and these are the least lossy of the nearest.
+
+    Attributes:
+        candidates: The sets.
+        longest_seconds: What a set may take to save memory; infinite where speed comes first.
+        least_bytes: Device memory that the smallest needs; 0 where speed comes first.
+    """
+
+    candidates: Sequence[Candidate]
+    longest_seconds: float = math.inf
+    least_bytes: int = 0
+
+    @property
+    def fastest_seconds(self) -> float:
+        """Of the fastest set."""
+        return min(c.seconds for c in self.candidates)
+
+
+class Decision(NamedTuple):
+    """A choice, and what it was made from.
+
+    Attributes:
+        space: Predicts sets and knows which go together.
+        options: What each optimization offers within the limits.
+        offered: The same, had the user set no limit to quality.
+        refused: The optimizations that offer nothing, each with the reason.
+        kept: What is set by hand, as far as it can be predicted.
+        notes: One sentence on each that is set by hand.
+        budget: What must hold the choice.
+        candidates: All sets that there are to choose from.
+        pool: Those of them that memory lets it be chosen from.
+        chosen: The choice.
+    """
+
+    space: Space
+    options: Options
+    offered: Options
+    refused: tuple[Rejection, ...]
+    kept: tuple[Setting, ...]
+    notes: tuple[str, ...]
+    budget: Budget
+    candidates: Sequence[Candidate]
+    pool: Pool
+    chosen: Candidate
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget holds the choice."""
+        return self.budget.holds(self.chosen)
+
+
+def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decision:
+    """Choose, without explaining.
+
+    Raises:
+        RequestError: an unknown quality level or priority.
+        OptimizationError: an unknown name in ``only`` or ``without``.
+    """
+    check_limits(limits)
+    machine, workload = predictor.machine, predictor.workload
+    kept, notes = _predictable(predictor, limits.keep)
+    offered, refused = _offered(machine, workload, limits, catalogue)
+    options, too_lossy = _allowed(offered, limits, catalogue)
+    space = Space(predictor, options, kept, catalogue)
+    candidates = space.candidates()
+    budget = budget_within(machine, limits)
+    pool = pool_of(candidates, budget, limits.priority)
+    return Decision(
+        space=space,
+        options=options,
+        offered=offered,
+        refused=(*refused, *too_lossy),
+        kept=kept,
+        notes=notes,
+        budget=budget,
+        candidates=candidates,
+        pool=pool,
+        chosen=_smallest(pool, budget),
+    )
+
+
+def select(candidates: Sequence[Candidate], budget: Budget, priority: str = "speed") -> Candidate:
+    """The choice as the module's first lines say."""
+    return _smallest(pool_of(candidates, budget, priority), budget)
+
+
+def _smallest(pool: Pool, budget: Budget) -> Candidate:
+    longest = pool.fastest_seconds * (1 + TOLERANCE)
+    as_fast = [c for c in pool.candidates if c.seconds <= longest]
+    if budget.holds(as_fast[0]):
+        return min(as_fast, key=smallness)
+    return min(as_fast, key=lambda c: (len(c.settings), budget.lacks(c), *smallness(c)))
+
+
+def smallness(candidate: Candidate) -> tuple[object, ...]:
+    """What makes one set smaller than another that is as fast."""
+    return (
+        candidate.loss,
+        len(candidate.settings),
+        candidate.needed_bytes,
+        candidate.phases_bytes,
+        candidate.seconds,
+        _order(candidate),
+    )
+
+
+def _order(candidate: Candidate) -> list[str]:
+    """Only makes the order total, so that the same input gives the same plan."""
+    return [str(s) for s in candidate.settings]
+
+
+def pool_of(candidates: Sequence[Candidate], budget: Budget, priority: str) -> Pool:
+    """The sets that fit, where memory comes first those that need little; else the nearest."""
+    fitting = [c for c in candidates if budget.holds(c)]
+    if not fitting:
+        farthest = min(budget.lacks(c) for c in candidates) * (1 + TOLERANCE)
+        nearest = [c for c in candidates if budget.lacks(c) <= farthest]
+        least_loss = min(c.loss for c in nearest)
+        return Pool([c for c in nearest if c.loss == least_loss])
+    if priority not in SLACK:
+        return Pool(fitting)
+    longest = min(c.seconds for c in fitting) * (1 + SLACK[priority])
+    affordable = [c for c in fitting if c.seconds <= longest]
+    least = min(c.needed_bytes for c in affordable)
+    small = [c for c in affordable if c.needed_bytes <= least * (1 + TOLERANCE)]
+    return Pool(small, longest, least)
+
+
+# ---- what there is to choose from ---------------------------------------------------------------
+
+
+def _offered(
+    machine: Machine, workload: Workload, limits: Limits, catalogue: Catalogue
+) -> tuple[Options, tuple[Rejection, ...]]:
+    """Settings worth trying per optimization, whatever they do to the image; why others are out."""
+    offered: Options = {}
+    refused = []
+    for name, optimization in catalogue.items():
+        reason = _refusal(optimization, machine, workload, limits)
+        if reason is None:
+            tried = optimization.worth_trying(machine, workload)
+            offered[name] = tuple(optimization.setting(p) for p in tried)
+        else:
+            refused.append(Rejection(name, reason))
+    return offered, tuple(refused)
+
+
+def _refusal(
+    optimization: Optimization, machine: Machine, workload: Workload, limits: Limits
+) -> str | None:
+    name = optimization.name
+    if name in {s.name for s in limits.keep}:
+        return "you set it by hand: left as it is"
+    if name in limits.without:
+        return "you left it out (--without)"
+    if limits.only and name not in limits.only:
+        return "not among the ones you allowed (--only)"
+    return optimization.unavailable(machine, workload)
+
+
+def _allowed(
+    offered: Options, limits: Limits, catalogue: Catalogue
+) -> tuple[Options, tuple[Rejection, ...]]:
+    """What of it the quality allows, and what it does not allow at all."""
+    options: Options = {}
+    refused = []
+    for name, settings in offered.items():
+        optimization = catalogue[name]
+        allowed = [s for s in settings if allows(limits.quality, optimization, s.parameters)]
+        if allowed:
+            options[name] = tuple(allowed)
+        else:
+            needed = QUALITIES[min(level_of(optimization, s.parameters) for s in settings)]
+            text = f"{optimization.exactness}: needs --quality {needed}"
+            refused.append(Rejection(name, text, needs_quality=needed))
+    return options, tuple(refused)
+
+
+def _predictable(
+    predictor: Predictor, keep: tuple[Setting, ...]
+) -> tuple[tuple[Setting, ...], tuple[str, ...]]:
+    """What was set by hand, as far as it can be predicted here, and a note on each."""
+    kept: list[Setting] = []
+    notes = []
+    for setting in keep:
+        try:
+            predictor.predict(execution_of((*kept, setting)))
+        except OptimizationError as error:
+            notes.append(f"{setting} was set by hand and is kept, but not predicted: {error}")
+        else:
+            kept.append(setting)
+            notes.append(f"{setting} was set by hand and is kept")
+    return tuple(kept), tuple(notes)

@@ -1,0 +1,108 @@
+"""What the user allows: quality, priority, memory, and which optimizations."""
+
+from __future__ import annotations
+
+import msgspec
+
+from autotune.decide.predict import budget_of
+from autotune.decide.prediction import Budget
+from autotune.errors import OptimizationError, RequestError
+from autotune.optimizations import find
+from autotune.optimizations.base import Optimization, Parameters, Setting
+from autotune.probe.machine import Machine
+
+QUALITIES = ("exact", "high", "balanced", "fast")
+PRIORITIES = ("speed", "balanced", "memory")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the user allows.
+
+    Attributes:
+        quality: ``exact``, ``high`` (near-exact too), ``balanced`` (mildly lossy too) or ``fast``;
+            or the optimizations that may change the image, by name: ``"vae_tiling,tome"``. Both
+            go together: ``"high,tome"``.
+        only: Consider these alone; empty means all.
+        without: Leave these out.
+        keep: Set by hand already, as found: neither proposed nor touched.
+        vram_limit: Most bytes of device memory to use.
+        reserve: Bytes to leave free for others.
+        ram_limit: Most bytes of host RAM to use.
+        priority: ``speed``; ``memory``: the least device memory that at most doubles the time; or
+            ``balanced``: the least that costs at most a quarter more time.
+    """
+
+    quality: str = "exact"
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    keep: tuple[Setting, ...] = ()
+    vram_limit: int | None = None
+    reserve: int = 0
+    ram_limit: int | None = None
+    priority: str = "speed"
+
+
+def check_limits(limits: Limits) -> None:
+    """Refuse unknown quality levels, priorities and names.
+
+    Raises:
+        RequestError: an unknown quality level or priority.
+        OptimizationError: an unknown name in ``only`` or ``without``.
+    """
+    if limits.priority not in PRIORITIES:
+        raise RequestError(f"unknown priority {limits.priority!r}", f"use {', '.join(PRIORITIES)}")
+    _parse_quality(limits.quality)
+    for name in (*limits.only, *limits.without):
+        find(name)
+
+
+def allows(quality: str, optimization: Optimization, parameters: Parameters) -> bool:
+    """Whether a quality, as a user gives it, allows an optimization with these parameters."""
+    level, names = _parse_quality(quality)
+    is_named = optimization.name in names
+    return is_named or level_of(optimization, parameters) <= QUALITIES.index(level)
+
+
+def level_of(optimization: Optimization, parameters: Parameters) -> int:
+    """Index of the strictest quality level that allows it."""
+    return QUALITIES.index(optimization.quality(parameters))
+
+
+def looser_than(quality: str) -> tuple[str, ...]:
+    """The quality levels that allow more than this one, the strictest first."""
+    level, names = _parse_quality(quality)
+    looser = QUALITIES[QUALITIES.index(level) + 1 :]
+    return tuple(",".join((q, *names)) for q in looser)
+
+
+def _parse_quality(quality: str) -> tuple[str, tuple[str, ...]]:
+    """A level (``exact`` where none is named) and the names allowed besides.
+
+    Raises:
+        RequestError: it has something that is neither, two levels, or nothing.
+    """
+    items = [i.strip() for i in quality.split(",")]
+    levels = [i for i in items if i in QUALITIES]
+    names = tuple(i for i in items if i not in QUALITIES)
+    hint = f"use {', '.join(QUALITIES)}, or names of optimizations such as vae_tiling,tome"
+    if len(levels) > 1:
+        raise RequestError(f"quality {quality!r} has two levels", hint)
+    for name in names:
+        try:
+            find(name)
+        except OptimizationError as error:
+            raise RequestError(f"unknown quality {name!r}", hint) from error
+    return levels[0] if levels else QUALITIES[0], names
+
+
+def budget_within(machine: Machine, limits: Limits) -> Budget:
+    """What is free now, within the user's limits.
+
+    Where the device computes in host RAM, both limits are on the same memory.
+    """
+    budget = budget_of(machine, limits.vram_limit, limits.reserve)
+    if limits.ram_limit is None:
+        return budget
+    if budget.host_bytes is None:
+        return Budget(min(budget.device_bytes, limits.ram_limit), None)
+    return Budget(budget.device_bytes, min(budget.host_bytes, limits.ram_limit))

@@ -1,0 +1,279 @@
+"""Every coherent set of optimizations, predicted: those that could be anybody's choice.
+
+Sets multiply: two dozen optimizations with their parameters make millions. But seconds add up over
+phases and the memory needed is that of the largest, so an optimization that reaches one phase only
+(``scope.py``) is decided there: within a phase, a combination is left out when another is at least
+as fast and as small, as exact and as few. What is left out can be no one's choice, as a test holds
+against the plain enumeration.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from autotune.decide.limits import QUALITIES, level_of
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Prediction
+from autotune.decide.rules import RULES, Rule, broken_rule
+from autotune.decide.scope import reach_of
+from autotune.optimizations import find
+from autotune.optimizations.base import Optimization, Setting
+from autotune.optimizations.execution import Execution
+
+Loss = tuple[int, ...]
+"""How many members need each quality level, the loosest first; exact ones are not counted."""
+
+
+class Candidate(NamedTuple):
+    """One coherent set and what it comes to.
+
+    Attributes:
+        settings: Its members, in the catalogue's order.
+        seconds: Of one generation.
+        needed_bytes: Of device memory.
+        host_bytes: Of host RAM.
+        loss: What it takes of the quality.
+        phases_bytes: The needs of all phases together: where the largest is the same, the others
+            may still be smaller.
+    """
+
+    settings: tuple[Setting, ...]
+    seconds: float
+    needed_bytes: int
+    host_bytes: int
+    loss: Loss
+    phases_bytes: int
+
+
+def execution_of(settings: Iterable[Setting], base: Execution | None = None) -> Execution:
+    """The execution that a set of optimizations amounts to, on top of another."""
+    execution = base or Execution()
+    for setting in settings:
+        execution = find(setting.name).configure(execution, setting.parameters)
+    return execution
+
+
+def loss_of(settings: Iterable[Setting], catalogue: Mapping[str, Optimization]) -> Loss:
+    """What a set takes of the quality."""
+    levels = [level_of(catalogue[s.name], s.parameters) for s in settings]
+    return tuple(levels.count(level) for level in range(len(QUALITIES) - 1, 0, -1))
+
+
+class Judge:
+    """Which optimizations go together on this machine for this workload.
+
+    A set is coherent when each two of its members are. A rule that depends on a prediction is asked
+    about the two alone: otherwise a third, useless member could make a set coherent again.
+
+    Args:
+        predictor: Predicts.
+        kept: What is set by hand, in every prediction.
+    """
+
+    def __init__(self, predictor: Predictor, kept: Sequence[Setting]) -> None:
+        self._predictor = predictor
+        self._base = execution_of(kept)
+        self._by_names: dict[frozenset[str], tuple[Rule | None, bool]] = {}
+
+    def rule_between(self, first: Setting, second: Setting) -> Rule | None:
+        """The rule that two members break, if any."""
+        names = frozenset((first.name, second.name))
+        if names not in self._by_names:
+            depends = any(rule.broken_by(names) for rule in RULES)
+            self._by_names[names] = (broken_rule(names), depends)
+        rule, depends = self._by_names[names]
+        if rule is not None or not depends:
+            return rule
+        both = execution_of((first, second), self._base)
+        return broken_rule(names, self._predictor.predict(both))
+
+    def rule_in(self, settings: Sequence[Setting]) -> Rule | None:
+        """The first rule that a set breaks, ``None`` where it is coherent."""
+        pairs = itertools.combinations(settings, 2)
+        return next(filter(None, (self.rule_between(a, b) for a, b in pairs)), None)
+
+
+class _Member(NamedTuple):
+    """A setting that may be taken, by its place among all: sets are bits of an integer."""
+
+    place: int
+    setting: Setting
+    loss: Loss
+    clashes: int
+
+    @property
+    def bit(self) -> int:
+        return 1 << self.place
+
+
+class _Part(NamedTuple):
+    """A combination of what reaches one phase only, and what the phase then comes to."""
+
+    members: tuple[_Member, ...]
+    seconds: float
+    needed_bytes: int
+    loss: Loss
+
+
+_Groups = tuple[tuple[_Member, ...], ...]
+"""The members that each optimization offers; at most one of each is taken."""
+
+
+class Space:
+    """The coherent sets for one workload on one machine.
+
+    Args:
+        predictor: Predicts.
+        options: The settings that each optimization offers.
+        kept: What is set by hand, in every set.
+        catalogue: The optimizations by name.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        options: Mapping[str, Sequence[Setting]],
+        kept: Sequence[Setting],
+        catalogue: Mapping[str, Optimization],
+    ) -> None:
+        self._predictor = predictor
+        self._catalogue = catalogue
+        self._base = execution_of(kept)
+        self.judge = Judge(predictor, kept)
+        groups = self._members(options, kept)
+        self._shared, self._local = self._split(groups)
+
+    def predict(self, settings: Iterable[Setting]) -> Prediction:
+        """A set on top of what is set by hand."""
+        return self._predictor.predict(execution_of(settings, self._base))
+
+    def candidates(self) -> list[Candidate]:
+        """The empty set, and every set that is not worse in all respects than another."""
+        return [
+            candidate
+            for members, execution in self._combinations(self._shared, 0, self._base)
+            for candidate in self._completed(members, execution)
+        ]
+
+    # ---- what there is to combine ---------------------------------------------------------------
+
+    def _members(
+        self, options: Mapping[str, Sequence[Setting]], kept: Sequence[Setting]
+    ) -> list[tuple[_Member, ...]]:
+        """The settings that go with what is set by hand, and what each of them clashes with."""
+        between = self.judge.rule_between
+        settings = [
+            s
+            for offered in options.values()
+            for s in offered
+            if not any(between(k, s) for k in kept)
+        ]
+        clashes = [0] * len(settings)
+        for (i, first), (j, second) in itertools.combinations(enumerate(settings), 2):
+            if first.name == second.name or between(first, second):
+                clashes[i] |= 1 << j
+                clashes[j] |= 1 << i
+        members = [
+            _Member(place, s, loss_of((s,), self._catalogue), clashes[place])
+            for place, s in enumerate(settings)
+        ]
+        return [tuple(g) for _, g in itertools.groupby(members, key=lambda m: m.setting.name)]
+
+    def _split(self, groups: list[tuple[_Member, ...]]) -> tuple[_Groups, tuple[_Groups, ...]]:
+        """What reaches several phases, and for each phase what reaches it alone.
+
+        What reaches nothing is left out: with and without it, everything is the same.
+        """
+        reached = [self._phases_reached(g) for g in groups]
+        for (i, a), (j, b) in itertools.combinations(enumerate(groups), 2):
+            others = sum(m.bit for m in b)
+            apart = len(reached[i]) == len(reached[j]) == 1 and reached[i] != reached[j]
+            if apart and any(m.clashes & others for m in a):
+                reached[i] = reached[j] = reached[i] | reached[j]
+        shared = tuple(g for g, found in zip(groups, reached, strict=True) if len(found) > 1)
+        local = tuple(
+            tuple(g for g, found in zip(groups, reached, strict=True) if found == {phase})
+            for phase in range(len(self._predictor.workload.phases))
+        )
+        return shared, local
+
+    def _phases_reached(self, group: tuple[_Member, ...]) -> set[int]:
+        """Places of the phases that an optimization can change; loading is one more place."""
+        phases = self._predictor.workload.phases
+        reach = frozenset().union(*(reach_of(self._configure(Execution(), m)) for m in group))
+        if "load" in reach:
+            return {-1, *range(len(phases))}
+        return {i for i, p in enumerate(phases) if any(r.role in reach for r in p.runs)}
+
+    # ---- combining it ---------------------------------------------------------------------------
+
+    def _combinations(
+        self, groups: _Groups, taken: int, execution: Execution
+    ) -> Iterator[tuple[tuple[_Member, ...], Execution]]:
+        """Every way to take at most one member of each group, cut off where two clash."""
+        if not groups:
+            yield (), execution
+            return
+        for rest, done in self._combinations(groups[1:], taken, execution):
+            yield rest, done
+        for member in groups[0]:
+            if not member.clashes & taken:
+                extended = self._configure(execution, member)
+                for rest, done in self._combinations(groups[1:], taken | member.bit, extended):
+                    yield (member, *rest), done
+
+    def _configure(self, execution: Execution, member: _Member) -> Execution:
+        setting = member.setting
+        return self._catalogue[setting.name].configure(execution, setting.parameters)
+
+    def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
+        """What reaches several phases being given: the combinations of each phase's own."""
+        prediction = self._predictor.predict(execution)
+        taken = sum(m.bit for m in members)
+        fronts = [self._front(phase, taken, execution) for phase in range(len(prediction.phases))]
+        for parts in itertools.product(*fronts):
+            chosen = sorted((*members, *(m for p in parts for m in p.members)))
+            yield Candidate(
+                settings=tuple(m.setting for m in chosen),
+                seconds=sum(p.seconds for p in parts),
+                needed_bytes=max(prediction.load.peak_bytes, *(p.needed_bytes for p in parts)),
+                host_bytes=prediction.host_bytes,
+                loss=_loss(chosen),
+                phases_bytes=sum(p.needed_bytes for p in parts),
+            )
+
+    def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:
+        """The phase's combinations that no other is at least as good as in every respect."""
+        parts = [
+            self._part(phase, members, done)
+            for members, done in self._combinations(self._local[phase], taken, execution)
+        ]
+        # What another is better than comes after it.
+        parts.sort(key=lambda p: (p.seconds, p.needed_bytes, len(p.members), p.loss))
+        front: list[_Part] = []
+        for part in parts:
+            if not any(_is_as_good(other, part) for other in front):
+                front.append(part)
+        return front
+
+    def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
+        found = self._predictor.predict(execution).phases[phase]
+        return _Part(members, found.seconds, found.needed_bytes, _loss(members))
+
+
+_NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)
+
+
+def _loss(members: Iterable[_Member]) -> Loss:
+    return tuple(map(sum, zip(_NO_LOSS, *(m.loss for m in members), strict=True)))
+
+
+def _is_as_good(one: _Part, other: _Part) -> bool:
+    return (
+        one.needed_bytes <= other.needed_bytes
+        and one.seconds <= other.seconds
+        and len(one.members) <= len(other.members)
+        and all(a <= b for a, b in zip(one.loss, other.loss, strict=True))
+    )

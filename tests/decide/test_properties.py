@@ -1,0 +1,268 @@
+"""What holds of every plan, on machines and workloads of any kind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autotune.decide.choose import QUALITIES, TOLERANCE, Limits, choose
+from autotune.decide.decision import SLACK, Pool, decide
+from autotune.decide.limits import PRIORITIES, allows
+from autotune.decide.plan import Plan, Reason, Rejection
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Budget, Prediction
+from autotune.decide.search import Judge, execution_of, loss_of
+from autotune.optimizations import CATALOGUE
+from autotune.optimizations.base import Setting
+from autotune.probe.machine import Machine
+from autotune.units import MIB, format_bytes, format_seconds
+from autotune.workload.workload import Workload
+from tests.decide.strategies import machines, workloads
+
+often = settings(max_examples=100, deadline=None)
+qualities = st.sampled_from(QUALITIES)
+priorities = st.sampled_from(PRIORITIES)
+more = st.integers(0, 16_000).map(lambda mib: mib * MIB)
+
+ROUNDING = 1e-9
+"""Of sums of floats, relatively."""
+
+
+def with_more(machine: Machine, device_bytes: int, host_bytes: int) -> Machine:
+    device, host = machine.device, machine.host
+    return msgspec.structs.replace(
+        machine,
+        device=msgspec.structs.replace(device, free_bytes=device.free_bytes + device_bytes),
+        host=msgspec.structs.replace(
+            host, ram_available_bytes=host.ram_available_bytes + host_bytes
+        ),
+    )
+
+
+def budget_of(plan: Plan) -> Budget:
+    return Budget(plan.budget_bytes, plan.host_budget_bytes)
+
+
+@often
+@given(machines(), workloads(), more, more, qualities, priorities)
+def test_more_memory_is_never_slower(machine, workload, vram, ram, quality, priority):
+    """Beyond the tolerance, within which the smaller set wins over the last percents."""
+    limits = Limits(quality=quality, priority=priority)
+    little = choose(machine, workload, limits)
+    much = choose(with_more(machine, vram, ram), workload, limits)
+    assert much.fits or not little.fits
+    if little.fits:
+        slack = SLACK.get(priority, TOLERANCE)
+        assert much.prediction.seconds <= little.prediction.seconds * (1 + slack) * (1 + ROUNDING)
+
+
+@often
+@given(machines(), workloads(), qualities, priorities)
+def test_a_plan_fits_with_its_margins_or_says_that_it_does_not(
+    machine, workload, quality, priority
+):
+    plan = choose(machine, workload, Limits(quality=quality, priority=priority))
+    prediction = plan.prediction
+    device = max(prediction.load.peak_bytes, *(p.needed_bytes for p in prediction.phases))
+    fits = device <= plan.budget_bytes
+    if plan.host_budget_bytes is not None:
+        fits = fits and prediction.host_bytes <= plan.host_budget_bytes
+    assert plan.fits == fits
+    for phase in prediction.phases:
+        parts = phase.resident_bytes + phase.activation_bytes + phase.margin_bytes
+        assert phase.needed_bytes >= parts
+    assert (plan.bottleneck.after.resource in ("vram", "ram")) == (not plan.fits)
+    assert bool(plan.ways_out) == (not plan.fits)
+    assert plan.ways_out == tuple(w.text for w in plan.remedies)
+
+
+@often
+@given(machines(), workloads(), qualities, priorities)
+def test_no_member_can_be_dropped(machine, workload, quality, priority):
+    """Without it the rest would not fit, or be behind the best by more than tolerated."""
+    limits = Limits(quality=quality, priority=priority)
+    plan = choose(machine, workload, limits)
+    if not plan.fits:
+        return
+    predictor = Predictor(machine, workload)
+    pool = decide(predictor, limits, CATALOGUE).pool
+    for setting, reason in zip(plan.optimizations, plan.reasons, strict=True):
+        without = predictor.predict(execution_of(s for s in plan.optimizations if s != setting))
+        assert reason.before_bytes == without.needed_bytes
+        assert reason.before_seconds == without.seconds
+        assert reason.fits_without == budget_of(plan).holds(without)
+        assert (
+            not reason.fits_without
+            or without.seconds > min(plan.fastest_seconds * (1 + TOLERANCE), pool.longest_seconds)
+            or (pool.least_bytes and without.needed_bytes > pool.least_bytes * (1 + TOLERANCE))
+        )
+
+
+@often
+@given(machines(), workloads(), qualities)
+def test_none_can_be_added(machine, workload, quality):
+    """Whatever goes with the choice, is allowed and fits, gains less than the tolerance."""
+    plan = choose(machine, workload, Limits(quality=quality))
+    if not plan.fits:
+        return
+    predictor = Predictor(machine, workload)
+    judge = Judge(predictor, ())
+    for setting in allowed(machine, workload, quality):
+        larger = (*plan.optimizations, setting)
+        names = [s.name for s in larger]
+        if len(set(names)) < len(names) or judge.rule_in(larger):
+            continue
+        added = predictor.predict(execution_of(larger))
+        if budget_of(plan).holds(added):
+            assert added.seconds * (1 + TOLERANCE) >= plan.prediction.seconds * (1 - ROUNDING)
+
+
+def allowed(machine: Machine, workload: Workload, quality: str) -> list[Setting]:
+    return [
+        optimization.setting(parameters)
+        for optimization in CATALOGUE.values()
+        if not optimization.unavailable(machine, workload)
+        for parameters in optimization.worth_trying(machine, workload)
+        if allows(quality, optimization, parameters)
+    ]
+
+
+@often
+@given(machines(), workloads(), priorities)
+def test_no_plan_uses_more_quality_than_offered(machine, workload, priority):
+    for quality in QUALITIES:
+        plan = choose(machine, workload, Limits(quality=quality, priority=priority))
+        for s in plan.optimizations:
+            assert allows(quality, CATALOGUE[s.name], s.parameters)
+
+
+@often
+@given(machines(), workloads())
+def test_a_stricter_quality_is_never_lossier(machine, workload):
+    """Nor is a looser one slower, beyond the tolerance, where it fits."""
+    plans = [choose(machine, workload, Limits(quality=quality)) for quality in QUALITIES]
+    losses = [loss_of(plan.optimizations, CATALOGUE) for plan in plans]
+    assert losses == sorted(losses)
+    for strict, loose in itertools.pairwise(plans):
+        assert loose.fits or not strict.fits
+        if strict.fits:
+            assert loose.prediction.seconds <= strict.prediction.seconds * (1 + TOLERANCE)
+
+
+@often
+@given(machines(), workloads(), qualities)
+def test_memory_comes_first_where_it_is_asked_to(machine, workload, quality):
+    """Memory needs no more than balanced, and that no more than speed, beyond the tolerance."""
+    speed, balanced, memory = (
+        choose(machine, workload, Limits(quality=quality, priority=p)) for p in PRIORITIES
+    )
+    if speed.fits:
+        few = (1 + TOLERANCE) * (1 + ROUNDING)
+        needs = [p.prediction.needed_bytes for p in (memory, balanced, speed)]
+        assert needs[0] <= needs[1] * few
+        assert needs[1] <= needs[2] * few
+        for plan in (balanced, memory):
+            longest = speed.prediction.seconds * (1 + SLACK[plan.priority])
+            assert plan.prediction.seconds <= longest * (1 + ROUNDING)
+
+
+@often
+@given(machines(), workloads(), qualities, priorities)
+def test_the_same_input_gives_the_same_plan_and_survives_json(machine, workload, quality, priority):
+    limits = Limits(quality=quality, priority=priority)
+    plan = choose(machine, workload, limits)
+    assert choose(machine, workload, limits) == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan.to_dict()), type=Plan) == plan
+
+
+# ---- the numbers in the texts -------------------------------------------------------------------
+
+BYTES = re.compile(r"\d[\d.]* (?:B|KiB|MiB|GiB)\b")
+SECONDS = re.compile(r"\d[\d.]* (?:s|ms|µs)\b|\d+ min\b|\d+ h \d\d min\b")
+SHARE = re.compile(r"\d[\d.]*%")
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def check_numbers(
+    text: str, sizes: list[int | None], times: list[float], shares: list[str]
+) -> None:
+    """Each number in the text is one of these, as written everywhere."""
+    assert set(BYTES.findall(text)) <= {format_bytes(s) for s in sizes if s is not None}
+    assert set(SECONDS.findall(text)) <= {format_seconds(t) for t in times if math.isfinite(t)}
+    assert set(SHARE.findall(text)) <= {*shares, "3%"}
+
+
+def check_reason(reason: Reason, plan: Plan, without: Prediction, pool: Pool) -> None:
+    chosen, fastest = plan.prediction, pool.fastest_seconds
+    assert fastest == plan.fastest_seconds
+    check_numbers(
+        reason.text,
+        [
+            *(without.needed_bytes, chosen.needed_bytes, without.host_bytes, *budget_of(plan)),
+            pool.least_bytes,
+        ],
+        [without.seconds, chosen.seconds, fastest, pool.longest_seconds],
+        [
+            percent(without.seconds / chosen.seconds - 1),
+            percent(without.seconds / fastest - 1),
+            percent(without.needed_bytes / chosen.needed_bytes - 1),
+            percent(without.needed_bytes / max(pool.least_bytes, 1) - 1),
+        ],
+    )
+
+
+def check_rejection(rejection: Rejection, plan: Plan, added: Prediction) -> None:
+    chosen = plan.prediction
+    assert rejection.seconds == added.seconds
+    assert rejection.needed_bytes == added.needed_bytes
+    assert rejection.fits == budget_of(plan).holds(added)
+    saved = {
+        a.name: c.needed_bytes - a.needed_bytes
+        for a, c in zip(added.phases, chosen.phases, strict=True)
+    }
+    assert rejection.saved_bytes == max(saved.values()) == saved[rejection.saved_in or ""]
+    check_numbers(
+        rejection.text,
+        [
+            *(added.needed_bytes, chosen.needed_bytes, added.needed_bytes - chosen.needed_bytes),
+            *(added.host_bytes, rejection.saved_bytes, *budget_of(plan)),
+        ],
+        [added.seconds, chosen.seconds],
+        [percent(1 - added.seconds / chosen.seconds)],
+    )
+
+
+@often
+@given(machines(), workloads(), qualities, priorities)
+def test_everything_is_explained_in_the_predictions_own_numbers(
+    machine, workload, quality, priority
+):
+    limits = Limits(quality=quality, priority=priority)
+    plan = choose(machine, workload, limits)
+    predictor = Predictor(machine, workload)
+    pool = decide(predictor, limits, CATALOGUE).pool
+    taken = [s.name for s in plan.optimizations]
+    assert [r.optimization for r in plan.reasons] == taken
+    assert sorted([*taken, *(r.optimization for r in plan.rejected)]) == sorted(CATALOGUE)
+    for setting, reason in zip(plan.optimizations, plan.reasons, strict=True):
+        rest = execution_of(s for s in plan.optimizations if s != setting)
+        check_reason(reason, plan, predictor.predict(rest), pool)
+    for rejection in plan.rejected:
+        assert rejection.text
+        if rejection.setting is not None:
+            rest = (s for s in plan.optimizations if s.name not in rejection.instead_of)
+            added = predictor.predict(execution_of((*rest, rejection.setting)))
+            check_rejection(rejection, plan, added)
+    for way in plan.remedies:
+        assert way.needed_bytes <= way.budget_bytes
+        assert format_seconds(way.seconds) in way.text
+        assert format_bytes(way.needed_bytes) in way.text

@@ -80,11 +80,20 @@ def _default_kind() -> str:
     build = software.torch_build()
     if "cuda" in build and (nvml.visible_gpus() or _cuda_without_nvml()):
         return "cuda"
-    if "hip" in build and Path("/dev/kfd").exists():
+    if "hip" in build and os.access("/dev/kfd", os.R_OK | os.W_OK):
         return "cuda"
+    if "xpu" in build and _has_xpu():
+        return "xpu"
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
     return "cpu"
+
+
+def _has_xpu() -> bool:
+    """Only torch knows; only a torch built for Intel's GPUs is imported to ask."""
+    import torch
+
+    return torch.xpu.is_available()
 
 
 def _cuda_without_nvml() -> bool:

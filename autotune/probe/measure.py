@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from msgspec import structs
 
-from autotune.errors import MachineError
+from autotune.errors import MachineError, first_line
 from autotune.probe import nvml
 from autotune.probe.attention import measure_attention
 from autotune.probe.deadline import Deadline
@@ -89,10 +90,23 @@ def measure_machine(
     except torch.OutOfMemoryError as error:
         message = f"{chosen} has too little free memory to be measured"
         raise MachineError(message, "close what else uses it, or --device cpu") from error
+    except RuntimeError as error:
+        if chosen.type == "cpu":
+            raise
+        message = f"{chosen} fails while it is measured: {first_line(error)}"
+        raise MachineError(message, _remedy(error)) from error
     finally:
         gc.collect()
-        empty_cache(chosen)
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            empty_cache(chosen)
     return structs.replace(machine, measured_in_s=round(time.perf_counter() - start, 2))
+
+
+def _remedy(error: RuntimeError) -> str:
+    """What to do about a device that PyTorch lists and cannot compute on."""
+    if "no kernel image" in str(error):
+        return "install a torch built for this GPU's compute capability, or --device cpu"
+    return "see what the driver says (nvidia-smi, dmesg), or --device cpu"
 
 
 def _measure(

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -47,17 +48,45 @@ def read_machine(path: Path) -> Machine:
     """Reads and validates one machine file.
 
     Raises:
-        MachineError: it cannot be read, or is not a machine; the message says where.
+        MachineError: it cannot be read, or is not a machine that can be planned for.
     """
+    hint = "write one with `autotune probe --save FILE`"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Machine)
+        machine = msgspec.json.decode(path.read_bytes(), type=Machine)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        hint = "check the path, or write one with `autotune probe --save FILE`"
-        raise MachineError(f"cannot read the machine file {path}: {reason}", hint) from error
+        message = f"cannot read the machine file {path}: {reason}"
+        raise MachineError(message, f"check the path, or {hint}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # not even text
-        hint = "write one with `autotune probe --save FILE`"
         raise MachineError(f"{path} is not a machine file: {error}", hint) from error
+    for problem in _problems(machine):
+        raise MachineError(f"{path} is no machine that can be planned for: {problem}", hint)
+    return machine
+
+
+def _problems(machine: Machine) -> Iterator[str]:
+    """What the types let through and no plan can be made with."""
+    device, host, kernels, link = machine.device, machine.host, machine.kernels, machine.link
+    if not 0 <= device.free_bytes <= device.total_bytes or not device.total_bytes:
+        yield f"it has {device.free_bytes} of {device.total_bytes} bytes free"
+    if host.cores < 1 or not 0 <= host.ram_available_bytes <= host.ram_total_bytes:
+        yield f"its host has {host.cores} cores, {host.ram_available_bytes} bytes available"
+    for name, figures in (
+        ("matmul_flops_per_s", kernels.matmul_flops_per_s),
+        ("convolution_flops_per_s", kernels.convolution_flops_per_s),
+    ):
+        if "float32" not in figures:
+            yield f"{name} has no float32"
+    rates = [*kernels.matmul_flops_per_s.values(), *kernels.convolution_flops_per_s.values()]
+    rates += kernels.convolution_channels_last_flops_per_s.values()
+    rates.append(kernels.memory_bytes_per_s)
+    if link is not None:
+        rates += [link.h2d_pinned_bytes_per_s, link.d2h_pinned_bytes_per_s]
+        rates += [link.h2d_pageable_bytes_per_s, link.d2h_pageable_bytes_per_s]
+        rates += [link.module_h2d_bytes_per_s, link.module_d2h_bytes_per_s]
+    rates += [rate.flops_per_s for rate in machine.attention if rate.flops_per_s is not None]
+    if not all(rate.value > 0 for rate in rates):
+        yield "a rate is not positive"
 
 
 def check_writable(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -132,6 +133,19 @@ def test_identity_of_a_gpu_that_is_not_there(under_driver: Any) -> None:
 
 def test_a_torch_built_for_the_cpu_makes_it_a_cpu(under_driver: Any) -> None:
     assert under_driver("two", IDENTITY.format(build={}, device=None)).startswith("cpu-")
+
+
+@pytest.mark.parametrize(("there", "key"), [(True, "xpu-0-"), (False, "cpu-")])
+def test_identity_of_an_intel_gpu_is_what_torch_finds(
+    monkeypatch: pytest.MonkeyPatch, there: bool, key: str
+) -> None:
+    """The profile of a measured one is found again, and none is looked for where there is none."""
+    monkeypatch.setattr(live.software, "torch_build", lambda: {"xpu": "2025"})
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: there)
+    assert identity().startswith(key)
+    if there:
+        device = Device(kind="xpu", name="Arc", total_bytes=1, free_bytes=1)
+        assert profile_key(replace(cpu_machine(), device=device)) == identity()
 
 
 def test_identity_of_the_cpu() -> None:

@@ -25,6 +25,7 @@ from autotune.probe.measure import (
     machine_name,
     measure_machine,
 )
+from tests.probe.pretend import pretend
 
 GIB = 1 << 30
 
@@ -100,6 +101,30 @@ def test_too_little_memory_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys.modules["autotune.probe.measure"], "measure_kernels", full)
     with pytest.raises(MachineError, match="too little free memory"):
         measure_machine("cpu")
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device\nmore", "built for"),
+        ("CUDA error: unspecified launch failure", "nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_fails_is_said_plainly(
+    monkeypatch: pytest.MonkeyPatch, message: str, remedy: str
+) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(sys.modules["autotune.probe.measure"], "measure_kernels", fail)
+    with pytest.raises(RuntimeError):
+        measure_machine("cpu")
+    with pretend(monkeypatch, "cuda"):
+        monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+        with pytest.raises(MachineError, match="cuda:0 fails while it is measured") as raised:
+            measure_machine("cuda:0")
+    assert "more" not in raised.value.message
+    assert remedy in raised.value.hint
 
 
 def test_the_default_is_the_gpu_with_most_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

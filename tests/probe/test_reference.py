@@ -123,6 +123,34 @@ def test_broken_files_say_where(tmp_path: Path) -> None:
         load_machine(str(tmp_path / "absent.json"))
 
 
+def odd_machines() -> Iterator[tuple[Machine, str]]:
+    """Machines of the right types, with what is wrong about each."""
+    machine = load_machine("rtx-3080-10gb")
+    device, host, kernels, link = machine.device, machine.host, machine.kernels, machine.link
+    assert link is not None
+    for free in (-1, device.total_bytes + 1):
+        yield replace(machine, device=replace(device, free_bytes=free)), "bytes free"
+    yield replace(machine, device=replace(device, total_bytes=0, free_bytes=0)), "bytes free"
+    yield replace(machine, host=replace(host, cores=0)), "0 cores"
+    for name in ("matmul_flops_per_s", "convolution_flops_per_s"):
+        half = {"float16": Figure(1.0)}
+        yield replace(machine, kernels=replace(kernels, **{name: half})), f"{name} has no float32"
+    zero, negative = Figure(0.0), Figure(-1.0)
+    yield replace(machine, kernels=replace(kernels, memory_bytes_per_s=negative)), "a rate"
+    yield replace(machine, link=replace(link, module_h2d_bytes_per_s=zero)), "a rate"
+    rates = (replace(machine.attention[0], flops_per_s=zero),)
+    yield replace(machine, attention=rates), "a rate"
+
+
+@pytest.mark.parametrize(("machine", "problem"), odd_machines())
+def test_a_machine_that_no_plan_can_be_made_for_is_refused(
+    tmp_path: Path, machine: Machine, problem: str
+) -> None:
+    write_machine(machine, tmp_path / "odd.json")
+    with pytest.raises(MachineError, match=problem):
+        read_machine(tmp_path / "odd.json")
+
+
 def test_added_machines_are_found_by_name(tmp_path: Path) -> None:
     machine = replace(load_machine("rtx-3080-10gb"), name="my-card")
     write_machine(machine, tmp_path / "any.json")

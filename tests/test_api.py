@@ -90,6 +90,21 @@ def test_load_plans_before_it_reads_weights():
     assert tuned("a handwritten five", seed=1).images[0].size == (128, 128)
 
 
+def test_a_video_of_so_many_frames_with_arguments_of_the_pipeline():
+    from tests.pipelines import BUILDERS
+
+    tuned = autotune.configure(
+        BUILDERS["animatediff"](),
+        height=64,
+        width=64,
+        frames=8,
+        steps=2,
+        call={"guidance_scale": 1.0},
+    )
+    assert (tuned.plan.workload.frames, tuned.plan.workload.options) == (8, {"guidance_scale": 1.0})
+    assert [len(video) for video in tuned("a cat", seed=1).frames] == [8]
+
+
 def test_plan_for_another_machine():
     plan = autotune.plan("sdxl", machine="rtx-4060-8gb")
     assert plan.machine.name == "rtx-4060-8gb"
@@ -116,6 +131,10 @@ def test_submodule_does_not_hide_the_function():
         (lambda: autotune.load("no-such-model"), ModelError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", height=1001), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", vram_limit="lots"), RequestError),
+        (lambda: autotune.plan("sdxl", machine="t4-16gb", frames=8), RequestError),
+        (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"width": 512}), RequestError),
+        (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"sigmas": [1]}), RequestError),
+        (lambda: autotune.plan("sd15", machine="t4-16gb", call={"strength": 0.5}), RequestError),
         (lambda: autotune.configure(object()), AutotuneError),
     ],
 )

@@ -22,6 +22,7 @@ READ_ONLY = (
     ["profile", "list"],
     ["profile", "path"],
     ["machines"],
+    ["models"],
     ["optimizations"],
     ["env"],
 )
@@ -100,6 +101,7 @@ def test_run_as_json(tmp_path):
     shown = asked_json(
         "run", "demo", "--steps", "2", "--batch", "2", "--seed", "1", "-o", str(target)
     )
+    jsonschema.validate(shown, schema("run.json"))
     assert [Path(i).name for i in shown["images"]] == ["out-1.png", "out-2.png"]
     assert all(Path(i).exists() for i in shown["images"])
     assert {m["name"] for m in shown["measured"]} == {"encode", "denoise", "decode"}
@@ -147,6 +149,15 @@ def test_plan_for_people_fits_a_terminal():
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
 
 
+def test_a_terminal_that_knows_ascii_only_gets_an_answer():
+    done = autotune(
+        "plan", "sdxl", "--machine", "rtx-3080-10gb", "--explain", "memory",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "denoise needs the most" in done.stdout
+
+
 def test_machines_and_optimizations_as_json():
     names = {m["name"] for m in asked_json("machines")["machines"]}
     assert {"rtx-3080-10gb", "t4-16gb", "a100-80gb"} <= names
@@ -165,6 +176,13 @@ BAD = {
     "negative size": ["plan", "sdxl", "--machine", "t4-16gb", "--width", "-8"],
     "no batch": ["plan", "sdxl", "--machine", "t4-16gb", "--batch", "0"],
     "no steps": ["plan", "sdxl", "--machine", "t4-16gb", "--steps", "0"],
+    "frames of an image, planned": ["plan", "sdxl", "--machine", "t4-16gb", "--frames", "16"],
+    "argument of no pipeline": ["plan", "sd15", "--machine", "t4-16gb", "--call", "nonsense=1"],
+    "argument without a value": ["plan", "sd15", "--machine", "t4-16gb", "--call", "nonsense"],
+    "argument with its own option": ["plan", "sd15", "--machine", "t4-16gb", "--call", "width=8"],
+    "odd size, here": ["plan", "sdxl", "--height", "1001"],
+    "unknown explanation": ["plan", "sdxl", "--machine", "t4-16gb", "--explain", "time"],
+    "unknown model in detail": ["models", "sdxxl"],
     "frames of an image": ["predict", "sdxl", "--machine", "t4-16gb", "--frames", "16"],
     "unknown dtype": ["plan", "sdxl", "--machine", "t4-16gb", "--dtype", "int3"],
     "unknown quality": ["plan", "sdxl", "--machine", "t4-16gb", "--quality", "best"],
@@ -213,7 +231,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
     assert not list(tmp_path.iterdir())
     larger = ("--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png")
     offered = autotune("run", *larger, cwd=tmp_path)
-    assert "quality high (vae_tiling" in offered.stderr
+    assert "quality high (" in offered.stderr
+    assert "vae_tiling:tile=" in offered.stderr
     drawn = autotune("run", *larger, "--quality", "high", "--steps", "2", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
 

@@ -15,7 +15,7 @@ from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
 from autotune.decide.placement import Weights
-from autotune.decide.predict import Path, Predictor
+from autotune.decide.predict import Path, Predictor, budget_of
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
 from autotune.workload.workload import AttentionShape, Component, ComponentRun, Operator
@@ -35,18 +35,25 @@ class Expected(NamedTuple):
     device_bytes: int
 
 
-def expected(predictor: Predictor, execution: Execution) -> Expected:
+def expected(
+    predictor: Predictor, execution: Execution, capacity_bytes: int | None = None
+) -> Expected:
     """The peaks of a few generations run in this way.
 
     Args:
         predictor: Of a CUDA machine.
         execution: How the pipeline runs.
+        capacity_bytes: What PyTorch may reserve; by default what is free now, less the context.
+            Where it is scarce, unused segments are given back and workspaces done without.
 
     Raises:
-        DeviceMemoryError: it does not fit in the machine's free memory.
+        DeviceMemoryError: it does not fit in the capacity, however little the predictor says that
+            it needs: free memory lies in pieces, none of them large enough.
         OptimizationError: the execution needs a code path that was not traced.
     """
-    pipeline = _Pipeline(predictor, execution)
+    if capacity_bytes is None:
+        capacity_bytes = budget_of(predictor.machine).device_bytes
+    pipeline = _Pipeline(predictor, execution, capacity_bytes)
     pipeline.load()
     for _ in range(GENERATIONS):
         pipeline.generate()
@@ -57,12 +64,25 @@ def expected(predictor: Predictor, execution: Execution) -> Expected:
     )
 
 
+def fits(predictor: Predictor, execution: Execution, capacity_bytes: int | None = None) -> bool:
+    """Whether the allocator finds room for every request; takes a fraction of a second.
+
+    Raises:
+        OptimizationError: the execution needs a code path that was not traced.
+    """
+    try:
+        expected(predictor, execution, capacity_bytes)
+    except DeviceMemoryError:
+        return False
+    return True
+
+
 class _Pipeline:
     """Sends an allocator what a pipeline would. Token merging is left out: it takes little."""
 
-    def __init__(self, predictor: Predictor, execution: Execution) -> None:
+    def __init__(self, predictor: Predictor, execution: Execution, capacity_bytes: int) -> None:
         self.machine, self.workload = predictor.machine, predictor.workload
-        self.allocator = CachingAllocator(_capacity(self.machine))
+        self.allocator = CachingAllocator(capacity_bytes)
         self._predictor, self._execution = predictor, execution
         self._components = {c.name: c for c in self.workload.components}
         self._before = dict(
@@ -197,7 +217,3 @@ def _attend(allocator: CachingAllocator, kernel: Kernel, shape: AttentionShape, 
 
 def _sizes(component: Component) -> tuple[int, ...]:
     return component.tensor_bytes or (component.weight_bytes,)
-
-
-def _capacity(machine: Machine) -> int:
-    return max(0, machine.device.free_bytes - machine.context_bytes)

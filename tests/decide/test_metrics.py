@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from autotune.decide.allocator import DeviceMemoryError
-from autotune.decide.metrics import expected
+from autotune.decide.metrics import expected, fits
 from autotune.decide.predict import Predictor
 from autotune.optimizations.execution import Execution
 from autotune.units import GIB
@@ -48,17 +48,25 @@ def test_a_decode_reserves_far_more_than_it_allocates(traced, rtx_3080):
 
 
 def test_what_does_not_fit_is_said(traced, rtx_3080):
-    machine = replace(rtx_3080, device=replace(rtx_3080.device, free_bytes=4 * GIB))
+    predictor = Predictor(rtx_3080, traced("sdxl"))
     with pytest.raises(DeviceMemoryError):
-        expected(Predictor(machine, traced("sdxl")), Execution())
+        expected(predictor, Execution(), 4 * GIB)
+    assert not fits(predictor, Execution(), 4 * GIB)
+    assert fits(predictor, Execution(placement="sequential_offload"), 4 * GIB)
 
 
 def test_a_workspace_is_done_without(traced, rtx_3080):
-    """Less free memory than the peak: cuDNN's plan without copies is taken."""
+    """Less room than the peak: cuDNN's plan without copies is taken."""
     predictor = Predictor(rtx_3080, traced("sd15", batch=4))
-    wanted = expected(predictor, Execution())
-    tight = replace(
-        rtx_3080.device, free_bytes=wanted.allocated_bytes - GIB // 8 + rtx_3080.context_bytes
-    )
-    scarce = expected(Predictor(replace(rtx_3080, device=tight), predictor.workload), Execution())
-    assert scarce.reserved_bytes < wanted.allocated_bytes
+    wanted = expected(predictor, Execution()).allocated_bytes
+    scarce = expected(predictor, Execution(), wanted - GIB // 8)
+    assert scarce.allocated_bytes <= scarce.reserved_bytes <= wanted - GIB // 8
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_no_less_fits_than_weights_and_activations(traced, rtx_3080, execution):
+    predictor = Predictor(rtx_3080, traced("sd15"))
+    phases = predictor.predict(execution).phases
+    least = max(p.resident_bytes + p.activation_bytes for p in phases)
+    assert not fits(predictor, execution, least - GIB // 16)
+    assert fits(predictor, execution, 2 * least)

@@ -32,10 +32,16 @@ from autotune.workload.workload import Operator, Trace
 
 UNET_MODULE = "diffusers.models.unets.unet_2d_condition"
 
-_ROUNDS_MIN, _ROUNDS_MAX = 3, 9
+_ROUNDS_MAX = 9
 
 _WARM_UP_SHARE = 0.3
 """Of the budget, for the first calls of each operator: lazy kernels and algorithm choice."""
+
+_LONG_SHARE = 0.02
+"""Of the budget: a first call that takes longer is not made again at once, the rounds do that."""
+
+_PLANNED_SHARE = 0.75
+"""Of the memory given, for arguments and output; the rest is for workspaces and allocators."""
 
 _CUDA_CALLS, _CUDA_SAMPLE_S = 10, 1e-3
 """Calls in a sample: as many as last so long, up to a number. Events resolve half a microsecond."""
@@ -57,7 +63,7 @@ class _Prepared(NamedTuple):
         operator: Which.
         calls: Of it, each on other parts of the buffers; a sample goes through all.
         first_s: Its first call, by the clock.
-        steady_s: Its second one.
+        steady_s: Its second one; the first, where that took long.
         workspace_bytes: What that took besides its output; only CUDA's allocator tells.
     """
 
@@ -74,7 +80,8 @@ class _Prepared(NamedTuple):
 
     def timed(self, samples: list[float]) -> OperatorTime:
         seconds = _typical(samples)
-        extra = max(0.0, self.first_s - max(self.steady_s, seconds))
+        steady_s = seconds if self.steady_s == self.first_s else max(self.steady_s, seconds)
+        extra = max(0.0, self.first_s - steady_s)
         return OperatorTime(seconds, self.workspace_bytes, extra)
 
 
@@ -95,16 +102,18 @@ def replay(
         known: Timed before: not run again.
         budget_s: Seconds to spend; what is not reached is left out. A call that has begun is
             waited for.
-        memory_bytes: Device memory that all of this may take; what needs more is left out.
+        memory_bytes: Device memory that all of this may take; larger operators are left out.
         weight: Estimated seconds of all calls of an operator.
 
     Returns:
-        New times by ``Operator.key``; ``seconds`` is ``None`` where one cannot be run alone.
+        New times by ``Operator.key``; ``seconds`` is ``None`` where one cannot be run alone, or not
+        within the memory.
     """
     deadline = Deadline(budget_s)
     wanted = {o.key: o for o in operators if o.key not in known and o.bytes <= memory_bytes}
     heaviest_first = sorted(wanted.values(), key=weight, reverse=True)
-    groups, found = _fitting(heaviest_first, memory_bytes)
+    groups, unfit = _fitting(heaviest_first, int(_PLANNED_SHARE * memory_bytes))
+    found = {operator.key: OperatorTime(None) for operator in unfit}
     with torch.no_grad(), _own_random_state(device), at_most(device, memory_bytes):
         for group in groups:
             if deadline.has_passed:
@@ -122,11 +131,12 @@ def _replay_group(
     ready: dict[str, _Prepared] = {}
     alone: dict[str, OperatorTime] = {}  # cannot be run alone
     warm_up = deadline.part(_WARM_UP_SHARE * deadline.left_s)
+    long_s = _LONG_SHARE * deadline.left_s
     for operator in group.operators:
         if warm_up.has_passed:
             break
         try:
-            ready[operator.key] = _warmed_up(operator, buffers)
+            ready[operator.key] = _warmed_up(operator, buffers, long_s)
         except Exception as error:  # its values matter, or anything else: rates stand in for it
             if not _is_out_of_memory(error):  # which another time may be different
                 alone[operator.key] = OperatorTime(None)
@@ -135,10 +145,12 @@ def _replay_group(
     return alone | _time_in_rounds(in_order, device, deadline)
 
 
-def _warmed_up(operator: Operator, buffers: _Buffers) -> _Prepared:
+def _warmed_up(operator: Operator, buffers: _Buffers, long_s: float) -> _Prepared:
     device, signature = buffers.device, operator.signature
     call = rebuild(signature, buffers)
     first_s = wall_seconds(call, device)
+    if device.type != "cuda" and first_s > long_s:
+        return _Prepared(operator, (call,), first_s, first_s, None)
     steady_s, workspace = _second_call(call, device)
     calls = 1
     if device.type == "cuda":
@@ -161,11 +173,11 @@ def _second_call(call: Callable[[], Any], device: torch.device) -> tuple[float, 
 
 
 def _affordable(heaviest_first: list[_Prepared], seconds: float) -> set[str]:
-    """As many of the heaviest as go into the seconds left, all rounds; the first for certain."""
+    """As many of the heaviest as go into the seconds left, one round; the first for certain."""
     total = 0.0
     chosen: set[str] = set()
     for prepared in heaviest_first:
-        total += prepared.sample_s * _ROUNDS_MIN
+        total += prepared.sample_s
         if chosen and total > seconds:
             break
         chosen.add(prepared.operator.key)
@@ -319,12 +331,10 @@ class _Group:
         )
 
 
-def _fitting(
-    operators: list[Operator], memory_bytes: int
-) -> tuple[list[_Group], dict[str, OperatorTime]]:
-    """Groups that fit, the order kept, and what can be in none: too large, or not understood."""
+def _fitting(operators: list[Operator], memory_bytes: int) -> tuple[list[_Group], list[Operator]]:
+    """Groups that fit, the order kept, and what is in none: too large alone, or unreadable."""
     groups: list[_Group] = []
-    none: dict[str, OperatorTime] = {}
+    unfit: list[Operator] = []
     for operator in operators:
         try:
             elements = _spans(json.loads(operator.signature))
@@ -334,10 +344,10 @@ def _fitting(
             if target is not None:
                 target.add(operator, elements, memory_bytes)
                 continue
-        except Exception:  # no signature that this version can read
+        except Exception:  # a dtype of another version, say
             pass
-        none[operator.key] = OperatorTime(None)
-    return groups, none
+        unfit.append(operator)
+    return groups, unfit
 
 
 def _maxima(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
@@ -361,6 +371,7 @@ class _Buffers:
     """
 
     _ALIGNMENT = 64
+    _ROOM = 64 * _ALIGNMENT  # between the tensors of a call; with more of them some overlap
 
     def __init__(self, group: _Group, device: torch.device) -> None:
         self.device = device
@@ -390,7 +401,7 @@ class _Buffers:
 
     def _buffer(self, dtype: str) -> torch.Tensor:
         if dtype not in self._flat:
-            size = (1 + self._group.spare) * self._group.elements.get(dtype, 0)
+            size = (1 + self._group.spare) * self._group.elements.get(dtype, 0) + self._ROOM
             self._flat[dtype] = _filled(size, getattr(torch, dtype), self.device)
         return self._flat[dtype]
 
@@ -416,11 +427,11 @@ def _is_inexact(dtype: torch.dtype) -> bool:
 
 
 def _spans(plain: Any) -> dict[str, int]:
-    """Elements that a call's tensors cover, by dtype, with room to the next one's beginning."""
+    """Elements that a call's tensors cover, by dtype."""
     if isinstance(plain, dict) and "t" in plain:
         shape = plain["s"]
         span = _span(shape, plain.get("st") or _contiguous(shape))
-        return {plain["t"]: span + _Buffers._ALIGNMENT}
+        return {plain["t"]: span}
     values = plain.values() if isinstance(plain, dict) else plain
     total: dict[str, int] = {}
     if isinstance(plain, (dict, list)):

@@ -142,7 +142,7 @@ def odd_machines() -> Iterator[tuple[Machine, str]]:
     yield replace(machine, attention=rates), "a rate"
 
 
-@pytest.mark.parametrize(("machine", "problem"), odd_machines())
+@pytest.mark.parametrize(("machine", "problem"), tuple(odd_machines()))
 def test_a_machine_that_no_plan_can_be_made_for_is_refused(
     tmp_path: Path, machine: Machine, problem: str
 ) -> None:

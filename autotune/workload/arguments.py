@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autotune.errors import RequestError
+from autotune.workload.live import is_denoiser, modules_of, parts_of
 from autotune.workload.workload import Request
 
 PROMPT = " ".join(["a"] * 50)
@@ -48,7 +49,8 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
         del wanted["guidance_scale"]
     if not _has_bins(pipe):
         wanted["use_resolution_binning"] = False
-    wanted |= dict(_images(parameters, side, request.frames))
+    wanted |= dict(_images(pipe, parameters, side, request.frames))
+    wanted |= dict(_embeddings(pipe, parameters))
     unknown = sorted(set(request.options) - set(parameters))
     if unknown:
         raise RequestError(
@@ -85,8 +87,8 @@ def _overwrites(cls: Any, argument: str) -> bool:
 
 def _has_bins(pipe: Any) -> bool:
     """PixArt's pipelines know aspect ratios for a few latent sizes, and fail at others."""
-    config = getattr(getattr(pipe, "transformer", None), "config", None)
-    return getattr(config, "sample_size", None) in (32, 64, 128, 256)
+    config = _config(getattr(pipe, "transformer", None))
+    return config.get("sample_size") in (32, 64, 128, 256)
 
 
 def copies_name(parameters: Mapping[str, Any]) -> str | None:
@@ -104,19 +106,76 @@ def guidance_name(parameters: Mapping[str, Any]) -> str:
 
 
 def _images(
-    parameters: Mapping[str, inspect.Parameter], side: tuple[int, int], frames: int
+    pipe: Any, parameters: Mapping[str, inspect.Parameter], side: tuple[int, int], frames: int
 ) -> Iterator[tuple[str, Any]]:
     """Pictures for the arguments that ask for some: black ones, masks all white."""
     import torch
     from PIL import Image
 
     height, width = side
+    picture = Image.new("RGB", (width, height))
+    controls = getattr(getattr(pipe, "controlnet", None), "nets", None)  # of several ControlNets
     for name, parameter in parameters.items():
         if name in ("mask_image", "mask", "control_mask"):
             yield name, Image.new("L", (width, height), 255)
         elif name in ("image", "control_image") or (
             name.endswith("_image") and parameter.default is parameter.empty
         ):
-            yield name, Image.new("RGB", (width, height))
+            is_control = name == "control_image" or "control_image" not in parameters
+            yield name, [picture] * len(controls) if controls and is_control else picture
         elif name == "video" and parameter.default in (None, parameter.empty):
             yield name, torch.zeros(1, frames, 3, height, width)
+
+
+USUAL_TOKENS = 77
+"""Of a prompt, where nothing says how many."""
+
+_WIDTHS = (
+    *("cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim"),
+    *("text_dim", "cap_feat_dim", "encoder_hid_dim"),
+)
+"""What the configurations of denoisers call the width of the prompt's embeddings."""
+
+
+def prompt_width(denoiser: Any) -> int:
+    """The width of the prompt's embeddings that a denoiser takes; 1 where it does not say."""
+    config = _config(denoiser)
+    return next((w for n in _WIDTHS if isinstance(w := config.get(n), int)), 1)
+
+
+def _embeddings(
+    pipe: Any, parameters: Mapping[str, inspect.Parameter]
+) -> Iterator[tuple[str, Any]]:
+    """Embeddings in place of the prompt, for a pipeline without a text encoder."""
+    import torch
+
+    parts = parts_of(pipe)
+    if "prompt_embeds" not in parameters or any(
+        n.startswith("text_encoder") and part is not None for n, part in parts.items()
+    ):
+        return
+    denoiser = next((m for n, m in modules_of(pipe).items() if is_denoiser(n, m)), None)
+    limit = parameters.get("max_sequence_length")
+    tokens = limit.default if limit and isinstance(limit.default, int) else USUAL_TOKENS
+    yield "prompt", None
+    for name in parameters:
+        if "prompt" in name and name.endswith("_mask"):
+            yield name, torch.ones(1, tokens, dtype=torch.long)
+        elif name.endswith("pooled_prompt_embeds"):
+            yield name, torch.zeros(1, _pooled_width(pipe, denoiser))
+        elif name.endswith("prompt_embeds"):
+            yield name, torch.zeros(1, tokens, prompt_width(denoiser))
+
+
+def _pooled_width(pipe: Any, denoiser: Any) -> int:
+    """SDXL's is what six embedded numbers (sizes) leave of one input; its refiner takes five."""
+    config = _config(denoiser)
+    whole = config.get("projection_class_embeddings_input_dim")
+    if whole is None:
+        return int(config.get("pooled_projection_dim") or 1)
+    numbers = 5 if _config(pipe).get("requires_aesthetics_score") else 6
+    return int(whole - numbers * config["addition_time_embed_dim"])
+
+
+def _config(part: Any) -> dict[str, Any]:
+    return dict(getattr(part, "config", None) or {})

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from autotune.workload.architecture import Architecture
+from autotune.workload.arguments import USUAL_TOKENS, prompt_width
 from autotune.workload.components import weight_bytes
 from autotune.workload.live import is_denoiser
 from autotune.workload.rehearsal import Call, make_scheduler
 from autotune.workload.request import vae_factor
 from autotune.workload.workload import Request
-
-USUAL_TOKENS = 77
-"""Of a prompt, where no tokenizer says how many."""
 
 MOST_TOKENS = 512
 """That pipelines pad to, where the tokenizer has no limit of its own."""
@@ -79,7 +77,7 @@ def _denoise(name: str, module: nn.Module, latents: Tensor, tokens: int, guided:
     sample = latents.expand(guided, *latents.shape).flatten(0, 1).to(dtype)
     wanted = {
         "timestep": torch.zeros(batch, device="meta"),
-        "encoder_hidden_states": torch.empty(batch, tokens, _width(module), device="meta"),
+        "encoder_hidden_states": torch.empty(batch, tokens, prompt_width(module), device="meta"),
     }
     taken = inspect.signature(type(module).forward).parameters
     named = {n: t.to(dtype) for n, t in wanted.items() if n in taken}
@@ -101,14 +99,6 @@ def _latents(
 def _has_frames(modules: Mapping[str, nn.Module]) -> bool:
     coders = (m for m in modules.values() if _decodes(m))
     return any(p.dim() == 5 for m in coders for p in m.parameters())
-
-
-_WIDTHS = ("cross_attention_dim", "joint_attention_dim", "caption_channels", "text_dim")
-
-
-def _width(module: nn.Module) -> int:
-    config = dict(getattr(module, "config", {}))
-    return next((w for n in _WIDTHS if isinstance(w := config.get(n), int)), 1)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -14,7 +14,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ def truth(pipe: Any, call: Callable[[], Any], rounding: int = 1) -> list[Call]:
             if isinstance(module, nn.Module):
                 stack.enter_context(_recorded(name, module, calls, rounding))
         roots = _profile(call)
-    windows = _windows(roots)
-    events = _round(_events(roots), rounding)
+    windows: dict[int, tuple[int, int]] = {}
+    events = _events(roots, rounding, windows)
     scratch = _scratch(events)
     measured = []
     for i, made in enumerate(calls):
@@ -98,7 +98,7 @@ def truth(pipe: Any, call: Callable[[], Any], rounding: int = 1) -> list[Call]:
 
 def peaks(call: Callable[[], Any], rounding: int = 1) -> tuple[int, int]:
     """Peaks of whatever ``call`` allocates: without and with the operators' scratch."""
-    events = _round(_events(_profile(call)), rounding)
+    events = _events(_profile(call), rounding)
     scratch = _scratch(events)
     tensors = [e for i, e in enumerate(events) if i not in scratch]
     return _peak(e.bytes for e in tensors), _peak(e.bytes for e in events)
@@ -191,8 +191,7 @@ def _on_meta(args: Any, kwargs: Any) -> Any:
 # ---- the allocator's events ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Event:
+class _Event(NamedTuple):
     """Memory given out, or taken back (its bytes are negative then)."""
 
     time: int
@@ -220,31 +219,39 @@ def _profile(call: Callable[[], Any]) -> list[Any]:
     return list(profiler.kineto_results.experimental_event_tree())
 
 
-def _windows(nodes: list[Any]) -> dict[int, tuple[int, int]]:
-    found: dict[int, tuple[int, int]] = {}
-    for node in nodes:
-        if node.name.startswith(_MARK):
-            index = int(node.name.removeprefix(_MARK))
-            found[index] = (node.start_time_ns, node.end_time_ns)
-        found |= _windows(node.children)
-    return found
+def _events(
+    nodes: list[Any], rounding: int, windows: dict[int, tuple[int, int]] | None = None
+) -> list[_Event]:
+    """What was given out and taken back, in order; when the marked calls began and ended."""
+    found: list[_Event] = []
+    _walk(nodes, 0, True, rounding, found, {} if windows is None else windows)
+    return sorted(found, key=lambda e: e.time)
 
 
-def _events(nodes: list[Any]) -> list[_Event]:
-    return sorted(_memory_events(nodes, 0, is_free=True), key=lambda e: e.time)
-
-
-def _memory_events(nodes: list[Any], operator: int, is_free: bool) -> Iterator[_Event]:
+def _walk(
+    nodes: list[Any],
+    operator: int,
+    is_free: bool,
+    rounding: int,
+    found: list[_Event],
+    windows: dict[int, tuple[int, int]],
+) -> None:
     """Events below ``nodes``, which are inside ``operator``, or free of any, composite or not."""
     for node in nodes:
-        if node.name == "[memory]":
+        name = node.name
+        if name == "[memory]":
             fields = node.extra_fields
-            is_number = is_free and fields.alloc_size == _NUMBER_BYTES
-            yield _Event(node.start_time_ns, fields.ptr, fields.alloc_size, operator, is_number)
-        inside = operator or (node.id if _is_operator(node.name) else 0)
-        yield from _memory_events(
-            node.children, inside, is_free and not node.name.startswith("aten::")
-        )
+            size = fields.alloc_size
+            is_number = is_free and size == _NUMBER_BYTES
+            size = _up(size, rounding) if size > 0 else -_up(-size, rounding)
+            found.append(_Event(node.start_time_ns, fields.ptr, size, operator, is_number))
+            continue
+        if name.startswith(_MARK):
+            index = int(name.removeprefix(_MARK))
+            windows[index] = (node.start_time_ns, node.end_time_ns)
+        inside = operator or (node.id if _is_operator(name) else 0)
+        still_free = is_free and not name.startswith("aten::")
+        _walk(node.children, inside, still_free, rounding, found, windows)
 
 
 @functools.cache
@@ -264,13 +271,6 @@ def _is_operator(name: str) -> bool:
     composite = "CompositeImplicitAutograd"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return not all(has_kernel(o, composite) for o in dispatched)
-
-
-def _round(events: list[_Event], rounding: int) -> list[_Event]:
-    return [
-        replace(e, bytes=_up(e.bytes, rounding) if e.bytes > 0 else -_up(-e.bytes, rounding))
-        for e in events
-    ]
 
 
 def _up(size: int, rounding: int) -> int:

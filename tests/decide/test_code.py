@@ -1,0 +1,215 @@
+"""A plan as plain diffusers lines: they run, and do what applying the plan does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from autotune.decide.choose import Limits, choose
+from autotune.decide.code import code_of
+from autotune.decide.plan import Plan, WorkloadSummary
+from autotune.optimizations import CATALOGUE, find, parse_settings
+from autotune.optimizations.base import Setting
+from autotune.workload.architecture import Architecture, builtin_names, find_architecture
+
+
+def with_settings(plan: Plan, *settings: Setting) -> Plan:
+    return msgspec.structs.replace(plan, optimizations=settings)
+
+
+def every_setting(machine, workload) -> list[Setting]:
+    return [
+        optimization.setting(parameters)
+        for optimization in CATALOGUE.values()
+        for parameters in (
+            optimization.defaults,
+            *(
+                ()
+                if optimization.unavailable(machine, workload)
+                else optimization.worth_trying(machine, workload)
+            ),
+        )
+    ]
+
+
+@pytest.fixture
+def plan(traced, rtx_3080) -> Plan:
+    return choose(rtx_3080, traced("sdxl"))
+
+
+def test_the_example_of_the_documentation(plan):
+    settings = parse_settings("model_cpu_offload,channels_last")
+    text = with_settings(plan, *settings).code(find_architecture("sdxl"))
+    assert text == (
+        "import torch\n"
+        "from diffusers import StableDiffusionXLPipeline\n"
+        "\n"
+        "pipe = StableDiffusionXLPipeline.from_pretrained(\n"
+        '    "stabilityai/stable-diffusion-xl-base-1.0",\n'
+        "    torch_dtype=torch.float16,\n"
+        '    variant="fp16",\n'
+        ")\n"
+        "pipe.unet.to(memory_format=torch.channels_last)\n"
+        "pipe.vae.to(memory_format=torch.channels_last)\n"
+        "pipe.enable_model_cpu_offload()\n"
+        "\n"
+        "output = pipe(\n"
+        '    prompt="a lighthouse at dusk",\n'
+        "    height=1024,\n"
+        "    width=1024,\n"
+        "    num_inference_steps=50,\n"
+        "    guidance_scale=5.0,\n"
+        ")\n"
+        "image = output.images[0]\n"
+    )
+
+
+def test_every_optimization_has_lines(plan, traced, rtx_3080):
+    for setting in every_setting(rtx_3080, traced("sdxl")):
+        text = with_settings(plan, setting).code()
+        ast.parse(text)
+        assert "no equivalent" not in text
+        assert "{" not in "".join(find(setting.name).code(setting.parameters)).replace(
+            "{denoiser}", ""
+        ).replace("{autoencoder}", "").replace("{network}", "").replace("{way}", "")
+
+
+def test_weights_are_moved_once(plan):
+    assert 'pipe.to("cuda")' in with_settings(plan).code()
+    for name in ("model_cpu_offload", "sequential_cpu_offload"):
+        assert "pipe.to(" not in with_settings(plan, Setting(name)).code()
+    kept = msgspec.structs.replace(plan, kept=(Setting("model_cpu_offload"),), optimizations=())
+    assert "pipe.enable_model_cpu_offload()" in kept.code()
+    assert "pipe.to(" not in kept.code()
+
+
+def test_nothing_is_moved_on_a_cpu(traced, cpu_machine):
+    assert "pipe.to(" not in choose(cpu_machine, traced("sd15")).code()
+
+
+def test_parts_in_other_dtypes_are_said(plan):
+    architecture = find_architecture("sdxl")
+    vae = msgspec.structs.replace(architecture.components["vae"], dtype="float32")
+    mixed = msgspec.structs.replace(architecture, components={"vae": vae})
+    text = plan.code(mixed)
+    assert 'torch_dtype={"vae": torch.float32, "default": torch.float16}' in text
+    ast.parse(text)
+
+
+# ---- every model --------------------------------------------------------------------------------
+
+
+def summary(architecture: Architecture) -> WorkloadSummary:
+    is_video = bool(architecture.frames)
+    return WorkloadSummary(
+        model=architecture.name,
+        pipeline=architecture.pipeline,
+        height=512,
+        width=512,
+        batch=2,
+        steps=20,
+        guidance_scale=5.0,
+        dtype=architecture.half_dtype,
+        weight_bytes=1,
+        frames=17 if is_video else 1,
+        denoisers=("transformer",),
+        autoencoders=("vae",),
+    )
+
+
+def test_every_built_in_pipeline_takes_the_arguments(plan):
+    """Checked against the signatures of the diffusers that is installed."""
+    import diffusers
+
+    for name in builtin_names():
+        architecture = find_architecture(name)
+        text = code_of(msgspec.structs.replace(plan, workload=summary(architecture)), architecture)
+        call = next(
+            node
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipe"
+        )
+        pipeline = getattr(diffusers, architecture.pipeline)
+        parameters = inspect.signature(pipeline.__call__).parameters
+        given = {k.arg for k in call.keywords}
+        assert given <= set(parameters), name
+        needed = {
+            p.name
+            for p in parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        }
+        assert needed <= given, name
+        guided = "true_cfg_scale" if architecture.pipeline == "QwenImagePipeline" else None
+        assert guided is None or guided in given
+
+
+# ---- for real -----------------------------------------------------------------------------------
+
+RUNNER = """
+import json, sys
+import torch
+import msgspec
+from diffusers import StableDiffusionPipeline
+from autotune.decide.plan import Plan
+from autotune.demo import model_path
+from autotune.runtime.apply import apply_plan
+
+def draw(pipe):
+    torch.manual_seed(1)  # for merging, which draws its own numbers
+    seeded = torch.Generator().manual_seed(0)
+    options = dict(num_inference_steps=1, num_images_per_prompt=2, output_type="pt")
+    return pipe("a seven", height=128, width=128, generator=seeded, **options).images
+
+plain = StableDiffusionPipeline.from_pretrained(model_path())
+for item in json.load(sys.stdin):
+    plan = msgspec.convert(item["plan"], Plan)
+    load, call = item["code"].split("output = pipe(")
+    names = {}
+    exec(load, names)
+    undo = apply_plan(plain, plan, "cpu")
+    difference = (draw(names["pipe"]) - draw(plain)).abs().max()
+    undo()
+    exec("output = pipe(" + call, names)
+    assert names["image"].size == (128, 128)
+    print(item["name"], float(difference), flush=True)
+"""
+
+
+def test_the_lines_do_what_applying_the_plan_does(traced, cpu_machine):
+    """Run in a process of its own with the demo model, one step each."""
+    workload = traced("demo", batch=2, steps=1, dtype="float32")
+    plan = choose(cpu_machine, workload, Limits(without=tuple(CATALOGUE)))
+    architecture = find_architecture("demo")
+    usable = [
+        optimization.setting(parameters)
+        for optimization in CATALOGUE.values()
+        if optimization.name == "channels_last"  # of no use on a CPU, but it runs
+        or not optimization.unavailable(cpu_machine, workload)
+        for parameters in optimization.worth_trying(cpu_machine, workload)[-1:]
+    ]
+    assert {"tome", "vae_slicing", "vae_tiling"} <= {s.name for s in usable}
+    plans = {str(s): with_settings(plan, s) for s in usable}
+    plans["nothing"] = with_settings(plan)
+    items = [
+        {"name": name, "code": p.code(architecture), "plan": msgspec.to_builtins(p)}
+        for name, p in plans.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(items),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert set(found) == set(plans)
+    assert all(float(difference) < 1e-5 for difference in found.values()), found

@@ -24,6 +24,10 @@ GENERATIONS, STEPS = 2, 2
 """What is replayed: by then the allocator has every segment that it will ever ask for."""
 
 
+_FOLLOWED: tuple[str, ...] = ("device", "model_offload", "sequential_offload")
+"""Placements whose every tensor is followed."""
+
+
 class Expected(NamedTuple):
     """Peaks in bytes: ``max_memory_allocated``, ``max_memory_reserved``, and of the whole device.
 
@@ -152,7 +156,7 @@ class _Pipeline:
 
     def _streamed(self, run: ComponentRun) -> Block | None:
         """Under group offload: the groups that are here at once, in one piece."""
-        if self._execution.placement != "group_offload":
+        if self._execution.placement in _FOLLOWED:
             return None
         return self.allocator.allocate(self._weights.resident_bytes(run, self._execution))
 

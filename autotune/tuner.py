@@ -34,7 +34,7 @@ from autotune.workload.architecture import (
     find_architecture,
 )
 from autotune.workload.cache import workload_of
-from autotune.workload.request import complete_request
+from autotune.workload.request import DTYPES, complete_request
 from autotune.workload.workload import Request, Workload
 
 log = logging.getLogger("autotune")
@@ -373,6 +373,7 @@ def timestamp() -> str:
 
 def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
     """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
+    from autotune.optimizations.attention import foreign_processors
     from autotune.runtime.apply import set_by_hand
     from autotune.workload.architecture import describe_pipeline
 
@@ -380,9 +381,14 @@ def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
     measured = machine_here(device or _device_of(pipe))
     limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
     dtype = _dtype_of(pipe) if ask.dtype == "auto" else ask.dtype
+    architecture = _as_loaded(architecture, pipe, dtype)
     asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
-    measured, asked = _with_own_attention(pipe, measured, asked)
-    return tuned(pipe, plan_loaded(architecture, measured, asked, pipe), measured)
+    foreign = foreign_processors(pipe)
+    if foreign == ("AttnProcessor",):
+        vanilla = msgspec.structs.replace(measured.machine, default_attention="vanilla")
+        measured = measured._replace(machine=vanilla)
+    planned = plan_loaded(architecture, measured, _keeping_attention(asked, foreign), pipe)
+    return tuned(pipe, _saying_what_is_kept(planned, asked, foreign), measured)
 
 
 def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
@@ -439,23 +445,45 @@ def _device_of(pipe: Any) -> str | None:
 
 def _dtype_of(pipe: Any) -> str:
     """The denoiser's: components may differ, and it is the largest."""
-    from autotune.optimizations.modules import denoiser
+    from autotune.optimizations.modules import denoisers, dtype_of, modules_of
 
-    module = denoiser(pipe)
-    return str((pipe if module is None else module).dtype).removeprefix("torch.")
+    return dtype_of([*denoisers(pipe), *modules_of(pipe).values()][0])
 
 
-def _with_own_attention(pipe: Any, measured: Measured, ask: Ask) -> tuple[Measured, Ask]:
-    """Attention processors of the user's own stay; vanilla ones are predicted as what they are."""
-    from autotune.optimizations.attention import foreign_processors
+def _as_loaded(architecture: Architecture, pipe: Any, dtype: str) -> Architecture:
+    """With the dtypes of those components that are not in the request's."""
+    from autotune.optimizations.modules import dtype_of, modules_of
 
-    foreign = foreign_processors(pipe)
+    own = {n: dtype_of(m) for n, m in modules_of(pipe).items()}
+    others = {n: d for n, d in own.items() if d != dtype and d in DTYPES}
+    components = {
+        n: msgspec.structs.replace(c, dtype=others.get(n, c.dtype))
+        for n, c in architecture.components.items()
+    }
+    return msgspec.structs.replace(architecture, components=components)
+
+
+_REPLACES_ATTENTION = ("xformers", "attention_slicing")
+
+
+def _keeping_attention(ask: Ask, foreign: tuple[str, ...]) -> Ask:
+    """What the user has put into the attention stays."""
     if not foreign:
-        return measured, ask
-    log.info("attention set by hand (%s) is kept", ", ".join(foreign))
-    without = (*ask.limits.without, "xformers", "attention_slicing")
-    limits = msgspec.structs.replace(ask.limits, without=without)
-    machine = measured.machine
-    if foreign == ("AttnProcessor",):
-        machine = msgspec.structs.replace(machine, default_attention="vanilla")
-    return measured._replace(machine=machine), msgspec.structs.replace(ask, limits=limits)
+        return ask
+    without = (*ask.limits.without, *_REPLACES_ATTENTION)
+    return msgspec.structs.replace(ask, limits=msgspec.structs.replace(ask.limits, without=without))
+
+
+def _saying_what_is_kept(planned: Planned, ask: Ask, foreign: tuple[str, ...]) -> Planned:
+    """It was not the user who left these out."""
+    if not foreign:
+        return planned
+    text = f"attention set by hand ({', '.join(foreign)}) is kept"
+    ours = [n for n in _REPLACES_ATTENTION if n not in ask.limits.without]
+    rejected = tuple(
+        msgspec.structs.replace(r, text=text) if r.optimization in ours else r
+        for r in planned.plan.rejected
+    )
+    notes = (*planned.plan.notes, text)
+    plan = msgspec.structs.replace(planned.plan, rejected=rejected, notes=notes)
+    return planned._replace(plan=plan)

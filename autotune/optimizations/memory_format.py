@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -14,7 +15,10 @@ from autotune.workload.workload import Workload
 
 
 class ChannelsLast(Optimization):
-    """NHWC weights, as tensor cores take them: cuDNN need not convert."""
+    """NHWC weights, as tensor cores take them: cuDNN need not convert.
+
+    Two-dimensional convolutions only: the layout exists for no other.
+    """
 
     name = "channels_last"
     summary = "convolution weights in NHWC, the layout that tensor cores take"
@@ -23,6 +27,11 @@ class ChannelsLast(Optimization):
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if machine.device.kind == "cpu":
             return "on the CPU, oneDNN packs convolution weights in a layout of its own anyway"
+        flops = _convolution_flops(workload)
+        if not flops.get(2):
+            return "no component of this pipeline has two-dimensional convolutions"
+        if flops[2] < sum(flops.values()) / 2:
+            return "most of its convolutions run over frames, and this layout is one of images"
         rates = machine.kernels.convolution_channels_last_flops_per_s
         if workload.request.dtype not in rates:
             return f"channels-last convolution was not measured in {workload.request.dtype} here"
@@ -37,26 +46,51 @@ class ChannelsLast(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch
 
-        modules = [m for m in diffusers_modules(pipe) if not _is_channels_last(m)]
+        layers = [c for m in diffusers_modules(pipe) for c in _convolutions(m)]
+        changed = [c for c in layers if not _is_channels_last(c)]
 
         def undo() -> None:
-            for module in modules:
-                module.to(memory_format=torch.contiguous_format)
+            for layer in changed:
+                layer.to(memory_format=torch.contiguous_format)
 
         with undone_on_failure(undo):
-            for module in modules:
-                module.to(memory_format=torch.channels_last)
+            for layer in changed:
+                layer.to(memory_format=torch.channels_last)
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
-        return {} if any(_is_channels_last(m) for m in diffusers_modules(pipe)) else None
+        return {} if any(map(_is_set, diffusers_modules(pipe))) else None
 
 
-def _is_channels_last(module: Any) -> bool:
+def _convolution_flops(workload: Workload) -> dict[int, float]:
+    """Dimensions of convolutions → work that they do, in the networks that are diffusers' own."""
+    flops: dict[int, float] = {}
+    runs = [r for p in workload.phases for r in p.runs if r.role != "encoder"]
+    for run in runs:
+        for operator in run.trace.operators:
+            if operator.kind == "convolution":
+                image = json.loads(operator.signature)[1][0]
+                dimensions = len(image["s"]) - 2
+                work = operator.flops * operator.count * run.calls
+                flops[dimensions] = flops.get(dimensions, 0.0) + work
+    return flops
+
+
+def _convolutions(module: Any) -> list[Any]:
     import torch
 
+    flat = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    return [layer for layer in module.modules() if isinstance(layer, flat)]
+
+
+def _is_set(module: Any) -> bool:
     # 1x1 kernels and single channels are both layouts at once: they say nothing.
-    weights = [p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-    return bool(weights) and all(
-        p.is_contiguous(memory_format=torch.channels_last) for p in weights
-    )
+    shapes = ((c, c.weight.shape) for c in _convolutions(module))
+    telling = [c for c, shape in shapes if shape[1] > 1 and shape[2] > 1]
+    return bool(telling) and all(map(_is_channels_last, telling))
+
+
+def _is_channels_last(layer: Any) -> bool:
+    import torch
+
+    return bool(layer.weight.is_contiguous(memory_format=torch.channels_last))

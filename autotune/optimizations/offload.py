@@ -7,14 +7,31 @@ from typing import Any
 
 import msgspec
 
+from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import drop_bound_forwards
+from autotune.optimizations.modules import device_of, drop_bound_forwards, modules_of
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
 _NOTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
 """What diffusers remembers on the pipeline about offloading."""
+
+READS_PAST_HOOKS = frozenset(
+    {
+        "HunyuanDiT2DModel",
+        "HunyuanDiT2DControlNetModel",
+        "HunyuanDiT2DMultiControlNetModel",
+        "ControlNetUnionModel",
+        "SiglipVisionModel",
+        "SiglipVisionTransformer",
+    }
+)
+"""Components with a layer of ``_PASSED_BY``."""
+
+_PASSED_BY = ("HunyuanDiTAttentionPool", "MultiheadAttention")
+"""Layers that hand their children's weights to one function instead of calling the children: the
+hooks that would bring those weights to the device never run."""
 
 
 class _Offload(Optimization):
@@ -23,11 +40,15 @@ class _Offload(Optimization):
             return "the CPU computes in host RAM: there is no device memory to offload from"
         if machine.link is None or machine.device.unified_memory:
             return "device and host share their memory: moving weights frees nothing"
-        return None
+        return self._unsuited(workload)
+
+    @abstractmethod
+    def _unsuited(self, workload: Workload) -> str | None:
+        """Why the pipeline itself does not allow it."""
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
-        modules = [m for m in pipe.components.values() if hasattr(m, "parameters")]
-        before = [(m, m.device) for m in modules]
+        modules = modules_of(pipe).values()
+        before = [(m, device_of(m), _shared_weights(m)) for m in modules]
         notes = {n: pipe.__dict__[n] for n in _NOTES if n in pipe.__dict__}
 
         def undo() -> None:
@@ -35,9 +56,11 @@ class _Offload(Optimization):
             for name in _NOTES:
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(notes)
-            for module, where in before:
+            for module, where, shared in before:
                 drop_bound_forwards(module)
-                module.to(where)
+                _share(shared)
+                if where.type != "meta":  # it was offloaded already: there is nothing to go back to
+                    module.to(where)
 
         with undone_on_failure(undo):
             # diffusers prefers a number remembered from before to the index 0 that we give.
@@ -59,6 +82,11 @@ class ModelCpuOffload(_Offload):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, placement="model_offload")
 
+    def _unsuited(self, workload: Workload) -> str | None:
+        if workload.offload_order:
+            return None
+        return f"{workload.pipeline} names no order in which to offload its components"
+
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         return ("pipe.enable_model_cpu_offload()",)
 
@@ -79,10 +107,19 @@ class SequentialCpuOffload(_Offload):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, placement="sequential_offload")
 
+    def _unsuited(self, workload: Workload) -> str | None:
+        names = (c.class_name for c in workload.components)
+        return next((_passed_by(n) for n in names if n in READS_PAST_HOOKS), None)
+
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         return ("pipe.enable_sequential_cpu_offload()",)
 
     def _enable(self, pipe: Any, device: str) -> None:
+        for module in modules_of(pipe).values():
+            if any(type(layer).__name__ in _PASSED_BY for layer in module.modules()):
+                raise OptimizationError(
+                    _passed_by(type(module).__name__), "add --without sequential_cpu_offload"
+                )
         pipe.enable_sequential_cpu_offload(device=device)
 
     def found(self, pipe: Any) -> Parameters | None:
@@ -90,8 +127,33 @@ class SequentialCpuOffload(_Offload):
         return {} if any(getattr(h, "offload", False) for h in _hooks(pipe)) else None
 
 
+def _passed_by(class_name: str) -> str:
+    return f"{class_name} reads weights of its layers without calling them: they would not be moved"
+
+
 def _hooks(pipe: Any) -> list[Any]:
     """The accelerate hooks on the pipeline's components and their layers."""
-    modules = [m for c in pipe.components.values() if hasattr(c, "modules") for m in c.modules()]
+    modules = [m for c in modules_of(pipe).values() for m in c.modules()]
     hooks = [m._hf_hook for m in modules if hasattr(m, "_hf_hook")]
     return [single for h in hooks for single in getattr(h, "hooks", (h,))]
+
+
+_Place = tuple[Any, str]
+"""A layer, and the name of one of its own parameters."""
+
+
+def _shared_weights(module: Any) -> list[list[_Place]]:
+    """Places that hold one and the same parameter, as T5's two embeddings do."""
+    places: dict[int, list[_Place]] = {}
+    for layer in module.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((layer, name))
+    return [p for p in places.values() if len(p) > 1]
+
+
+def _share(shared: list[list[_Place]]) -> None:
+    """Sequential offload gives each place a parameter of its own: twice the memory afterwards."""
+    for (first, name), *others in shared:
+        for layer, other in others:
+            layer._parameters[other] = first._parameters[name]

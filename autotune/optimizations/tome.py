@@ -10,11 +10,15 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, TokenMerge
-from autotune.optimizations.modules import drop_bound_forwards, has_class
+from autotune.optimizations.modules import classes_of, denoisers, drop_bound_forwards
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
 DOWNSAMPLES = (1, 2, 4)
+
+_MERGEABLE = frozenset({"UNet2DConditionModel", "ControlNetModel", "MultiControlNetModel"})
+"""Denoisers whose blocks tomesd rewrites rightly. Of frames it takes the wrong sizes, a motion
+module would lose its positions, and transformers have other blocks."""
 
 
 class ToMe(Optimization):
@@ -29,8 +33,9 @@ class ToMe(Optimization):
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if find_spec("tomesd") is None:
             return "the package tomesd is not installed: pip install tomesd"
-        if not has_class(workload, "UNet2DConditionModel"):
-            return "tomesd patches UNets only"
+        other = next((c for c in classes_of(workload, "denoiser") if c not in _MERGEABLE), None)
+        if other is not None:
+            return f"tomesd merges the tokens of image UNets only, and this is a {other}"
         if not merged_downsamples(workload, max(DOWNSAMPLES)):
             return "the UNet has no self-attention that tomesd could shorten"
         return None
@@ -68,37 +73,38 @@ class ToMe(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import tomesd
 
-        def undo() -> None:
-            _remove(pipe)
+        modules = denoisers(pipe)
+        for module in modules:
+            _require_mergeable(module)
 
-        drop_bound_forwards(pipe.unet)  # they would hide the patched class's
+        def undo() -> None:
+            for module in modules:
+                _remove(module)
+
         ratio, depth = float(parameters["ratio"]), int(parameters["max_downsample"])
         with undone_on_failure(undo):
-            tomesd.apply_patch(pipe, ratio=ratio, max_downsample=depth)
+            for module in modules:  # given the pipeline, tomesd would leave ControlNets out
+                drop_bound_forwards(module)  # they would hide the patched class's
+                tomesd.apply_patch(module, ratio=ratio, max_downsample=depth)
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
-        info = getattr(getattr(pipe, "unet", None), "_tome_info", None)
-        return None if info is None else {k: info["args"][k] for k in self.defaults}
+        infos = [m._tome_info for m in denoisers(pipe) if hasattr(m, "_tome_info")]
+        return {k: infos[0]["args"][k] for k in self.defaults} if infos else None
 
     def before_image(self, pipe: Any, parameters: Parameters, seed: int) -> None:
-        """Restart ToMe's generator: it runs on from image to image, so seeds would not repeat."""
+        """Restart ToMe's generators: they run on from image to image, so seeds would not repeat."""
         import torch
 
-        generator = torch.Generator(pipe._execution_device).manual_seed(seed)
-        pipe.unet._tome_info["args"]["generator"] = generator
+        for module in denoisers(pipe):
+            generator = torch.Generator(pipe._execution_device).manual_seed(seed)
+            module._tome_info["args"]["generator"] = generator
 
 
 def merged_downsamples(workload: Workload, max_downsample: int) -> set[int]:
-    """Downsampling factors, up to a limit, at which the denoiser has self-attention blocks."""
-    blocks = {
-        o.block_tokens
-        for phase in workload.phases
-        if phase.name == "denoise"
-        for run in phase.runs
-        for o in run.trace.operators
-        if o.block_tokens
-    }
+    """Downsampling factors, up to a limit, at which the denoisers have self-attention blocks."""
+    runs = [r for p in workload.phases for r in p.runs if r.role == "denoiser"]
+    blocks = {o.block_tokens for r in runs for o in r.trace.operators if o.block_tokens}
     factors = {downsample(workload.latent_tokens, tokens) for tokens in blocks}
     return {f for f in factors if f <= max_downsample}
 
@@ -110,10 +116,29 @@ def downsample(latent_tokens: int, block_tokens: int) -> int:
     return root if root * root >= quotient else root + 1
 
 
-def _remove(pipe: Any) -> None:
+def _require_mergeable(module: Any) -> None:
+    """Refuse what tomesd's copy of a block's forward leaves out.
+
+    Raises:
+        OptimizationError: which class.
+    """
+    blocks = [b for b in module.modules() if type(b).__name__ == "BasicTransformerBlock"]
+    is_plain = all(
+        getattr(b, "norm_type", "layer_norm") == "layer_norm"
+        and getattr(b, "pos_embed", None) is None
+        and not hasattr(b, "fuser")
+        for b in blocks
+    )
+    if type(module).__name__ not in _MERGEABLE or not is_plain:
+        raise OptimizationError(
+            f"tomesd cannot merge the tokens of {type(module).__name__}", "add --without tome"
+        )
+
+
+def _remove(module: Any) -> None:
     import tomesd
 
-    tomesd.remove_patch(pipe)
-    # tomesd leaves its notes on every block; without them the UNet is as it was.
-    for module in pipe.unet.modules():
-        module.__dict__.pop("_tome_info", None)
+    tomesd.remove_patch(module)
+    # tomesd leaves its notes on every block; without them the module is as it was.
+    for child in module.modules():
+        child.__dict__.pop("_tome_info", None)

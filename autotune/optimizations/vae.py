@@ -8,21 +8,39 @@ from typing import Any
 import msgspec
 
 from autotune.errors import OptimizationError
-from autotune.optimizations.base import Optimization, Parameters, Undo
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.modules import autoencoders, classes_of
 from autotune.probe.machine import Machine
 from autotune.workload.variants import has_tiles, restore, switch
 from autotune.workload.workload import Workload
 
 
 class _DecodeSwitch(Optimization):
-    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
-        before = switch(pipe.vae, self._variant(parameters))
-        own = {k: v for k, v in before.items() if k.startswith(self._fields)}
-        return lambda: restore(pipe.vae, own)
-
     _fields: tuple[str, ...]
-    """How the names of the attributes begin that it changes."""
+    """How the names of the attributes begin that it changes; the first is the switch itself."""
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        switchable = [a for a in autoencoders(pipe) if self._can_switch(a)]
+        if not switchable:
+            names = ", ".join(type(a).__name__ for a in autoencoders(pipe)) or "this pipeline"
+            raise OptimizationError(f"{names} has no {self.name}", f"add --without {self.name}")
+        before: list[tuple[Any, dict[str, Any]]] = []
+
+        def undo() -> None:
+            for autoencoder, fields in before:
+                restore(autoencoder, fields)
+
+        with undone_on_failure(undo):
+            for autoencoder in switchable:
+                fields = switch(autoencoder, "")  # as they are
+                own = {k: v for k, v in fields.items() if k.startswith(self._fields)}
+                before.append((autoencoder, own))
+                switch(autoencoder, self._variant(parameters))
+        return undo
+
+    def _can_switch(self, autoencoder: Any) -> bool:
+        return hasattr(autoencoder, self._fields[0])
 
     @abstractmethod
     def _variant(self, parameters: Parameters) -> str: ...
@@ -37,11 +55,11 @@ class VaeSlicing(_DecodeSwitch):
     _fields = ("use_slicing",)
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if "sliced" in _variants(workload):
+            return None
         if workload.request.batch == 1:
             return "a batch of one has nothing to slice"
-        if "sliced" not in _variants(workload):
-            return "slicing changes nothing in this VAE's decode"
-        return None
+        return f"slicing changes nothing in this decode{_by(workload)}"
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_sliced=True)
@@ -53,7 +71,8 @@ class VaeSlicing(_DecodeSwitch):
         return "sliced"
 
     def found(self, pipe: Any) -> Parameters | None:
-        return {} if getattr(_vae(pipe), "use_slicing", False) else None
+        is_on = any(getattr(a, "use_slicing", False) for a in autoencoders(pipe))
+        return {} if is_on else None
 
 
 class VaeTiling(_DecodeSwitch):
@@ -69,7 +88,8 @@ class VaeTiling(_DecodeSwitch):
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         request = workload.request
         if not _tiles(workload):
-            return f"a decode at {request.width}x{request.height} is not cut into tiles by this VAE"
+            size = f"{request.width}x{request.height}"
+            return f"a decode at {size} is not cut into tiles{_by(workload)}"
         return None
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
@@ -105,24 +125,20 @@ class VaeTiling(_DecodeSwitch):
     def _variant(self, parameters: Parameters) -> str:
         return f"tiled:{parameters['tile']}"
 
-    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
-        if not has_tiles(pipe.vae):
-            raise OptimizationError(
-                f"{type(pipe.vae).__name__} does not take a tile size this way",
-                "add --without vae_tiling",
-            )
-        return super().apply(pipe, parameters, device)
+    def _can_switch(self, autoencoder: Any) -> bool:
+        return has_tiles(autoencoder)
 
     def found(self, pipe: Any) -> Parameters | None:
-        vae = _vae(pipe)
-        if not getattr(vae, "use_tiling", False):
+        tiled = [a for a in autoencoders(pipe) if getattr(a, "use_tiling", False)]
+        if not tiled:
             return None
-        sizes = (getattr(vae, f"tile_sample_min_{name}", None) for name in ("size", "height"))
+        sizes = (getattr(tiled[0], f"tile_sample_min_{name}", None) for name in ("size", "height"))
         return {"tile": next((int(s) for s in sizes if s), self.defaults["tile"])}
 
 
-def _vae(pipe: Any) -> Any:
-    return getattr(pipe, "vae", None)
+def _by(workload: Workload) -> str:
+    names = ", ".join(classes_of(workload, "autoencoder"))
+    return f" by {names}" if names else ""
 
 
 def _variants(workload: Workload) -> set[str]:

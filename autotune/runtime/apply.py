@@ -10,6 +10,7 @@ from autotune.decide.rules import OFFLOADS
 from autotune.errors import AutotuneError, OptimizationError, first_line
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting, Undo, undone_on_failure
+from autotune.optimizations.modules import device_of, modules_of
 
 log = logging.getLogger("autotune")
 
@@ -65,8 +66,7 @@ def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
 
 
 def _move(pipe: Any, device: str) -> Undo:
-    modules = [m for m in pipe.components.values() if hasattr(m, "parameters")]
-    before = [(m, m.device) for m in modules]
+    before = [(m, device_of(m)) for m in modules_of(pipe).values()]
 
     def undo() -> None:
         for module, where in before:

@@ -91,17 +91,6 @@ def test_a_cpu_has_no_use_for_what_moves_weights_or_needs_cuda(
         assert "share their memory" in (find(name).unavailable(unified, workload) or "")
 
 
-def test_transformers_have_no_unets_tricks(sd_pipe: Any, cpu_machine: Machine) -> None:
-    workload = workload_of(sd_pipe)
-    components = tuple(
-        msgspec.structs.replace(c, class_name="SD3Transformer2DModel") if c.name == "unet" else c
-        for c in workload.components
-    )
-    transformer = msgspec.structs.replace(workload, components=components)
-    assert find("tome").unavailable(cpu_machine, transformer) == "tomesd patches UNets only"
-    assert find("attention_slicing").unavailable(cpu_machine, transformer)
-
-
 def test_what_is_worth_trying_is_valid(pipe: Any, rtx_3080: Machine) -> None:
     workload = workload_of(pipe, 128, 2)
     for handler in CATALOGUE.values():

@@ -1,0 +1,55 @@
+"""All that a run or an optimization could leave behind, on a pipeline and beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.conftest import take_snapshot
+
+
+def whole_state(pipe: Any) -> dict[str, Any]:
+    """``take_snapshot``, the pipeline's attributes, its attention kernels and PyTorch's flags."""
+    return {
+        **take_snapshot(pipe),
+        **{f"pipe.{name}": _plain(value) for name, value in vars(pipe).items()},
+        "kernels": _kernels(pipe),
+        "flags": _flags(),
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What is not as it was: an assertion that fails prints little more."""
+    return {
+        k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Data by value, since a call of the pipeline may make it anew; objects by identity."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    is_data = isinstance(value, (bool, int, float, str, tuple, list, dict)) or value is None
+    return value if is_data else id(value)
+
+
+def _kernels(pipe: Any) -> list[tuple[int, Any]]:
+    """Every attention processor and the kernel that it is told to use."""
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    processors = [c.processor for m in modules for c in m.modules() if hasattr(c, "processor")]
+    return [(id(p), sorted((k, _plain(v)) for k, v in vars(p).items())) for p in processors]
+
+
+def _flags() -> dict[str, Any]:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return {
+        "attention backend": _AttentionBackendRegistry.get_active_backend()[0],
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }

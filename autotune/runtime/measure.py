@@ -30,7 +30,11 @@ class PhaseMeter:
     """
 
     def __init__(self, pipe: Any, workload: Workload, device: str) -> None:
-        self._phases = {(r.component, r.entry): p.name for p in workload.phases for r in p.runs}
+        self._order = [p.name for p in workload.phases]
+        self._phases: dict[tuple[str, str], list[str]] = {}
+        for phase in workload.phases:
+            for run in phase.runs:
+                self._phases.setdefault((run.component, run.entry), []).append(phase.name)
         self._pipe = pipe
         self._device = torch.device(device)
         self._current: str | None = None
@@ -50,14 +54,20 @@ class PhaseMeter:
     def watch(self) -> Iterator[None]:
         """Measure the calls inside; the pipeline is as before afterwards."""
         with ExitStack() as stack:
-            for (component, entry), phase in self._phases.items():
+            for (component, entry), phases in self._phases.items():
                 module = getattr(self._pipe, component)
-                stack.enter_context(_called(module, entry, functools.partial(self._enter, phase)))
+                stack.enter_context(_called(module, entry, functools.partial(self._call, phases)))
             try:
                 yield
                 self._leave()
             finally:
                 self._current = None  # a call that raised leaves no phase open
+
+    def _call(self, phases: list[str]) -> None:
+        """A component begins that runs in these phases: no generation goes back to an earlier."""
+        now = self._order.index(self._current) if self._current else 0
+        later = (p for p in phases if self._order.index(p) >= now)
+        self._enter(next(later, phases[0]))
 
     def _enter(self, phase: str) -> None:
         if phase == self._current:

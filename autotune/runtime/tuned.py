@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import secrets
 from typing import Any
 
@@ -16,7 +17,7 @@ from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import explain_plan
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
-from autotune.workload.arguments import copies_name, guidance_name
+from autotune.workload.arguments import call_arguments, copies_name
 from autotune.workload.workload import Workload
 
 
@@ -57,7 +58,10 @@ class Tuned:
         if self._undo is not None:
             self._before_image(options["generator"])
         prompts = _count(prompt, options.get("prompt_embeds"))
-        options = self._defaults(prompts) | options
+        planned = self._planned(prompts)
+        if options.get("negative_prompt_embeds") is not None:  # they take the place of a text
+            planned.pop("negative_prompt", None)
+        options = planned | options
         if prompt is None:  # some pipelines draw from images alone
             return self.pipe(**options)
         return self.pipe(prompt=prompt, **options)
@@ -86,31 +90,37 @@ class Tuned:
         return output, meter.measured
 
     def measure_peaks(self, prompt: Any = None, **options: Any) -> dict[str, int]:
-        """Peak bytes per phase on the CPU, from one short extra pass of two steps."""
+        """Peak bytes per phase on the CPU, from one short extra pass of few steps."""
         meter = PhaseMeter(self.pipe, self._workload, self.device)
 
         def short() -> None:
             with meter.watch():
-                self(prompt, **(options | {"num_inference_steps": 2}))
+                self(prompt, **(options | {"num_inference_steps": self._few_steps(options)}))
 
         return cpu_peaks(short, self._workload.weight_bytes)
 
-    def _defaults(self, prompts: int) -> dict[str, Any]:
-        """What was planned for, as far as this pipeline takes it."""
-        w = self.plan.workload
-        parameters = inspect.signature(self.pipe.__call__).parameters
-        planned: dict[str, Any] = {
-            "height": w.height,
-            "width": w.width,
-            "num_frames": w.frames,
-            "num_inference_steps": w.steps,
-            guidance_name(parameters): w.guidance_scale,
-            **w.options,
+    def _planned(self, prompts: int) -> dict[str, Any]:
+        """The arguments that were rehearsed, but for the texts and pictures."""
+        rehearsed = call_arguments(self.pipe, self._workload.request)
+        planned = {
+            name: value
+            for name, value in rehearsed.items()
+            if isinstance(value, (bool, int, float, str)) and name not in ("prompt", "output_type")
         }
-        copies = copies_name(parameters)
+        copies = copies_name(planned)
         if copies is not None:
-            planned[copies] = max(1, w.batch // prompts)
-        return {k: v for k, v in planned.items() if k in parameters}
+            planned[copies] = max(1, self._workload.request.batch // prompts)
+        return planned
+
+    def _few_steps(self, options: dict[str, Any]) -> int:
+        """So many that two are taken: pipelines that start from a picture skip a share of them."""
+        planned = self._workload.request
+        taken = inspect.signature(self.pipe.__call__).parameters
+        default = taken["strength"].default if "strength" in taken else None
+        strength = options.get("strength", planned.options.get("strength", default))
+        if not isinstance(strength, (int, float)) or strength <= 0:
+            return 2
+        return min(math.ceil(2 / strength), max(2, planned.steps))
 
     def _generator(self, seed: int) -> Any:
         import torch
@@ -128,7 +138,7 @@ class Tuned:
 def _count(prompt: Any, embeddings: Any) -> int:
     """Prompts in one call, as texts or as embeddings: they share the batch that was planned."""
     if embeddings is not None:
-        return int(embeddings.shape[0])
+        return len(embeddings)
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
 
 

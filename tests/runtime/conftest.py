@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,43 @@ def plan_of(cpu_machine: Machine) -> Callable[..., Planned]:
     """``plan_of(pipe, "tome,vae_slicing")``: a plan with exactly these optimizations."""
 
     def make(pipe: Any, optimizations: str = "", side: int = 64, batch: int = 2) -> Planned:
-        request = Request(side, side, batch, 2, 7.5, "float32")
-        workload = trace_workload(describe_pipeline(pipe), request)
+        workload = _workload(_Alike(pipe), side, batch)
         plan = choose(cpu_machine, workload)
         chosen = parse_settings(optimizations)
         return msgspec.structs.replace(plan, optimizations=chosen), workload
 
     return make
+
+
+class _Alike:
+    """Pipelines of one class, which in these tests have one architecture: traced once."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and type(self.pipe) is type(other.pipe)
+
+    def __hash__(self) -> int:
+        return hash(type(self.pipe))
+
+
+@functools.cache
+def _workload(alike: _Alike, side: int, batch: int) -> Workload:
+    request = Request(side, side, batch, 2, 7.5, "float32")
+    return trace_workload(describe_pipeline(alike.pipe), request)
+
+
+@pytest.fixture
+def measured_here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured, and operators are replayed, in no time."""
+    from autotune import tuner
+    from autotune.probe import measure
+    from autotune.probe.host import read_host
+    from autotune.probe.software import installed_versions
+
+    here = msgspec.structs.replace(
+        cpu_machine, source="measured", host=read_host(), software=installed_versions()
+    )
+    monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: here)
+    monkeypatch.setattr(tuner, "REPLAY_S", 0.0)

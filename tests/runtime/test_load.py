@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autotune.errors import ModelError
 from autotune.runtime.load import load_pipeline
@@ -77,6 +79,68 @@ def test_weights_cut_short_are_one_line(folder: Path, plan: Any) -> None:
     (weights,) = (folder / "unet").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load the weights" in str(refused(architecture, plan))
+
+
+@pytest.mark.parametrize(
+    ("component", "named"),
+    [
+        ("unet", "UNet2DConditionModel"),
+        ("vae", "AutoencoderKL"),
+        ("text_encoder", "CLIPTextModel"),
+    ],
+)
+def test_weights_that_would_be_random_are_refused(
+    folder: Path, plan: Any, component: str, named: str, quiet_libraries: None
+) -> None:
+    """To diffusers and transformers, a file without some of them is worth a warning."""
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    del weights[sorted(weights)[3]]
+    save_file(weights, file, metadata={"format": "pt"})
+    error = refused(find_architecture(str(folder)), plan)
+    assert error.message == f"{folder} lacks weights of its {named}, which would be random"
+
+
+@pytest.fixture(params=["warning", "error"])
+def quiet_libraries(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A user may have silenced the warnings."""
+    from diffusers.utils import logging as theirs
+    from transformers.utils import logging as others
+
+    levels = theirs.get_verbosity(), others.get_verbosity()
+    for library in (theirs, others):
+        getattr(library, f"set_verbosity_{request.param}")()
+    yield
+    theirs.set_verbosity(levels[0])
+    others.set_verbosity(levels[1])
+
+
+def test_weights_that_nobody_asks_for_are_no_obstacle(
+    folder: Path, plan: Any, quiet_libraries: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (file,) = (folder / "unet").glob("*.safetensors")
+    weights = {**load_file(file), "no_such_layer.weight": torch.zeros(3)}
+    save_file(weights, file, metadata={"format": "pt"})
+    loggers = [logging.getLogger(name) for name in ("diffusers", "diffusers.models.modeling_utils")]
+    before = [(logger.level, list(logger.filters)) for logger in loggers]
+    assert load_pipeline(find_architecture(str(folder)), plan).unet is not None
+    assert [(logger.level, list(logger.filters)) for logger in loggers] == before
+
+
+def test_a_missing_shard_is_one_line(folder: Path, plan: Any, sd_pipe: Any) -> None:
+    shutil.rmtree(folder / "unet")
+    sd_pipe.unet.save_pretrained(folder / "unet", max_shard_size="500KB")
+    assert load_pipeline(find_architecture(str(folder)), plan).unet is not None
+    max((folder / "unet").glob("*.safetensors")).unlink()
+    assert f"cannot load the weights of {folder}" in str(
+        refused(find_architecture(str(folder)), plan)
+    )
+
+
+def test_a_missing_component_is_one_line(folder: Path, plan: Any) -> None:
+    architecture = find_architecture(str(folder))
+    shutil.rmtree(folder / "vae")
+    assert f"cannot load the weights of {folder}" in str(refused(architecture, plan))
 
 
 def test_a_missing_tokenizer_is_one_line(folder: Path, plan: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -33,6 +34,23 @@ def test_several_calls_add_up(pipe: Any, meter: PhaseMeter, draw: Any) -> None:
         draw(pipe)
     assert all(m.seconds > first[m.name] for m in meter.measured)
     assert len(meter.measured) == 3
+
+
+def test_a_component_of_two_phases_is_counted_in_the_one_that_runs(
+    sd_pipe: Any, plan_of: PlanOf, draw: Any
+) -> None:
+    """Nothing goes back to an earlier phase, until another image begins."""
+    workload = plan_of(sd_pipe)[1]
+    encode, denoise, decode = workload.phases
+    both = msgspec.structs.replace(denoise, runs=(*encode.runs, *denoise.runs))
+    odd = msgspec.structs.replace(workload, phases=(encode, both, decode))
+    meter = PhaseMeter(sd_pipe, odd, "cpu")
+    with meter.watch():
+        draw(sd_pipe)
+        first = {m.name: m.seconds for m in meter.measured}
+        draw(sd_pipe)
+    assert [m.name for m in meter.measured] == ["encode", "denoise", "decode"]
+    assert meter.measured[0].seconds > first["encode"]
 
 
 def test_watching_changes_no_image_and_leaves_nothing(

@@ -1,0 +1,62 @@
+"""Every optimization being allowed, a plan is never worse than one of the five that guides name.
+
+Worse means: slower by more than the tolerance, or larger where size matters. Memory that fits has
+no other use, so size matters only where it decides: the plan must fit wherever a classic one does,
+and where none fits, the nearest miss must be as near.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from autotune.decide.decision import TOLERANCE, Decision, decide
+from autotune.decide.limits import Limits
+from autotune.decide.predict import Predictor
+from autotune.optimizations import CATALOGUE, CLASSIC
+from autotune.probe.machine import Machine
+from autotune.probe.reference import load_machine, reference_machines
+from autotune.workload.workload import Workload
+
+SIZES: dict[str, tuple[dict[str, int], ...]] = {
+    "sd15": ({}, {"height": 768, "width": 768, "batch": 4}, {"height": 1024, "width": 1024}),
+    "sdxl": ({"height": 512, "width": 512}, {}, {"batch": 4}),
+    "sd3-medium": ({"height": 512, "width": 512}, {}, {"batch": 2}),
+    "flux-dev": ({"height": 512, "width": 512}, {}, {"height": 1024, "width": 1536}),
+    "pixart-sigma": ({"height": 512, "width": 512}, {}, {"batch": 4}),
+    "ltx-video": (
+        {"height": 256, "width": 256, "frames": 9},
+        {"height": 512, "width": 704, "frames": 9},
+        {"height": 512, "width": 704, "frames": 25},
+    ),
+}
+
+
+def choice(machine: Machine, workload: Workload, quality: str, only: tuple[str, ...]) -> Decision:
+    limits = Limits(quality=quality, only=only)
+    return decide(Predictor(machine, workload), limits, CATALOGUE)
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("model", "size"), [(model, size) for model, sizes in SIZES.items() for size in sizes], ids=str
+)
+def test_on_every_reference_machine(traced, model, size, quality):
+    workload = traced(model, **size)
+    for name in reference_machines():
+        machine = load_machine(name)
+        classic = choice(machine, workload, quality, CLASSIC)
+        whole = choice(machine, workload, quality, ())
+        assert whole.fits or not classic.fits, name
+        if classic.fits:
+            longest = classic.chosen.seconds * (1 + TOLERANCE)
+            assert whole.chosen.seconds <= longest, name
+        if not whole.fits:
+            lacks = whole.budget.lacks
+            assert lacks(whole.chosen) <= lacks(classic.chosen) * (1 + TOLERANCE), name
+
+
+def test_it_fits_where_no_classic_set_does(traced):
+    """Published: tiling the decode is what SDXL's last gigabytes hang on."""
+    machine, workload = load_machine("laptop-rtx-3050-4gb"), traced("sdxl", batch=4)
+    assert not choice(machine, workload, "high", CLASSIC).fits
+    assert choice(machine, workload, "high", ()).fits

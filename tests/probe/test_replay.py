@@ -21,7 +21,7 @@ from autotune.probe.replay import host_seconds_per_operator, rebuild, replay
 from autotune.probe.timing import Timer
 from autotune.workload.trace import trace
 from autotune.workload.workload import Operator, Trace
-from tests.probe.pretend import SlowDevice
+from tests.probe.pretend import SlowDevice, pretend
 
 CPU = torch.device("cpu")
 PLENTY = 1 << 30
@@ -339,6 +339,36 @@ def test_the_first_call_is_known_apart(own_operators: Any, slow_clock: Any) -> N
     assert timed is not None
     assert timed.seconds == pytest.approx(0.01, rel=0.01)
     assert timed.first_extra_s == pytest.approx(0.24, rel=0.01)
+
+
+def test_on_a_gpu_workspaces_are_told_and_short_operators_called_in_blocks(
+    small: Trace, own_operators: Any, slow_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"short": 0, "long": 0}
+
+    def lasting(name: str, seconds: float) -> Operator:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            calls[name] += 1
+            slow_clock.advance(seconds)
+            return x.clone()
+
+        return operator(own_operators(name, run), tensor(8))
+
+    operators = [lasting("short", 1e-4), lasting("long", 0.02), *small.operators]
+    gpu = torch.device("cuda:0")
+    with pretend(monkeypatch, "cuda") as limits:
+        times = replay(
+            operators,
+            gpu,
+            known={},
+            budget_s=60.0,
+            memory_bytes=PLENTY,
+            weight=lambda o: o.bytes,
+        )
+    assert all(times[o.key].seconds for o in operators)
+    assert {time.workspace_bytes for time in times.values()} == {1 << 20}
+    assert calls == {"short": 2 + 9 * 10, "long": 2 + 9}
+    assert limits == [pytest.approx(PLENTY / (8 << 30)), 1.0]
 
 
 def test_a_first_call_that_was_quicker_took_nothing_extra(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import ComponentConfig
-from autotune.workload.live import COMPUTED_IN, dtype_of
+from autotune.workload.live import COMPUTED_IN, dtype_of, is_of_a_library
 from autotune.workload.workload import Component
 
 
@@ -35,8 +35,9 @@ def meta_module(
     if loaded is None:
         return build_on_meta(name, component, dtype)
     made = None
-    with contextlib.suppress(ModelError):
-        made = build_on_meta(name, component, dtype)
+    if is_of_a_library(type(loaded)):
+        with contextlib.suppress(ModelError):
+            made = build_on_meta(name, component, dtype)
     if made is None or not _is_like(made, loaded):
         made = like_on_meta(loaded)
     _take_dtypes(made, loaded, dtype)

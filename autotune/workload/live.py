@@ -11,20 +11,14 @@ COMPUTED_IN = ("float32", "float16", "bfloat16", "float64")
 """Dtypes of arithmetic; weights may be stored in others and are converted layer by layer."""
 
 
-def is_of_diffusers(cls: type) -> bool:
-    """Whether diffusers defines the class, and not the user or a repository."""
-    return _package(cls) == "diffusers"
+def is_of_a_library(cls: type) -> bool:
+    """Whether diffusers or transformers defines the class, and not the user or a repository."""
+    return cls.__module__.partition(".")[0] in ("diffusers", "transformers")
 
 
 def has_own_code(pipe: Any) -> bool:
     """Whether the pipeline or a component is of a class whose version nothing tells."""
-    modules = modules_of(pipe).values()
-    known = {"diffusers", "transformers"}
-    return not is_of_diffusers(type(pipe)) or any(_package(type(m)) not in known for m in modules)
-
-
-def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+    return not all(is_of_a_library(type(part)) for part in (pipe, *modules_of(pipe).values()))
 
 
 def parts_of(pipe: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from autotune.errors import ModelError, RequestError, first_line
 from autotune.workload.architecture import Architecture
 from autotune.workload.arguments import call_arguments
-from autotune.workload.live import is_of_diffusers
+from autotune.workload.live import is_of_a_library, modules_of
 from autotune.workload.standins import (
     CLIP_PIXELS,
     StandInProcessor,
@@ -100,12 +100,11 @@ def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str
         RehearsalError: its ``__call__`` fails on meta modules.
     """
     script = _Script(tracer)
-    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
-        for name, module in modules.items():
+        for name, module in modules_of(pipe).items():
             stack.enter_context(_intercepted(name, module, script))
         stack.enter_context(_optional_imports(type(pipe)))
         stack.enter_context(script.glue)
@@ -309,7 +308,7 @@ def meta_pipeline(
     """
     try:
         with _quiet():
-            if pipe is None or is_of_diffusers(cls):
+            if pipe is None or is_of_a_library(cls):
                 made = _on_cpu(cls)(**dict(_parts(cls, architecture, modules, pipe)))
             else:
                 made = _copied(pipe, architecture, modules)

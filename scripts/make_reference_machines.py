@@ -150,9 +150,9 @@ DISPATCH_WHY = (
 HOOK_WHY = (
     "derived from Hugging Face's simple_sdxl_optimizations: SDXL on an A100, 25 steps, 67.0 s with "
     "sequential offload and 11.4 s without; what the transfer does not explain, over about 800 "
-    "leaf modules a step. accelerate empties the allocator's cache for every tensor that it places, so "
-    "that segments are freed and asked for again; before it did, it was 0.25 ms (diffusers PR "
-    "#2269: SD 1.5, 50 steps, 21.42 s against 3.18 s)"
+    "leaf modules a step. accelerate empties the allocator's cache for every tensor that it "
+    "places, so that segments are freed and asked for again; before it did, it was 0.25 ms "
+    "(diffusers PR #2269: SD 1.5, 50 steps, 21.42 s against 3.18 s)"
 )
 
 

@@ -20,6 +20,7 @@ class ForwardCost(NamedTuple):
         compute_s: Operators bound by arithmetic.
         memory_s: Operators bound by memory bandwidth.
         launch_s: What the device waits for the host.
+        host_s: What the host takes to dispatch it all.
         activation_bytes: At the peak.
         workspace_bytes: What libraries take on top of it.
         weight_reads: Operators that read weights: about one for each layer called.
@@ -29,6 +30,7 @@ class ForwardCost(NamedTuple):
     compute_s: float
     memory_s: float
     launch_s: float
+    host_s: float
     activation_bytes: int
     workspace_bytes: int
     weight_reads: int
@@ -92,6 +94,7 @@ class ForwardModel:
             compute,
             memory,
             self._launch_s(host, compute + memory),
+            host,
             peak,
             max(0, with_workspace - peak),
             weight_reads=sum(o.count for o in trace.operators if o.weight_bytes),
@@ -101,6 +104,12 @@ class ForwardModel:
     def _launch_s(self, host: float, device: float) -> float:
         """The CPU runs what it dispatches; other devices wait for the host if it is slower."""
         return host if self._machine.device.kind == "cpu" else max(0.0, host - device)
+
+    def with_more(self, cost: ForwardCost, *, memory_s: float, host_s: float) -> ForwardCost:
+        """The same forward with more memory traffic, and more work of the host."""
+        memory, host = cost.memory_s + memory_s, cost.host_s + host_s
+        launch = self._launch_s(host, cost.compute_s + memory)
+        return cost._replace(memory_s=memory, host_s=host, launch_s=launch)
 
     def _operator(
         self, operator: Operator, execution: Execution, kernel: Kernel

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from autotune.decide import casting, placement
 from autotune.decide.attention import Kernel
+from autotune.decide.casting import stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import Budget, PhasePrediction, Prediction
@@ -52,7 +54,7 @@ class Predictor:
     def __init__(self, machine: Machine, workload: Workload) -> None:
         self.machine = machine
         self.workload = workload
-        self._weights = Weights(machine, workload)
+        self._stored: dict[str, Weights] = {}
         self._model = ForwardModel(machine, workload)
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
         self._readers = {id(p): reader(frozenset(r.role for r in p.runs)) for p in workload.phases}
@@ -65,16 +67,24 @@ class Predictor:
             OptimizationError: the execution needs a code path that was not traced.
         """
         phases = tuple(self._phase(phase, execution) for phase in self.workload.phases)
-        load = self._weights.load(execution)
+        weights = self._weights(execution)
+        load = weights.load(execution)
         return Prediction(
             peak_bytes=max(p.peak_bytes for p in phases),
             needed_bytes=max(load.peak_bytes, *(p.needed_bytes for p in phases)),
             seconds=sum(p.seconds for p in phases),
             phases=phases,
             load=load,
-            host_bytes=max(load.host_bytes, self._weights.host_bytes(execution)),
+            host_bytes=max(load.host_bytes, weights.host_bytes(execution)),
             first_image_extra_s=self._first_image_extra_s,
         )
+
+    def _weights(self, execution: Execution) -> Weights:
+        """The weights as this execution stores them."""
+        storage = execution.storage_dtype
+        if storage not in self._stored:
+            self._stored[storage] = Weights(self.machine, stored_in(self.workload, storage))
+        return self._stored[storage]
 
     @functools.cached_property
     def _first_image_extra_s(self) -> float | None:
@@ -114,12 +124,14 @@ class Predictor:
 
     def _run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
         forward = self._forward(run, execution)
-        resident = self._weights.resident_bytes(run, execution)
+        weights = self._weights(execution)
+        resident = weights.resident_bytes(run, execution)
+        forward = self._with_hooks(forward, run, execution)
         compute, memory = forward.compute_s * run.calls, forward.memory_s * run.calls
         launch = forward.launch_s * run.calls
-        transfer = self._weights.transfer_s(run, execution, forward)
+        transfer = weights.transfer_s(run, execution, forward)
         activation = forward.activation_bytes
-        fixed = library_bytes(self.machine) + self._weights.rounding_bytes(run, execution)
+        fixed = library_bytes(self.machine) + weights.rounding_bytes(run, execution)
         workspace = forward.workspace_bytes + fixed
         margin = self._margin_bytes(activation)
         if run.is_estimated:
@@ -138,6 +150,20 @@ class Predictor:
             transfer_s=transfer,
             launch_s=launch,
         )
+
+    def _with_hooks(
+        self, forward: ForwardCost, run: ComponentRun, execution: Execution
+    ) -> ForwardCost:
+        """The same call with what hooks add that move or widen each layer's weights."""
+        memory = host = 0.0
+        component = self.workload.component(run.component)
+        if execution.storage_dtype and run.role == "denoiser":
+            dtype = self.workload.request.dtype
+            memory += casting.memory_s(self.machine, component, dtype)
+            host += casting.host_s(self.machine, component)
+        if execution.group is not None:
+            host += placement.group_host_s(self.machine, component, execution.group)
+        return self._model.with_more(forward, memory_s=memory, host_s=host)
 
     def _margin_bytes(self, activation_bytes: int) -> int:
         if self.machine.device.kind == "cpu":

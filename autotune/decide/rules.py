@@ -10,7 +10,7 @@ from autotune.decide.prediction import Prediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Setting
 
-OFFLOADS = frozenset({"model_cpu_offload", "sequential_cpu_offload"})
+OFFLOADS = frozenset({"model_cpu_offload", "sequential_cpu_offload", "group_offload"})
 COMPUTE_SAVERS = frozenset({"tome"})
 KERNEL_TUNING = frozenset({"channels_last"})
 
@@ -68,6 +68,13 @@ RULES: tuple[Rule, ...] = (
         OFFLOADS,
         KERNEL_TUNING,
         while_transfer_dominates=True,
+    ),
+    Rule(
+        "casting-lost-in-offload",
+        "sequential offload loads the weights anew at every step, in the dtype they are stored in: "
+        "casting them has no effect",
+        frozenset({"sequential_cpu_offload"}),
+        frozenset({"layerwise_casting"}),
     ),
     Rule(
         "layout-lost-in-offload",

@@ -7,6 +7,8 @@ import difflib
 from autotune.errors import OptimizationError
 from autotune.optimizations.attention import AttentionSlicing, XFormers
 from autotune.optimizations.base import Optimization, Setting
+from autotune.optimizations.casting import LayerwiseCasting
+from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
 from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload
 from autotune.optimizations.tome import ToMe
@@ -19,6 +21,8 @@ CATALOGUE: dict[str, Optimization] = {
         AttentionSlicing(),
         ModelCpuOffload(),
         SequentialCpuOffload(),
+        GroupCpuOffload(),
+        LayerwiseCasting(),
         ToMe(),
         VaeSlicing(),
         VaeTiling(),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from autotune.probe.machine import Value
 
-Placement = Literal["device", "model_offload", "sequential_offload"]
+Placement = Literal["device", "model_offload", "sequential_offload", "group_offload"]
 
 
 class TokenMerge(Value, frozen=True):
@@ -14,6 +14,22 @@ class TokenMerge(Value, frozen=True):
 
     ratio: float
     max_downsample: int
+
+
+class GroupOffload(Value, frozen=True):
+    """Weights that come in groups.
+
+    Attributes:
+        level: A group is a block of the network, or one layer.
+        overlaps: The next group is copied while this one computes.
+        pins: All weights lie in pinned RAM; else each group is pinned when it is its turn.
+        from_disk: Groups lie on the disk, not in RAM.
+    """
+
+    level: Literal["block", "leaf"] = "block"
+    overlaps: bool = True
+    pins: bool = True
+    from_disk: bool = False
 
 
 class Execution(Value, frozen=True):
@@ -28,6 +44,9 @@ class Execution(Value, frozen=True):
         decode_tile: Decode in tiles of so many pixels; 0 is off.
         channels_last: Convolution weights of denoiser and VAE in NHWC layout.
         placement: Where weights live while they are not used.
+        group: How, under group offload.
+        storage_dtype: What the denoiser's layers rest in between their uses; ``""`` is what they
+            compute in.
     """
 
     attention: str = ""
@@ -37,6 +56,8 @@ class Execution(Value, frozen=True):
     decode_tile: int = 0
     channels_last: bool = False
     placement: Placement = "device"
+    group: GroupOffload | None = None
+    storage_dtype: str = ""
 
     @property
     def decode_variant(self) -> str:

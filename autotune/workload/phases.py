@@ -21,6 +21,7 @@ from autotune.workload.architecture import Architecture
 from autotune.workload.assumed import ASSUMED, usual_calls
 from autotune.workload.components import describe, meta_module, weight_bytes
 from autotune.workload.estimate import estimated_call
+from autotune.workload.groups import take_apart
 from autotune.workload.live import is_denoiser, modules_of
 from autotune.workload.rehearsal import (
     Call,
@@ -72,7 +73,10 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
                 "give a diffusion pipeline",
             ) from error
         runs.notes.insert(0, f"{cls.__name__} cannot be rehearsed ({error}); {ASSUMED}")
-    components = tuple(describe(n, m, live.get(n)) for n, m in modules.items())
+    denoisers = {r.component for p in phases for r in p.runs if r.role == "denoiser"}
+    components = tuple(
+        take_apart(describe(n, m, live.get(n)), m, casts=n in denoisers) for n, m in modules.items()
+    )
     chained, apart = _offload_order(cls, modules)
     return Workload(
         model=architecture.name,

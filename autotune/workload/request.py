@@ -159,7 +159,11 @@ _CHANNEL_NAMES = ("block_out_channels", "encoder_block_out_channels")
 
 def vae_factor(architecture: Architecture) -> int:
     """Pixels per latent element along a side."""
-    vae = architecture.config("vae")
+    return config_factor(architecture.config("vae"))
+
+
+def config_factor(vae: dict[str, Any]) -> int:
+    """The same by an autoencoder's configuration."""
     for name in _FACTOR_NAMES:
         if isinstance(vae.get(name), int):
             return int(vae[name])

@@ -128,6 +128,8 @@ class Component(Value, frozen=True):
     ``leaf_count`` and ``largest_leaf_bytes`` describe the modules that own parameters themselves:
     what sequential offload moves, one at a time. ``tensor_count`` is the number of parameters,
     ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
+    ``block_bytes`` are the groups that block-level offload moves; the rest of the weights is one
+    more. ``casting_saves_bytes`` is what layerwise casting to eight bits takes off the weights.
     """
 
     name: str
@@ -138,6 +140,8 @@ class Component(Value, frozen=True):
     leaf_count: int
     tensor_count: int
     tensor_bytes: tuple[int, ...] = ()
+    block_bytes: tuple[int, ...] = ()
+    casting_saves_bytes: int = 0
 
 
 Role = Literal["encoder", "denoiser", "autoencoder"]

@@ -1,0 +1,191 @@
+"""Weights moved block by block or layer by layer, by diffusers' own hooks, ahead of their use."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
+from autotune.optimizations.execution import Execution, GroupOffload
+from autotune.optimizations.modules import denoisers, device_of, modules_of
+from autotune.optimizations.offload import READS_PAST_HOOKS
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+LEVELS = ("block", "leaf")
+
+_HOOKS = ("lazy_prefetch_group_offloading", "layer_execution_tracker", "group_offloading")
+"""Names under which diffusers registers its hooks: it has no public way to take them off."""
+
+
+class GroupCpuOffload(Optimization):
+    """One block of the denoiser on the device, the next one on its way."""
+
+    name = "group_offload"
+    summary = "a block or layer at a time is on the device; the next is copied while it computes"
+    relieves = "vram of every phase"
+    defaults = {"level": "block", "stream": True, "low_ram": False, "disk": False}
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if machine.device.kind == "cpu":
+            return "the CPU computes in host RAM: there is no device memory to offload from"
+        if machine.link is None or machine.device.unified_memory:
+            return "device and host share their memory: moving weights frees nothing"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        """Each level, overlapped with computing; all weights pinned, a group, or none in RAM."""
+        storage: tuple[Parameters, ...] = ({}, {"low_ram": True}, {"disk": True})
+        return tuple({**self.defaults, "level": level, **s} for level in LEVELS for s in storage)
+
+    def check(self, parameters: Parameters) -> None:
+        if parameters["level"] not in LEVELS:
+            raise OptimizationError(
+                f"group_offload:level={parameters['level']} is unknown",
+                f"use {' or '.join(LEVELS)}",
+            )
+        if parameters["low_ram"] and parameters["disk"]:
+            raise OptimizationError(
+                "group_offload:disk=True leaves nothing in RAM that low_ram could save",
+                "give one of them",
+            )
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        group = GroupOffload(
+            level="leaf" if parameters["level"] == "leaf" else "block",
+            overlaps=bool(parameters["stream"]),
+            pins=not parameters["low_ram"],
+            from_disk=bool(parameters["disk"]),
+        )
+        return msgspec.structs.replace(execution, placement="group_offload", group=group)
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        import torch
+        from diffusers.hooks import apply_group_offloading
+
+        excluded = set(getattr(pipe, "_exclude_from_cpu_offload", ()))
+        modules = modules_of(pipe)
+        before = [(m, device_of(m)) for m in modules.values()]
+        folders: list[str] = []
+
+        def undo() -> None:
+            for module, where in before:
+                _take_off(module)
+                module.to(where)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        with undone_on_failure(undo):
+            for name, module in modules.items():
+                if name in excluded:
+                    module.to(device)
+                    continue
+                options = _options(module, parameters, device)
+                if parameters["disk"] and not hasattr(module, "decode"):
+                    # Pipelines read an autoencoder's statistics without calling it: not on disk.
+                    # One folder for each: diffusers names files after layers, and would take one
+                    # component's weights for another's.
+                    folders.append(tempfile.mkdtemp(prefix="autotune-offload-"))
+                    options["offload_to_disk_path"] = folders[-1]
+                apply_group_offloading(module, torch.device(device), **options)
+        return undo
+
+    def found(self, pipe: Any) -> Parameters | None:
+        hooks = [h for m in denoisers(pipe) for h in _hooks(m)]
+        if not hooks:
+            return None
+        config = hooks[0].config
+        return {
+            "level": "leaf" if config.offload_type.value == "leaf_level" else "block",
+            "stream": config.stream is not None,
+            "low_ram": bool(config.low_cpu_mem_usage),
+            "disk": config.offload_to_disk_path is not None,
+        }
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        overlaps, level = bool(parameters["stream"]), parameters["level"]
+        folder = ", offload_to_disk_path=tempfile.mkdtemp()" if parameters["disk"] else ""
+        return (
+            *(("import tempfile",) if folder else ()),
+            "from diffusers.hooks import apply_group_offloading",
+            "for module in pipe.components.values():",
+            "    if isinstance(module, torch.nn.Module):",
+            "        # Pipelines call an autoencoder's decode, for which blocks do not wait, and",
+            "        # change its dtype, of which streams know nothing.",
+            '        is_vae = hasattr(module, "decode")',
+            f'        level = "leaf_level" if is_vae else "{level}_level"',
+            f"        overlaps = {overlaps} and not is_vae",
+            '        apply_group_offloading(module, torch.device("cuda"), offload_type=level,',
+            "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
+            f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",
+        )
+
+
+def _options(module: Any, parameters: Parameters, device: str) -> dict[str, Any]:
+    """Only devices with streams copy while they compute.
+
+    SDXL's pipelines widen the VAE before they decode; the copies that a stream takes from would
+    still be narrow.
+    """
+    is_fixed = not hasattr(module, "decode")
+    overlaps = bool(parameters["stream"]) and is_fixed and not device.startswith("cpu")
+    level = _level(module, parameters)
+    return {
+        "offload_type": f"{level}_level",
+        "num_blocks_per_group": 1 if level == "block" else None,
+        "use_stream": overlaps,
+        "record_stream": overlaps,
+        "non_blocking": overlaps,
+        "low_cpu_mem_usage": bool(parameters["low_ram"]),
+    }
+
+
+def _level(module: Any, parameters: Parameters) -> str:
+    """The level that works for this component (diffusers 0.42).
+
+    A block's hook waits for ``forward``, but pipelines call ``decode``. Some layers are never
+    called themselves. A layer's file is written when its weights may be gone already, where another
+    layer has the same (T5's embeddings).
+    """
+    if hasattr(module, "decode"):
+        return "leaf"
+    if type(module).__name__ in READS_PAST_HOOKS:
+        return "block"
+    if parameters["disk"] and _has_tied_layers(module):
+        return "block"
+    return str(parameters["level"])
+
+
+def _has_tied_layers(module: Any) -> bool:
+    owned = [id(p) for c in module.modules() for p in c._parameters.values() if p is not None]
+    return len(owned) > len(set(owned))
+
+
+def _registries(module: Any) -> Iterator[Any]:
+    for child in module.modules():
+        registry = getattr(child, "_diffusers_hook", None)
+        if registry is not None:
+            yield registry
+
+
+def _hooks(module: Any) -> list[Any]:
+    found = (r.get_hook("group_offloading") for r in _registries(module))
+    return [h for h in found if h is not None]
+
+
+def _take_off(module: Any) -> None:
+    """Bring the weights back from wherever they are, then remove the hooks."""
+    groups = {id(h.group): h.group for h in _hooks(module)}
+    for group in groups.values():
+        if group.offload_to_disk_path is not None:
+            group.onload_()
+            for tensor in group.tensor_to_key:
+                tensor.data = tensor.data.clone()  # what was read lies where the file put it
+    for registry in _registries(module):
+        for name in _HOOKS:
+            registry.remove_hook(name, recurse=False)

@@ -1,0 +1,98 @@
+"""What group offload and layerwise casting are predicted to cost and to save."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from autotune.decide.choose import execution_of
+from autotune.decide.placement import PROCESS_BYTES
+from autotune.decide.predict import Predictor
+from autotune.decide.rules import broken_rule
+from autotune.optimizations import parse_settings
+from autotune.probe.machine import Figure
+
+
+def predicted(machine, workload, text=""):
+    return Predictor(machine, workload).predict(execution_of(parse_settings(text)))
+
+
+def phase(prediction, name):
+    return next(p for p in prediction.phases if p.name == name)
+
+
+def test_two_blocks_and_what_is_in_none_are_on_the_device(traced, rtx_3080):
+    workload = traced("sdxl")
+    unet = workload.component("unet")
+    rest = unet.weight_bytes - sum(unet.block_bytes)
+    denoise = phase(predicted(rtx_3080, workload, "group_offload"), "denoise")
+    assert denoise.resident_bytes == rest + 2 * max(unet.block_bytes)
+    alone = phase(predicted(rtx_3080, workload, "group_offload:stream=False"), "denoise")
+    assert alone.resident_bytes == rest + max(unet.block_bytes)
+    leaf = phase(predicted(rtx_3080, workload, "group_offload:level=leaf"), "denoise")
+    assert leaf.resident_bytes == 2 * unet.largest_leaf_bytes
+
+
+def test_copies_hide_behind_computing_as_far_as_they_are_shorter(traced, rtx_3080):
+    workload = traced("sdxl")
+    unet, calls = workload.component("unet"), 50
+    plain = phase(predicted(rtx_3080, workload), "denoise")
+    link = rtx_3080.link
+
+    def transfer_s(bytes_per_s):
+        slower = msgspec.structs.replace(link, h2d_pinned_bytes_per_s=Figure(bytes_per_s))
+        machine = msgspec.structs.replace(rtx_3080, link=slower)
+        return phase(predicted(machine, workload, "group_offload:level=leaf"), "denoise").transfer_s
+
+    enough = 100 * unet.weight_bytes * calls / plain.seconds
+    first = unet.largest_leaf_bytes * calls / enough
+    assert transfer_s(enough) == pytest.approx(first, rel=0.01)
+    scarce = 0.1 * unet.weight_bytes * calls / plain.seconds
+    waits = unet.weight_bytes * calls / scarce - plain.seconds
+    assert transfer_s(scarce) == pytest.approx(waits, rel=0.05)
+
+
+def test_the_vae_is_not_copied_ahead(traced, rtx_3080):
+    """SDXL's pipelines widen it first: a stream's copies would still be narrow."""
+    workload = traced("sdxl")
+    vae = workload.component("vae")
+    decode = phase(predicted(rtx_3080, workload, "group_offload:level=leaf"), "decode")
+    assert decode.resident_bytes == 2 * vae.largest_leaf_bytes  # one layer, in float32
+    assert decode.transfer_s > 0
+
+
+def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
+    workload = traced("sdxl")
+    offloaded = predicted(rtx_3080, workload, "group_offload")
+    assert offloaded.host_bytes == PROCESS_BYTES + workload.weight_bytes
+    weights = Predictor(rtx_3080, workload)._weights(execution_of(()))
+    disk = execution_of(parse_settings("group_offload:disk=True"))
+    left = workload.component("vae").weight_bytes
+    assert weights.host_bytes(disk) == PROCESS_BYTES + left
+
+
+def test_casting_saves_memory_where_the_denoiser_is(traced, rtx_3080):
+    workload = traced("sdxl")
+    unet = workload.component("unet")
+    assert 0.4 * unet.weight_bytes < unet.casting_saves_bytes < 0.5 * unet.weight_bytes
+    plain, cast = (predicted(rtx_3080, workload, t) for t in ("", "layerwise_casting"))
+    for name in ("encode", "denoise", "decode"):
+        saved = phase(plain, name).resident_bytes - phase(cast, name).resident_bytes
+        assert saved == unet.casting_saves_bytes
+    assert phase(cast, "denoise").seconds > phase(plain, "denoise").seconds
+    assert phase(cast, "decode").seconds == phase(plain, "decode").seconds
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (("group_offload", "model_cpu_offload"), "one-offload"),
+        (("group_offload", "sequential_cpu_offload"), "one-offload"),
+        (("sequential_cpu_offload", "layerwise_casting"), "casting-lost-in-offload"),
+    ],
+)
+def test_what_does_not_go_together(names, rule):
+    found = broken_rule(names)
+    assert found is not None
+    assert found.id == rule
+    assert broken_rule(("group_offload", "layerwise_casting")) is None

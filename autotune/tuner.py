@@ -34,7 +34,8 @@ from autotune.workload.architecture import (
     find_architecture,
 )
 from autotune.workload.cache import workload_of
-from autotune.workload.request import DTYPES, complete_request
+from autotune.workload.live import pipeline_dtype
+from autotune.workload.request import complete_request
 from autotune.workload.workload import Request, Workload
 
 log = logging.getLogger("autotune")
@@ -380,8 +381,7 @@ def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
     architecture = describe_pipeline(pipe)
     measured = machine_here(device or _device_of(pipe))
     limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
-    dtype = _dtype_of(pipe) if ask.dtype == "auto" else ask.dtype
-    architecture = _as_loaded(architecture, pipe, dtype)
+    dtype = pipeline_dtype(pipe) if ask.dtype == "auto" else ask.dtype
     asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
     foreign = foreign_processors(pipe)
     if foreign == ("AttnProcessor",):
@@ -441,26 +441,6 @@ def _device_of(pipe: Any) -> str | None:
     """Where the pipeline is, or is offloaded to; ``None`` while it waits in host RAM."""
     where = str(getattr(pipe, "_execution_device", "cpu"))
     return None if where.startswith(("cpu", "meta")) else where
-
-
-def _dtype_of(pipe: Any) -> str:
-    """The denoiser's: components may differ, and it is the largest."""
-    from autotune.optimizations.modules import denoisers, dtype_of, modules_of
-
-    return dtype_of([*denoisers(pipe), *modules_of(pipe).values()][0])
-
-
-def _as_loaded(architecture: Architecture, pipe: Any, dtype: str) -> Architecture:
-    """With the dtypes of those components that are not in the request's."""
-    from autotune.optimizations.modules import dtype_of, modules_of
-
-    own = {n: dtype_of(m) for n, m in modules_of(pipe).items()}
-    others = {n: d for n, d in own.items() if d != dtype and d in DTYPES}
-    components = {
-        n: msgspec.structs.replace(c, dtype=others.get(n, c.dtype))
-        for n, c in architecture.components.items()
-    }
-    return msgspec.structs.replace(architecture, components=components)
 
 
 _REPLACES_ATTENTION = ("xformers", "attention_slicing")

@@ -110,7 +110,7 @@ class Tuned:
         copies = copies_name(planned)
         if copies is not None:
             planned[copies] = max(1, self._workload.request.batch // prompts)
-        return planned
+        return planned | self._workload.request.options
 
     def _few_steps(self, options: dict[str, Any]) -> int:
         """So many that two are taken: pipelines that start from a picture skip a share of them."""

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from autotune.decide.attention import Kernel, transient_bytes
+from autotune.decide.casting import stored_in
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PhasePrediction
 from autotune.optimizations.execution import Execution
@@ -80,6 +81,7 @@ def break_down(
     )
     predicted = Predictor(machine, apart).predict(execution).phases
     companions = _companions(workload, execution)
+    stored = stored_in(workload, execution.storage_dtype)
     found: dict[tuple[str, str, str], ComponentPrediction] = {}
     for (name, run), prediction, others in zip(runs, predicted, companions, strict=True):
         part = ComponentPrediction(
@@ -87,7 +89,7 @@ def break_down(
             entry=run.entry,
             calls=run.calls,
             prediction=prediction,
-            resident=_resident(workload, run, others, prediction.resident_bytes),
+            resident=_resident(stored, run, others, prediction.resident_bytes),
             peak=_peak(machine, run, execution),
         )
         key = (name, run.component, run.entry)

@@ -117,7 +117,8 @@ def test_run_with_every_lossy_optimization_allowed(tmp_path):
 
 
 def test_plan_json_keeps_its_contract():
-    shown = asked_json("plan", "sdxl", "--machine", "rtx-3080-10gb")
+    classic = "xformers,attention_slicing,model_cpu_offload,sequential_cpu_offload,tome"
+    shown = asked_json("plan", "sdxl", "--machine", "rtx-3080-10gb", "--only", classic)
     jsonschema.validate(shown, schema("plan.json"))
     assert shown["machine"]["name"] == "rtx-3080-10gb"
     assert shown["machine"]["source"] == "datasheet"

@@ -19,6 +19,7 @@ from autotune.tuner import Ask, make_plan
 from tests.cli.test_cli import schema
 
 ON = ("--machine", "rtx-3080-10gb")
+CLASSIC = ("--only", "xformers,model_cpu_offload,sequential_cpu_offload")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ def asked(*arguments: str) -> dict:
 
 
 def test_the_json_is_the_prediction(tmp_path):
-    shown = asked("plan", "sdxl", *ON, "--explain", "memory")
+    shown = asked("plan", "sdxl", *ON, *CLASSIC, "--explain", "memory")
     jsonschema.validate(shown, schema("plan.json"))
     memory = shown["memory"]
     jsonschema.validate(memory, schema("memory.json"))
@@ -60,7 +61,7 @@ def test_the_json_is_the_prediction(tmp_path):
 
 
 def test_bars_without_colour():
-    text = said("plan", "sdxl", *ON, "--explain", "memory")
+    text = said("plan", "sdxl", *ON, *CLASSIC, "--explain", "memory")
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     bars = [line for line in lines if "┃" in line and "available" not in line]

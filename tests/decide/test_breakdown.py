@@ -73,6 +73,16 @@ def test_the_peak_of_vanilla_attention_is_its_scores(traced, rtx_3080, rtx_3080_
         assert unet.peak.shape
 
 
+@pytest.mark.parametrize("placement", ("device", "model_offload"))
+def test_narrow_weights_are_told_as_such(traced, rtx_3080, placement):
+    execution = Execution(placement=placement, storage_dtype="float8_e4m3fn")
+    workload = traced("sdxl")
+    held = [r for part in break_down(rtx_3080, workload, execution) for r in part.resident]
+    assert all(r.is_whole and r.bytes > 0 for r in held)
+    unet = {r.bytes for r in held if r.component == "unet"}
+    assert max(unet) < 0.6 * workload.component("unet").weight_bytes
+
+
 def test_only_the_called_component_stays_under_model_offload(traced, rtx_3080):
     parts = break_down(rtx_3080, traced("sdxl"), Execution(placement="model_offload"))
     assert {p.label: [r.component for r in p.resident] for p in parts} == {

@@ -169,10 +169,13 @@ def _reject(
 ) -> Rejection:
     """The best setting on top of the choice, or in place of what it does not go with."""
     judge = decision.space.judge
-    by_hand = next(filter(None, (judge.rule_between(k, settings[0]) for k in decision.kept)), None)
-    if by_hand is not None:
-        return Rejection(name, by_hand.reason, by_hand.id)
-    best = min((_added(decision, s) for s in settings), key=lambda a: _rank(a, terms))
+    by_hand = [judge.rule_with(decision.kept, s) for s in settings]
+    usable = [s for s, rule in zip(settings, by_hand, strict=True) if rule is None]
+    if not usable:
+        rule = by_hand[0]
+        assert rule is not None
+        return Rejection(name, rule.reason, rule.id)
+    best = min((_added(decision, s) for s in usable), key=lambda a: _rank(a, terms))
     rejection = explain_rejected(best.setting, best.prediction, terms)
     if not best.instead_of:
         return rejection

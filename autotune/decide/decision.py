@@ -116,7 +116,7 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
     kept, notes = _predictable(predictor, limits.keep)
     offered, refused = _offered(machine, workload, limits, catalogue)
     options, too_lossy = _allowed(offered, limits, catalogue)
-    space = Space(predictor, options, kept, catalogue)
+    space = Space(predictor, options, kept)
     candidates = space.candidates()
     budget = budget_within(machine, limits)
     pool = pool_of(candidates, budget, limits.priority)

@@ -19,7 +19,7 @@ from autotune.decide.prediction import Prediction
 from autotune.decide.rules import RULES, Rule, broken_rule
 from autotune.decide.scope import reach_of
 from autotune.optimizations import find
-from autotune.optimizations.base import Optimization, Setting
+from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 
 Loss = tuple[int, ...]
@@ -55,9 +55,9 @@ def execution_of(settings: Iterable[Setting], base: Execution | None = None) -> 
     return execution
 
 
-def loss_of(settings: Iterable[Setting], catalogue: Mapping[str, Optimization]) -> Loss:
+def loss_of(settings: Iterable[Setting]) -> Loss:
     """What a set takes of the quality."""
-    levels = [level_of(catalogue[s.name], s.parameters) for s in settings]
+    levels = [level_of(find(s.name), s.parameters) for s in settings]
     return tuple(levels.count(level) for level in range(len(QUALITIES) - 1, 0, -1))
 
 
@@ -89,10 +89,14 @@ class Judge:
         both = execution_of((first, second), self._base)
         return broken_rule(names, self._predictor.predict(both))
 
+    def rule_with(self, others: Iterable[Setting], setting: Setting) -> Rule | None:
+        """The first rule that a member breaks with any of the others."""
+        return next(filter(None, (self.rule_between(s, setting) for s in others)), None)
+
     def rule_in(self, settings: Sequence[Setting]) -> Rule | None:
         """The first rule that a set breaks, ``None`` where it is coherent."""
-        pairs = itertools.combinations(settings, 2)
-        return next(filter(None, (self.rule_between(a, b) for a, b in pairs)), None)
+        found = (self.rule_with(settings[:i], s) for i, s in enumerate(settings))
+        return next(filter(None, found), None)
 
 
 class _Member(NamedTuple):
@@ -128,7 +132,6 @@ class Space:
         predictor: Predicts.
         options: The settings that each optimization offers.
         kept: What is set by hand, in every set.
-        catalogue: The optimizations by name.
     """
 
     def __init__(
@@ -136,10 +139,8 @@ class Space:
         predictor: Predictor,
         options: Mapping[str, Sequence[Setting]],
         kept: Sequence[Setting],
-        catalogue: Mapping[str, Optimization],
     ) -> None:
         self._predictor = predictor
-        self._catalogue = catalogue
         self._base = execution_of(kept)
         self.judge = Judge(predictor, kept)
         groups = self._members(options, kept)
@@ -163,21 +164,15 @@ class Space:
         self, options: Mapping[str, Sequence[Setting]], kept: Sequence[Setting]
     ) -> list[tuple[_Member, ...]]:
         """The settings that go with what is set by hand, and what each of them clashes with."""
-        between = self.judge.rule_between
-        settings = [
-            s
-            for offered in options.values()
-            for s in offered
-            if not any(between(k, s) for k in kept)
-        ]
+        judge = self.judge
+        settings = [s for o in options.values() for s in o if judge.rule_with(kept, s) is None]
         clashes = [0] * len(settings)
         for (i, first), (j, second) in itertools.combinations(enumerate(settings), 2):
-            if first.name == second.name or between(first, second):
+            if first.name == second.name or judge.rule_between(first, second):
                 clashes[i] |= 1 << j
                 clashes[j] |= 1 << i
         members = [
-            _Member(place, s, loss_of((s,), self._catalogue), clashes[place])
-            for place, s in enumerate(settings)
+            _Member(place, s, loss_of((s,)), clashes[place]) for place, s in enumerate(settings)
         ]
         return [tuple(g) for _, g in itertools.groupby(members, key=lambda m: m.setting.name)]
 
@@ -202,7 +197,7 @@ class Space:
     def _phases_reached(self, group: tuple[_Member, ...]) -> set[int]:
         """Places of the phases that an optimization can change; loading is one more place."""
         phases = self._predictor.workload.phases
-        reach = frozenset().union(*(reach_of(self._configure(Execution(), m)) for m in group))
+        reach = frozenset().union(*(reach_of(execution_of((m.setting,))) for m in group))
         if "load" in reach:
             return {-1, *range(len(phases))}
         return {i for i, p in enumerate(phases) if any(r.role in reach for r in p.runs)}
@@ -220,13 +215,9 @@ class Space:
             yield rest, done
         for member in groups[0]:
             if not member.clashes & taken:
-                extended = self._configure(execution, member)
+                extended = execution_of((member.setting,), execution)
                 for rest, done in self._combinations(groups[1:], taken | member.bit, extended):
                     yield (member, *rest), done
-
-    def _configure(self, execution: Execution, member: _Member) -> Execution:
-        setting = member.setting
-        return self._catalogue[setting.name].configure(execution, setting.parameters)
 
     def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
         """What reaches several phases being given: the combinations of each phase's own."""

@@ -126,16 +126,15 @@ class _Search(NamedTuple):
                 return
 
     def more_host_memory(self) -> Iterator[WayOut]:
-        """Where only host RAM is missing."""
-        device, host = self.decision.budget
-        if host is None:
+        """The least that would do, where only host RAM is missing."""
+        (device, host), candidates = self.decision.budget, self.decision.candidates
+        enough = [c.host_bytes for c in candidates if c.needed_bytes <= device]
+        if host is None or not enough:
             return
-        chosen = select(self.decision.candidates, Budget(device, None), self.limits.priority)
-        if chosen.needed_bytes <= device:
-            needed = chosen.host_bytes
-            what = f"{format_bytes(needed)} of free host RAM instead of {format_bytes(host)}"
-            change: Change = {"host_bytes": needed - host}
-            yield _way("ram", what, change, chosen, Budget(device, needed))
+        budget = Budget(device, min(enough))
+        chosen = select(candidates, budget, self.limits.priority)
+        what = f"{format_bytes(min(enough))} of free host RAM instead of {format_bytes(host)}"
+        yield _way("ram", what, {"host_bytes": min(enough) - host}, chosen, budget)
 
     def more_memory(self) -> Iterator[WayOut]:
         """What the nearest miss lacks, unless it is host RAM alone."""

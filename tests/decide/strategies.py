@@ -73,6 +73,7 @@ processes = st.lists(
         name=st.none() | st.sampled_from(("chrome", "Xorg")),
     ),
     max_size=3,
+    unique_by=lambda process: process.pid,
 ).map(tuple)
 
 hosts = st.sampled_from((4, 64, 16)).map(
@@ -163,11 +164,21 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 @st.composite
 def components(draw: st.DrawFn, name: str, class_name: str) -> Component:
-    """Weights in some layers, the largest of which is at least the mean."""
+    """Weights in some layers, the largest of which is at least the mean, and in some blocks."""
     layers = draw(st.integers(1, 50))
     weights = draw(st.integers(1, 3_000)) * MIB
-    largest = min(weights, weights // layers * draw(st.integers(1, 3)) + 1)
-    return Component(name, class_name, weights // 2, weights, largest, layers, layers)
+    blocks = draw(st.integers(0, 4))
+    return Component(
+        name=name,
+        class_name=class_name,
+        parameters=weights // 2,
+        weight_bytes=weights,
+        largest_leaf_bytes=min(weights, weights // layers * draw(st.integers(1, 3)) + 1),
+        leaf_count=layers,
+        tensor_count=layers,
+        block_bytes=(weights // (blocks + 1),) * blocks,
+        casting_saves_bytes=draw(st.sampled_from((0, weights // 3))),
+    )
 
 
 @st.composite

@@ -8,8 +8,9 @@ import pytest
 
 from autotune.decide.choose import TOLERANCE, Limits, choose, predict
 from autotune.decide.plan import Plan
+from autotune.decide.rules import OFFLOADS
 from autotune.errors import OptimizationError, RequestError
-from autotune.optimizations import CATALOGUE, parse_settings
+from autotune.optimizations import CATALOGUE, CLASSIC, parse_settings
 from autotune.optimizations.base import EXACTNESS, Setting
 from autotune.probe.machine import Machine
 from autotune.units import GIB
@@ -40,10 +41,10 @@ def test_exact_before_lossy(traced, rtx_3080_torch1):
 
 
 def test_vram_limit_is_a_budget(traced, rtx_3080):
-    plan = choose(rtx_3080, traced("sd15"), Limits(vram_limit=int(2.2 * GIB)))
+    plan = choose(rtx_3080, traced("sd15"), Limits(vram_limit=int(2.2 * GIB), only=CLASSIC))
     assert plan.budget_bytes <= 2.2 * GIB
     assert plan.fits
-    assert [s.name for s in plan.optimizations] == ["model_cpu_offload"]
+    assert names(plan) == ["model_cpu_offload"]
 
 
 def test_only_and_without(traced, rtx_3080):
@@ -93,7 +94,7 @@ def test_when_nothing_fits_the_nearest_miss_is_shown(traced, rtx_3080):
     plan = choose(with_free(rtx_3080, 0.6), traced("sdxl"))
     assert not plan.fits
     assert plan.bottleneck.after.resource == "vram"
-    assert "sequential_cpu_offload" in {s.name for s in plan.optimizations}
+    assert OFFLOADS & set(names(plan))
 
 
 # ---- quality, priority and memory ---------------------------------------------------------------
@@ -135,7 +136,8 @@ def test_memory_first_takes_up_to_twice_the_time(traced, rtx_3080):
     """On a card with room, speed needs nothing; memory takes what halves the need."""
     machine = with_free(rtx_3080, 24)
     speed, memory = (
-        choose(machine, traced("sdxl"), Limits(priority=p)) for p in ("speed", "memory")
+        choose(machine, traced("sdxl"), Limits(priority=p, only=CLASSIC))
+        for p in ("speed", "memory")
     )
     assert names(speed) == []
     assert "model_cpu_offload" in names(memory)
@@ -147,7 +149,7 @@ def test_memory_first_takes_up_to_twice_the_time(traced, rtx_3080):
 def test_host_ram_is_a_budget(traced, rtx_3080):
     """Offloaded weights lie in RAM: without enough of it, the plan says what is missing."""
     workload = traced("sdxl")
-    assert names(choose(rtx_3080, workload)) == ["model_cpu_offload"]
+    assert OFFLOADS & set(names(choose(rtx_3080, workload)))
     for plan in (
         choose(with_ram(rtx_3080, 2), workload),
         choose(rtx_3080, workload, Limits(ram_limit=2 * GIB)),

@@ -49,7 +49,7 @@ def plainly(machine: Machine, workload: Workload, limits: Limits) -> Iterator[Ca
             prediction.seconds,
             prediction.needed_bytes,
             prediction.host_bytes,
-            loss_of(chosen, CATALOGUE),
+            loss_of(chosen),
             sum(p.needed_bytes for p in prediction.phases),
         )
 

@@ -127,7 +127,7 @@ def test_a_plan_that_fits_needs_no_other_trace(traced, rtx_3080):
 def test_programs_that_hold_memory_are_named(traced, rtx_3080):
     game = GpuProcess(4242, 5 * GIB, "game")
     machine = small(rtx_3080, GIB, GpuProcess(7, 200 * MIB, "Xorg"), game)
-    plan = choose(machine, traced("sdxl"), Limits(without=("sequential_cpu_offload",)))
+    plan = choose(machine, traced("sdxl"), Limits(only=("model_cpu_offload",)))
     way = plan.remedies[0]
     assert way.kind == "processes"
     assert way.change == {"pids": (4242,)}

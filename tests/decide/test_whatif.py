@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from autotune.decide.choose import QUALITIES, Limits, choose
 from autotune.decide.limits import budget_within
 from autotune.decide.predict import Predictor
+from autotune.decide.rules import OFFLOADS
 from autotune.decide.search import execution_of
 from autotune.decide.whatif import FrontierPoint, compare, frontier
 from tests.decide.strategies import machines, workloads
@@ -44,7 +45,8 @@ def test_memory_is_bought_with_time(traced, rtx_3080):
     assert [p.needed_bytes for p in points] == sorted(
         (p.needed_bytes for p in points), reverse=True
     )
-    assert "sequential_cpu_offload" in {s.name for s in points[-1].optimizations}
+    assert not OFFLOADS & {s.name for s in points[0].optimizations}
+    assert OFFLOADS & {s.name for s in points[-1].optimizations}
     assert (
         msgspec.json.decode(msgspec.json.encode(points), type=tuple[FrontierPoint, ...]) == points
     )

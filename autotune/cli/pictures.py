@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from autotune.errors import RequestError, first_line
 from autotune.workload.architecture import Architecture
-from autotune.workload.arguments import UPSCALED
+from autotune.workload.arguments import UPSCALED, call_parameters
 from autotune.workload.request import native_size, size_factor
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def pipeline_for(pipeline: str, has_image: bool, has_mask: bool) -> str:
     """
     import diffusers
 
-    parameters = call_parameters(pipeline)
+    parameters = parameters_of(pipeline)
     if parameters is None or not has_image:
         return pipeline
     taken = MASK_ARGUMENTS if has_mask else IMAGE_ARGUMENTS
@@ -75,14 +76,12 @@ def pipeline_for(pipeline: str, has_image: bool, has_mask: bool) -> str:
     return other if hasattr(diffusers, other) else pipeline
 
 
-def call_parameters(pipeline: str) -> dict[str, Any] | None:
+def parameters_of(pipeline: str) -> dict[str, inspect.Parameter] | None:
     """The arguments that a pipeline of diffusers takes, ``None`` for a class of somebody else's."""
-    import inspect
-
     import diffusers
 
     cls = getattr(diffusers, pipeline, None)
-    return None if cls is None else dict(inspect.signature(cls.__call__).parameters)
+    return None if cls is None else call_parameters(cls)
 
 
 def picture_arguments(
@@ -93,7 +92,8 @@ def picture_arguments(
     Raises:
         RequestError: it takes no such picture, or needs one that is not given.
     """
-    parameters = call_parameters(pipeline) or {"image": None, "mask_image": None}
+    known = parameters_of(pipeline)
+    parameters = ("image", "mask_image") if known is None else tuple(known)
     arguments: dict[str, Image] = {}
     for option, picture, names in (
         ("--image", image, IMAGE_ARGUMENTS),
@@ -113,7 +113,7 @@ def picture_arguments(
 
 def needs_picture(pipeline: str, argument: str) -> bool:
     """Whether the pipeline cannot draw without it."""
-    parameter = (call_parameters(pipeline) or {}).get(argument)
+    parameter = (parameters_of(pipeline) or {}).get(argument)
     if parameter is None:
         return False
     if parameter.default is parameter.empty:

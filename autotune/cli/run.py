@@ -35,7 +35,7 @@ from autotune.cli.output import JsonFlag, print_json, progress
 from autotune.cli.outputs import check_suffix, files_for, save
 from autotune.cli.pictures import (
     Size,
-    call_parameters,
+    parameters_of,
     picture_arguments,
     pipeline_for,
     read_picture,
@@ -152,7 +152,7 @@ def run(
     planned = plan_on_this(job.architecture, measured, ask)
     require_fit(planned.plan)
     tuned = _load(planned, measured)
-    arguments = {"seed": seed, **job.arguments}
+    arguments = {"seed": seed, **job.arguments, **_repeated(tuned.pipe, planned, job.arguments)}
     result, phases = tuned.measure(**arguments)
     job = job._replace(files=save(result[0], job.files, fps))
     if len(job.files) < batch:
@@ -191,6 +191,16 @@ def _as_planned(pipe: Any, pipeline: str) -> Any:
 
     auto = AutoPipelineForInpainting if "Inpaint" in pipeline else AutoPipelineForImage2Image
     return auto.from_pipe(pipe)
+
+
+def _repeated(pipe: Any, planned: Planned, arguments: dict[str, Any]) -> dict[str, list[str]]:
+    """Prompts once for each image of a batch, where the pipeline draws one for each prompt."""
+    from autotune.workload.arguments import call_arguments
+
+    request = planned.workload.request
+    if not isinstance(call_arguments(pipe, request).get("prompt"), list):
+        return {}
+    return {n: [text] * request.batch for n, text in arguments.items() if isinstance(text, str)}
 
 
 def _add_peaks(
@@ -259,7 +269,7 @@ def _texts(
     given = {"prompt": prompt, "negative_prompt": negative_prompt}
     if prompt is None and model == "demo":
         given["prompt"] = DEMO_PROMPT
-    parameters = call_parameters(pipeline)
+    parameters = parameters_of(pipeline)
     if given["prompt"] is None and (parameters is None or "prompt" in parameters):
         raise RequestError(
             "there is no prompt", 'say what to draw: --prompt "a lighthouse at dusk"'

@@ -231,4 +231,4 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch):
 def test_the_module_knows_what_diffusers_has():
     """The names of arguments and pipelines above are diffusers', which may rename them."""
     for pipeline in ("StableDiffusionXLImg2ImgPipeline", "FluxInpaintPipeline"):
-        assert "image" in (pictures.call_parameters(pipeline) or {})
+        assert "image" in (pictures.parameters_of(pipeline) or {})

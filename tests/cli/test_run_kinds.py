@@ -57,9 +57,11 @@ def test_a_video_by_the_files_ending(folder):
     assert shown["workload"]["frames"] == 8
     with Image.open("a.gif") as gif:
         assert (gif.n_frames, gif.info["duration"], gif.size) == (8, 200, (64, 64))
-    shown = drawn(folder / "animatediff", "--prompt", "a cat", "--frames", "8", "-o", "frames")
-    assert shown["videos"] == ["frames"]
-    assert len(list(Path("frames").iterdir())) == 8
+    few = ("--frames", "4", "--batch", "2", "-o", "frames")
+    shown = drawn(folder / "animatediff", "--prompt", "a cat", "--negative-prompt", "a dog", *few)
+    assert shown["videos"] == ["frames-1", "frames-2"]
+    for video in shown["videos"]:
+        assert len(list(Path(video).iterdir())) == 4
 
 
 def test_a_video_from_a_picture_alone(folder):

@@ -203,10 +203,9 @@ def _looks_like_path(model: str) -> bool:
 def _unknown(model: str) -> ModelError:
     close = difflib.get_close_matches(model, builtin_names(), n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    known = ", ".join(builtin_names())
     return ModelError(
         f"unknown model {model!r}",
-        f"{guess}give a folder, a hub id (owner/name) or one of: {known}",
+        f"{guess}give a folder, a hub id (owner/name) or a name that `autotune models` lists",
     )
 
 
@@ -230,7 +229,7 @@ def _read_hub(repository: str) -> Architecture:
         raise ModelError(
             f"cannot read {repository} from the Hugging Face hub: {first_line(error)}",
             "check the id, your connection and (for a gated model) `hf auth login`; "
-            f"built in, without a download: {', '.join(builtin_names())}",
+            "`autotune models` lists what can be planned for without a download",
         ) from error
     architecture = _read_folder(Path(folder))
     return msgspec.structs.replace(architecture, name=repository, weights=repository)

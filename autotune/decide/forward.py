@@ -53,6 +53,33 @@ class Bound(NamedTuple):
         return Bound(self.compute_s * factor, self.memory_s * factor)
 
 
+class _Sees(NamedTuple):
+    """What of an execution can change an operator: the kernel, token merging, the memory layout."""
+
+    attention: bool
+    merging: bool
+    layout: bool
+
+
+class _Split(NamedTuple):
+    """A trace's operators by what they see, and the weights that they read."""
+
+    trace: Trace
+    operators: dict[_Sees, list[Operator]]
+    weight_reads: int
+    weight_reads_bytes: int
+
+
+class _Part(NamedTuple):
+    """Several operators: seconds of all their calls, and the most that is alive at one of them."""
+
+    compute_s: float
+    memory_s: float
+    host_s: float
+    live_bytes: int
+    live_bytes_with_workspace: int
+
+
 class ForwardModel:
     """Costs of forwards on one machine.
 
@@ -65,6 +92,8 @@ class ForwardModel:
         self._machine = machine
         self._latent_tokens = workload.latent_tokens
         self._corrections = Corrections(machine.operators, workload, self.rate_seconds)
+        self._splits: dict[int, _Split] = {}
+        self._parts: dict[tuple[object, ...], _Part] = {}
 
     def rate_seconds(self, operator: Operator) -> float:
         """One call by rates alone, as diffusers runs it when nothing is set."""
@@ -79,17 +108,13 @@ class ForwardModel:
             execution: Token merging and memory format.
             kernel: The attention implementation.
         """
-        compute = memory = host = 0.0
-        peak = trace.activation_bytes
-        with_workspace = 0
-        for operator in trace.operators:
-            call, own, launches = self._operator(operator, execution, kernel)
-            compute += call.compute_s * operator.count
-            memory += call.memory_s * operator.count
-            host += launches * operator.count * self._machine.kernels.dispatch_s.value
-            peak = max(peak, operator.live_bytes + own)
-            taken = workspace.convolution_bytes(self._machine, operator, execution.channels_last)
-            with_workspace = max(with_workspace, operator.live_bytes + taken)
+        split = self._split(trace)
+        parts = [self._part(trace, sees, execution, kernel) for sees in split.operators]
+        compute, memory, host = (
+            sum(getattr(p, share) for p in parts) for share in ("compute_s", "memory_s", "host_s")
+        )
+        peak = max(trace.activation_bytes, *(p.live_bytes for p in parts))
+        with_workspace = max(p.live_bytes_with_workspace for p in parts)
         return ForwardCost(
             compute,
             memory,
@@ -97,9 +122,52 @@ class ForwardModel:
             host,
             peak,
             max(0, with_workspace - peak),
-            weight_reads=sum(o.count for o in trace.operators if o.weight_bytes),
-            weight_reads_bytes=sum(o.count * o.weight_bytes for o in trace.operators),
+            split.weight_reads,
+            split.weight_reads_bytes,
         )
+
+    def _split(self, trace: Trace) -> _Split:
+        """The trace's operators by what they see of an execution: most see nothing of it."""
+        found = self._splits.get(id(trace))
+        if found is None:
+            operators: dict[_Sees, list[Operator]] = {}
+            for operator in trace.operators:
+                operators.setdefault(_seen_by(operator), []).append(operator)
+            found = self._splits[id(trace)] = _Split(
+                trace,
+                operators,
+                weight_reads=sum(o.count for o in trace.operators if o.weight_bytes),
+                weight_reads_bytes=sum(o.count * o.weight_bytes for o in trace.operators),
+            )
+        return found
+
+    def _part(self, trace: Trace, sees: _Sees, execution: Execution, kernel: Kernel) -> _Part:
+        """What the operators that see the same come to, kept for executions that differ elsewhere."""
+        key = (
+            id(trace),
+            sees,
+            kernel if sees.attention else None,
+            execution.merge if sees.merging else None,
+            execution.channels_last if sees.layout else False,
+        )
+        part = self._parts.get(key)
+        if part is None:
+            operators = self._splits[id(trace)].operators[sees]
+            part = self._parts[key] = self._sum(operators, execution, kernel)
+        return part
+
+    def _sum(self, operators: list[Operator], execution: Execution, kernel: Kernel) -> _Part:
+        compute = memory = host = 0.0
+        live = with_workspace = 0
+        for operator in operators:
+            call, own, launches = self._operator(operator, execution, kernel)
+            compute += call.compute_s * operator.count
+            memory += call.memory_s * operator.count
+            host += launches * operator.count * self._machine.kernels.dispatch_s.value
+            live = max(live, operator.live_bytes + own)
+            taken = workspace.convolution_bytes(self._machine, operator, execution.channels_last)
+            with_workspace = max(with_workspace, operator.live_bytes + taken)
+        return _Part(compute, memory, host, live, with_workspace)
 
     def _launch_s(self, host: float, device: float) -> float:
         """The CPU runs what it dispatches; other devices wait for the host if it is slower."""
@@ -157,6 +225,14 @@ class ForwardModel:
         if channels_last and operator.dtype in kernels.convolution_channels_last_flops_per_s:
             return kernels.convolution_channels_last_flops_per_s[operator.dtype].value
         return _rate(kernels.convolution_flops_per_s, operator.dtype)
+
+
+def _seen_by(operator: Operator) -> _Sees:
+    return _Sees(
+        attention=operator.attention is not None,
+        merging=operator.block_tokens > 0,
+        layout=operator.kind == "convolution",
+    )
 
 
 def _rate(rates: dict[str, Figure], dtype: str) -> float:

@@ -142,7 +142,7 @@ class ForwardModel:
         return found
 
     def _part(self, trace: Trace, sees: _Sees, execution: Execution, kernel: Kernel) -> _Part:
-        """What the operators that see the same come to, kept for executions that differ elsewhere."""
+        """What the operators that see the same come to; kept for other executions."""
         key = (
             id(trace),
             sees,

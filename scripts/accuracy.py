@@ -363,6 +363,7 @@ CHANGES = (
         "SDPA+vae_slicing+sequential_cpu_offload",
     ),
     ("sequential offload", "none", "sequential_cpu_offload(accelerate)"),
+    ("layerwise casting", "none", "layerwise_casting_fp8_e4m3(transformer)"),
 )
 
 

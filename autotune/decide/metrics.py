@@ -14,6 +14,7 @@ from typing import NamedTuple
 from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
+from autotune.decide.casting import stored_in
 from autotune.decide.placement import Weights
 from autotune.decide.predict import Path, Predictor, budget_of
 from autotune.optimizations.execution import Execution
@@ -85,7 +86,8 @@ class _Pipeline:
     """Sends an allocator what a pipeline would. Token merging is left out: it takes little."""
 
     def __init__(self, predictor: Predictor, execution: Execution, capacity_bytes: int) -> None:
-        self.machine, self.workload = predictor.machine, predictor.workload
+        self.machine = predictor.machine
+        self.workload = stored_in(predictor.workload, execution.storage_dtype)
         self.allocator = CachingAllocator(capacity_bytes)
         self._predictor, self._execution = predictor, execution
         self._components = {c.name: c for c in self.workload.components}
@@ -220,4 +222,8 @@ def _attend(allocator: CachingAllocator, kernel: Kernel, shape: AttentionShape, 
 
 
 def _sizes(component: Component) -> tuple[int, ...]:
-    return component.tensor_bytes or (component.weight_bytes,)
+    """Of its tensors, in the dtype that they rest in."""
+    whole = sum(component.tensor_bytes)
+    if not whole:
+        return (component.weight_bytes,)
+    return tuple(s * component.weight_bytes // whole for s in component.tensor_bytes)

@@ -62,21 +62,20 @@ class Timer:
         cold = block_seconds(call, self.device, 1)
         if self.deadline.has_passed:
             return figure_of([cold], COLD)
+        finish = self._begin()
         once = max(block_seconds(call, self.device, 1), 1e-9)
         budget_s = share * self.budget_s
-        if once >= 3 * budget_s or self.deadline.has_passed:
-            return figure_of([once])
         repeats = min(_REPEATS_MAX, max(1, round(_BLOCK_S / once)))
 
-        def series() -> Figure:
-            finish = self.watch.begin() if self.watch is not None else tuple
-            samples = self._series(call, repeats, budget_s)
-            unsteady = (UNSTEADY,) if spread(samples) > DISTURBED_SPREAD else ()
-            return figure_of(samples, disturbances=(*finish(), *unsteady))
+        def take() -> list[float]:
+            if once >= 3 * budget_s:
+                return [block_seconds(call, self.device, 1)]
+            return self._series(call, repeats, budget_s)
 
-        found = series()
+        is_enough = once >= 3 * budget_s or self.deadline.has_passed
+        found = _figure([once], finish()) if is_enough else self._watched(take)
         if found.disturbances and not self.deadline.has_passed:
-            found = min(found, series(), key=_loudness)
+            found = min(found, self._watched(take), key=_loudness)
         return found
 
     def largest(self, sizes: tuple[int, ...], call_of: Callable[[int], Call], power: int) -> int:
@@ -118,6 +117,14 @@ class Timer:
     def within(self, seconds: float) -> Timer:
         """The same for a part that may take so long."""
         return replace(self, deadline=self.deadline.part(seconds))
+
+    def _begin(self) -> Callable[[], tuple[str, ...]]:
+        return tuple if self.watch is None else self.watch.begin()
+
+    def _watched(self, take: Callable[[], list[float]]) -> Figure:
+        finish = self._begin()
+        samples = take()
+        return _figure(samples, finish())
 
     def _series(self, call: Call, repeats: int, budget_s: float) -> list[float]:
         samples: list[float] = []
@@ -164,6 +171,11 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was asked of it; nothing to wait for on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _figure(samples: list[float], disturbances: tuple[str, ...]) -> Figure:
+    unsteady = (UNSTEADY,) if spread(samples) > DISTURBED_SPREAD else ()
+    return figure_of(samples, disturbances=(*disturbances, *unsteady))
 
 
 def _loudness(figure: Figure) -> tuple[bool, float]:

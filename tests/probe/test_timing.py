@@ -45,13 +45,21 @@ def test_quick_calls_are_timed_in_blocks() -> None:
 
 
 class FakeWatch:
-    """Says what disturbed each series in turn."""
+    """Says what disturbed each measurement in turn."""
 
     def __init__(self, *reasons: tuple[str, ...]) -> None:
         self.reasons = iter(reasons)
 
     def begin(self) -> Any:
         return lambda: next(self.reasons)
+
+
+def test_one_long_call_is_watched_and_repeated_too(slow_clock: Any) -> None:
+    durations = iter([5.0, 9.0, 4.0])
+    watch: Any = FakeWatch((OTHERS_ON_GPU,), ())
+    figure = Timer(CPU, watch=watch).time(lambda: slow_clock.advance(next(durations)))
+    assert figure.samples == (pytest.approx(4.0, rel=1e-3),)
+    assert figure.disturbances == ()
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, *series: list[float], watch: Any = None) -> Figure:

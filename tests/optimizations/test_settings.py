@@ -19,6 +19,14 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, bool | int | float | str]]] = 
     ),
     "attention_slicing": st.fixed_dictionaries({"slices": st.sampled_from(("auto", "max"))}),
     "vae_tiling": st.fixed_dictionaries({"tile": st.integers(1, 64).map(lambda n: 64 * n)}),
+    "group_offload": st.fixed_dictionaries(
+        {
+            "level": st.sampled_from(("block", "leaf")),
+            "stream": st.booleans(),
+            "low_ram": st.booleans(),
+            "disk": st.booleans(),
+        }
+    ).filter(lambda p: not (p["low_ram"] and p["disk"])),
 }
 
 

@@ -94,6 +94,10 @@ class Predictor:
         extras = [t.first_extra_s for t in replayed if t and t.first_extra_s is not None]
         return sum(extras) if extras else None
 
+    def phase(self, index: int, execution: Execution) -> PhasePrediction:
+        """One phase of what ``predict`` gives."""
+        return self._phase(self.workload.phases[index], execution)
+
     def _phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         key = (id(phase), self._readers[id(phase)](execution))
         if key not in self._phases:
@@ -102,6 +106,8 @@ class Predictor:
 
     def _predict_phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         runs = [self._run(phase.name, run, execution) for run in phase.runs]
+        if len(runs) == 1:
+            return runs[0]
         largest = max(runs, key=lambda r: r.needed_bytes)
         compute, memory, transfer, launch = (
             sum(getattr(r, share) for r in runs)
@@ -156,6 +162,8 @@ class Predictor:
     ) -> ForwardCost:
         """The same call with what hooks add that move or widen each layer's weights."""
         memory = host = 0.0
+        if not execution.storage_dtype and execution.group is None:
+            return forward
         component = self.workload.component(run.component)
         if execution.storage_dtype and run.role == "denoiser":
             dtype = self.workload.request.dtype

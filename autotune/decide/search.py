@@ -250,7 +250,7 @@ class Space:
         return front
 
     def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
-        found = self._predictor.predict(execution).phases[phase]
+        found = self._predictor.phase(phase, execution)
         return _Part(members, found.seconds, found.needed_bytes, _loss(members))
 
 

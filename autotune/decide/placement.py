@@ -92,7 +92,7 @@ class Weights:
 
     @functools.cached_property
     def _rounding(self) -> dict[str, int]:
-        return {c.name: rounding_bytes(c.tensor_bytes) for c in self._workload.components}
+        return {c.name: _rounding_bytes(c.tensor_bytes) for c in self._workload.components}
 
     def transfer_s(self, run: ComponentRun, execution: Execution, forward: ForwardCost) -> float:
         """Seconds that the run's weights take to cross, in the whole generation.
@@ -210,6 +210,12 @@ class Weights:
             if index == len(runs) - 1:  # diffusers takes everything off after the image
                 outward += sum(here.values())
             yield id(run), Moved(resident, inward, outward)
+
+
+@functools.lru_cache(maxsize=64)
+def _rounding_bytes(sizes: tuple[int, ...]) -> int:
+    """Kept, because the same model is asked about again: on another machine, in another dtype."""
+    return rounding_bytes(sizes)
 
 
 def _group(execution: Execution) -> GroupOffload:

@@ -102,22 +102,32 @@ def _price_of_dropping(without: Prediction, terms: Terms) -> str:
         return _shortage(without, terms)
     fastest = terms.pool.fastest_seconds
     if without.seconds > fastest * (1 + TOLERANCE):
-        return _loss("slower", without.seconds, chosen.seconds, fastest, format_seconds)
+        return _loss(_SLOWER, without.seconds, chosen.seconds, fastest, format_seconds)
     least = terms.pool.least_bytes
     if without.needed_bytes > least * (1 + TOLERANCE):
         needed = without.needed_bytes
-        return _loss("more memory", needed, chosen.needed_bytes, least, format_bytes)
+        return _loss(_LARGER, needed, chosen.needed_bytes, least, format_bytes)
     longest = format_seconds(terms.pool.longest_seconds)
     return f"longer than the {longest} that saving memory may take"
 
 
+_SLOWER, _LARGER = ("slower", "times as long"), ("more memory", "times the memory")
+
+
 def _loss(
-    what: str, without: float, chosen: float, best: float, write: Callable[[float], str]
+    words: tuple[str, str],
+    without: float,
+    chosen: float,
+    best: float,
+    write: Callable[[float], str],
 ) -> str:
     """How much worse than the choice; than the best, from which the tolerance counts, if little."""
+    more, times = words
+    if without >= 2 * chosen:
+        return f"{without / chosen:.1f} {times}"
     if without > chosen * (1 + TOLERANCE):
-        return f"{_percent(without / chosen - 1)} {what}"
-    return f"{_percent(without / best - 1)} {what} than the best set ({write(best)})"
+        return f"{_percent(without / chosen - 1)} {more}"
+    return f"{_percent(without / best - 1)} {more} than the best set ({write(best)})"
 
 
 def _shortage(without: Prediction, terms: Terms) -> str:

@@ -224,7 +224,7 @@ _LIFTS: tuple[tuple[str, Change], ...] = (
 
 
 def _way(kind: WayOutKind, what: str, change: Change, chosen: Candidate, budget: Budget) -> WayOut:
-    names = ", ".join(map(str, chosen.settings)) or "no optimization"
+    names = ", ".join(s.name for s in chosen.settings) or "no optimization"
     cost = f"{format_seconds(chosen.seconds)}, needs {format_bytes(chosen.needed_bytes)}"
     return WayOut(
         kind=kind,

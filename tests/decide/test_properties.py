@@ -185,7 +185,7 @@ def test_the_same_input_gives_the_same_plan_and_survives_json(machine, workload,
 
 BYTES = re.compile(r"\d[\d.]* (?:B|KiB|MiB|GiB)\b")
 SECONDS = re.compile(r"\d[\d.]* (?:s|ms|µs)\b|\d+ min\b|\d+ h \d\d min\b")
-SHARE = re.compile(r"\d[\d.]*%")
+SHARE = re.compile(r"\d[\d.]*%|\d[\d.]* times")
 
 
 def percent(share: float) -> str:
@@ -216,6 +216,8 @@ def check_reason(reason: Reason, plan: Plan, without: Prediction, pool: Pool) ->
             percent(without.seconds / fastest - 1),
             percent(without.needed_bytes / chosen.needed_bytes - 1),
             percent(without.needed_bytes / max(pool.least_bytes, 1) - 1),
+            f"{without.seconds / chosen.seconds:.1f} times",
+            f"{without.needed_bytes / chosen.needed_bytes:.1f} times",
         ],
     )
 

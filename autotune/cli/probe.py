@@ -95,6 +95,9 @@ def probe(
     if quick and deep:
         raise RequestError("--quick and --deep exclude each other", "leave one of them out")
     ask = Ask(height, width, batch, dtype=dtype)
+    if deep is None and ask != Ask():
+        options = "--height, --width, --batch and --dtype"
+        raise RequestError(f"{options} say what to trace a model at", "add --deep MODEL")
     # What fails, fails before the work.
     architecture = None if deep is None else _checked(find_architecture(deep), ask)
     if save is not None:

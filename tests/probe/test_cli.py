@@ -94,6 +94,13 @@ def test_quick_and_deep_exclude_each_other() -> None:
     assert isinstance(done.exception, RequestError)
 
 
+@pytest.mark.parametrize("option", ["--height=512", "--width=8", "--batch=2", "--dtype=float16"])
+def test_a_size_without_a_model_is_refused(option: str) -> None:
+    done = RUNNER.invoke(verb(probe), ["--quick", option])
+    assert isinstance(done.exception, RequestError)
+    assert "--deep" in done.exception.hint
+
+
 def test_an_unknown_model_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,10 +15,9 @@ from autotune.decide.placement import Weights
 from autotune.optimizations import find
 from autotune.optimizations.execution import Execution
 from autotune.probe.reference import load_machine
-from autotune.workload.architecture import describe_pipeline
-from autotune.workload.phases import trace_workload
-from autotune.workload.workload import ComponentRun, Request, Workload
-from tests.pipelines import BUILDERS, arguments, call
+from autotune.workload.workload import ComponentRun, Workload
+from tests.pipelines import BUILDERS, call
+from tests.workloads import few_frames, workload_of
 
 HOME, DEVICE = torch.device("cpu"), torch.device("cpu:0")
 """To tensors they are one; accelerate and diffusers tell them apart, and so do modules below."""
@@ -109,24 +108,15 @@ class Watched:
                 handle.remove()
 
 
-def workload_of(pipe: Any) -> Workload:
-    numbers = {k: v for k, v in arguments(pipe).items() if isinstance(v, (bool, int, float))}
-    sizes = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
-    options = {k: v for k, v in numbers.items() if k not in sizes}
-    request = Request(64, 64, 1, 2, 5.0, "float32", numbers.get("num_frames", 1), options)
-    return trace_workload(describe_pipeline(pipe), request)
-
-
 @functools.cache
 def observed(kind: str) -> tuple[Watched, Workload]:
     """One generation under model offload, and the workload that it was predicted from."""
     pipe = BUILDERS[kind]()
-    workload = workload_of(pipe)
     watched = Watched(pipe)
     handler = find("model_cpu_offload")
     handler.apply(pipe, handler.setting().parameters, "cpu")
-    call(pipe, 2)
-    return watched, workload
+    call(pipe, 2, **few_frames(pipe))
+    return watched, workload_of(kind)
 
 
 def resident_bytes(watched: Watched, workload: Workload) -> dict[Run, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import pkgutil
 from collections.abc import Iterator
@@ -22,11 +21,9 @@ from autotune.optimizations.modules import autoencoders, classes_of, denoisers
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.runtime.apply import set_by_hand
-from autotune.workload.architecture import describe_pipeline
-from autotune.workload.phases import trace_workload
-from autotune.workload.workload import Request, Workload
 from tests.pipelines import BUILDERS, arguments, call
 from tests.runtime.state import differences
+from tests.workloads import ONE_OF_EACH_AUTOENCODER, few_frames, workload_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)
 
@@ -65,11 +62,6 @@ AVAILABLE: dict[str, set[str]] = {
 }
 """On a GPU where everything is installed, for two images that tiles cut."""
 
-DECODING = (
-    "sd-img2img", "sana", "qwen-image", "cogvideox", "ltx-video", "wan", "hunyuanvideo", "svd",
-)  # fmt: skip
-"""One kind for each class of autoencoder."""
-
 SETTINGS = (
     Setting("xformers"),
     Setting("attention_slicing", {"slices": "auto"}),
@@ -86,36 +78,18 @@ def available(kind: str) -> set[str]:
     """Of a request as in ``workload_of``, which is a single small image for most."""
     if kind == "animatediff":  # its frames are the batch of its decode
         return AVAILABLE[kind] - {"vae_tiling"}
-    return AVAILABLE[kind] - (set() if kind in DECODING else DECODE)
+    return AVAILABLE[kind] - (set() if kind in ONE_OF_EACH_AUTOENCODER else DECODE)
 
 
 NAMES = [s.name for s in SETTINGS]
 """Members of the catalogue that are not among these have tests of their own."""
 
 
-@functools.cache
-def workload_of(kind: str) -> Workload:
-    """Traced once: what is asked of it here does not depend on the weights.
-
-    Decodes in parts take longest to trace: only where the autoencoder is another.
-    """
-    pipe = BUILDERS[kind]()
-    side, batch = (128, 2) if kind in DECODING else (64, 1)
-    numbers = {k: v for k, v in arguments(pipe).items() if isinstance(v, (bool, int, float))}
-    sizes = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
-    frames = 5 if "num_frames" in numbers else 1
-    options = {k: v for k, v in numbers.items() if k not in sizes}
-    request = Request(side, side, batch, 2, 5.0, "float16", frames, options)
-    return trace_workload(describe_pipeline(pipe), request)
-
-
 def draw(pipe: Any, **changes: Any) -> torch.Tensor:
     """A few frames in one step, or in two where one would not call every module."""
-    given = arguments(pipe)
-    if "num_frames" in given:
-        changes["num_frames"] = 5
-    needs_two = "strength" in given or getattr(pipe, "transformer_2", None) is not None
-    return call(pipe, 2 if needs_two else 1, **changes)
+    by_pictures = "strength" in arguments(pipe)
+    needs_two = by_pictures or getattr(pipe, "transformer_2", None) is not None
+    return call(pipe, 2 if needs_two else 1, **few_frames(pipe), **changes)
 
 
 def apply(pipe: Any, setting: Setting) -> Undo:
@@ -189,7 +163,8 @@ def test_each_available_one_draws_as_declared_and_leaves_nothing(
     before = state(pipe)
     for setting in SETTINGS:
         handler = find(setting.name)
-        if setting.name not in available(kind) or (setting.name in DECODE and kind in DECODING):
+        is_decode = setting.name in DECODE and kind in ONE_OF_EACH_AUTOENCODER  # tested below
+        if is_decode or setting.name not in available(kind):
             continue
         undo = apply(pipe, setting)
         assert handler.is_set(pipe), setting
@@ -218,7 +193,7 @@ WRONG_TILES = pytest.mark.xfail(
     "kind",
     [
         pytest.param(k, marks=WRONG_TILES) if k == "cogvideox" else k
-        for k in DECODING
+        for k in ONE_OF_EACH_AUTOENCODER
         if DECODE & AVAILABLE[k]
     ],
 )
@@ -495,4 +470,4 @@ def test_the_reference_machine_has_all_that_is_asked_of_it() -> None:
     machine = load_machine("rtx-3080-10gb")
     assert machine.link is not None
     assert any(r.implementation == "xformers" and r.flops_per_s for r in machine.attention)
-    assert "float16" in machine.kernels.convolution_channels_last_flops_per_s
+    assert "float32" in machine.kernels.convolution_channels_last_flops_per_s

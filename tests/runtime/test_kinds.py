@@ -18,31 +18,25 @@ from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.components import meta_module
 from tests.pipelines import BUILDERS, arguments, call
 from tests.runtime.state import differences, whole_state
+from tests.workloads import SIZES, few_frames, numbers_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)
 
 STEPS = 2
-FEW_FRAMES = 5
-_SIZES = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
-
-
-def few_frames(pipe: Any) -> dict[str, Any]:
-    return {"num_frames": FEW_FRAMES} if "num_frames" in arguments(pipe) else {}
 
 
 def ask_for(pipe: Any) -> tuple[Ask, dict[str, Any]]:
     """``arguments`` in two: what a plan is made for, and the texts and pictures of a call."""
-    given = arguments(pipe) | few_frames(pipe)
-    numbers = {k: v for k, v in given.items() if isinstance(v, (bool, int, float))}
+    numbers = numbers_of(pipe) | few_frames(pipe)
     ask = Ask(
         height=numbers.get("height", 64),
         width=numbers.get("width", 64),
         steps=STEPS,
         guidance_scale=numbers.get("guidance_scale", numbers.get("true_cfg_scale")),
         frames=numbers.get("num_frames"),
-        options={k: v for k, v in numbers.items() if k not in _SIZES},
+        options={k: v for k, v in numbers.items() if k not in SIZES},
     )
-    return ask, {k: v for k, v in given.items() if k not in numbers}
+    return ask, {k: v for k, v in arguments(pipe).items() if k not in numbers}
 
 
 @kinds

@@ -374,7 +374,7 @@ def _facts(account: ModelAccount) -> Table:
         f"({needs.phase}), {format_bytes(needs.offloaded_bytes)} with model_cpu_offload "
         f"({needs.offloaded_phase}), as on {needs.machine}",
     )
-    grid.add_row("work", f"{account.step_flops / 1e12:.3g} TFLOP per step")
+    grid.add_row("work", f"{_tera(account.step_flops)} TFLOP per step")
     if account.source:
         grid.add_row("source", escape(account.source))
     return grid
@@ -403,11 +403,16 @@ def _calls(account: ModelAccount) -> Table:
             "" if c.phase == before else c.phase,
             label,
             str(c.calls),
-            f"{c.flops / 1e12:.3g}",
+            _tera(c.flops),
             format_bytes(c.activation_bytes) + (" (estimated)" if c.is_estimated else ""),
         )
         before = c.phase
     return table
+
+
+def _tera(flops: float) -> str:
+    tera = flops / 1e12
+    return f"{tera:.0f}" if tera >= 100 else f"{tera:.3g}"
 
 
 def _table(*titles: str, left: int) -> Table:

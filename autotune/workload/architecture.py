@@ -18,7 +18,14 @@ import msgspec
 from autotune.demo import model_path
 from autotune.errors import ModelError, first_line
 from autotune.probe.machine import Value
-from autotune.workload.live import digest_of, dtype_of, modules_of, parts_of, pipeline_dtype
+from autotune.workload.live import (
+    config_of,
+    digest_of,
+    dtype_of,
+    modules_of,
+    parts_of,
+    pipeline_dtype,
+)
 
 DEMO = "demo"
 
@@ -127,19 +134,19 @@ def describe_pipeline(pipe: Any) -> Architecture:
             "give a diffusers pipeline, such as DiffusionPipeline",
         )
     name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
-    index = dict(getattr(pipe, "config", None) or {})
+    index = config_of(pipe)
     usual = pipeline_dtype(pipe)
     return Architecture(
         name=name,
         pipeline=type(pipe).__name__,
         components={n: _describe_module(index.get(n), m, usual) for n, m in modules.items()},
         schedulers={
-            n: ComponentConfig("diffusers", type(c).__name__, _plain(c.config))
+            n: ComponentConfig("diffusers", type(c).__name__, _plain(config_of(c)))
             for n, c in components.items()
             if hasattr(c, "set_timesteps")
         },
         tokenizers={
-            n: _limit(c.model_max_length)
+            n: _limit(c.model_max_length or UNLIMITED_TOKENS)
             for n, c in components.items()
             if hasattr(c, "model_max_length")
         },
@@ -165,10 +172,10 @@ def _options(index: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """Configurations hold dtypes and enums here and there; a trace needs what JSON can carry."""
     try:
-        values = json.loads(json.dumps(dict(config), default=str))
+        values = json.loads(json.dumps(config, default=str))
     except (TypeError, ValueError, RecursionError):  # a module of the user's own holds anything
         return {}
     return {k: v for k, v in values.items() if not k.startswith("_")}
@@ -185,12 +192,11 @@ def _describe_module(entry: Any, module: Any, usual: str) -> ComponentConfig:
     """
     cls = type(module)
     library, class_name = entry if entry and entry[0] else (cls.__module__, cls.__name__)
-    config = getattr(module, "config", {})
     dtype = dtype_of(module)
     return ComponentConfig(
         library=library,
         class_name=class_name,
-        config=_plain(config.to_dict() if hasattr(config, "to_dict") else config),
+        config=_plain(config_of(module)),
         dtype="" if dtype == usual else dtype,
         weights=digest_of(module),
     )

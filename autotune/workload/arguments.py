@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autotune.errors import RequestError
-from autotune.workload.live import is_denoiser, modules_of, parts_of
+from autotune.workload.live import config_of, is_denoiser, modules_of, parts_of
 from autotune.workload.workload import Request
 
 PROMPT = " ".join(["a"] * 50)
@@ -87,7 +87,7 @@ def _overwrites(cls: Any, argument: str) -> bool:
 
 def _has_bins(pipe: Any) -> bool:
     """PixArt's pipelines know aspect ratios for a few latent sizes, and fail at others."""
-    config = _config(getattr(pipe, "transformer", None))
+    config = config_of(getattr(pipe, "transformer", None))
     return config.get("sample_size") in (32, 64, 128, 256)
 
 
@@ -116,14 +116,14 @@ def _images(
     picture = Image.new("RGB", (width, height))
     controls = getattr(getattr(pipe, "controlnet", None), "nets", None)  # of several ControlNets
     for name, parameter in parameters.items():
-        if name in ("mask_image", "mask", "control_mask"):
+        if name in ("mask_image", "mask", "control_mask") and "image" in parameters:
             yield name, Image.new("L", (width, height), 255)
         elif name in ("image", "control_image") or (
             name.endswith("_image") and parameter.default is parameter.empty
         ):
             is_control = name == "control_image" or "control_image" not in parameters
             yield name, [picture] * len(controls) if controls and is_control else picture
-        elif name == "video" and parameter.default in (None, parameter.empty):
+        elif name in ("video", "control_video") and parameter.default in (None, parameter.empty):
             yield name, torch.zeros(1, frames, 3, height, width)
 
 
@@ -139,7 +139,7 @@ _WIDTHS = (
 
 def prompt_width(denoiser: Any) -> int:
     """The width of the prompt's embeddings that a denoiser takes; 1 where it does not say."""
-    config = _config(denoiser)
+    config = config_of(denoiser)
     return next((w for n in _WIDTHS if isinstance(w := config.get(n), int)), 1)
 
 
@@ -169,13 +169,9 @@ def _embeddings(
 
 def _pooled_width(pipe: Any, denoiser: Any) -> int:
     """SDXL's is what six embedded numbers (sizes) leave of one input; its refiner takes five."""
-    config = _config(denoiser)
+    config = config_of(denoiser)
     whole = config.get("projection_class_embeddings_input_dim")
     if whole is None:
         return int(config.get("pooled_projection_dim") or 1)
-    numbers = 5 if _config(pipe).get("requires_aesthetics_score") else 6
+    numbers = 5 if config_of(pipe).get("requires_aesthetics_score") else 6
     return int(whole - numbers * config["addition_time_embed_dim"])
-
-
-def _config(part: Any) -> dict[str, Any]:
-    return dict(getattr(part, "config", None) or {})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune.workload.components import weight_bytes
+from autotune.workload.live import config_of
 from autotune.workload.rehearsal import Call
 from autotune.workload.request import config_factor
 from autotune.workload.trace import ALLOCATION_BYTES
@@ -84,7 +85,7 @@ def _positions(module: nn.Module, main: Tensor, role: Role) -> tuple[int, str]:
         return max(1, math.prod(rows)), "tokens"
     if role == "autoencoder":
         return main.numel() // min(main.shape[1:3]), "pixels"
-    config = _config(module)
+    config = config_of(module)
     positions = main.numel() // (config.get("in_channels") or min(main.shape[1:3]))
     patch = config.get("patch_size")
     if patch is None and any(p.dim() > 3 and p.shape[-1] == 3 for p in module.parameters()):
@@ -104,13 +105,6 @@ def _attention_flops(module: nn.Module, tokens: int, batch: int) -> float:
     return 4.0 * tokens**2 / batch * width * layers
 
 
-def _config(module: nn.Module) -> dict[str, Any]:
-    try:
-        return dict(getattr(module, "config", None) or {})
-    except (TypeError, ValueError):  # a module of the user's own
-        return {}
-
-
 def _width(module: nn.Module) -> int:
     """Of the widest layer."""
     return max((p.shape[-1] for p in module.parameters() if p.dim() > 1), default=1)
@@ -127,7 +121,7 @@ def _made(call: Call, main: Tensor, role: Role) -> Tensor:
     if role != "autoencoder" or main.dim() < 4:
         shape = main.shape if main.is_floating_point() else (*main.shape, _width(call.module))
         return torch.empty(shape, device="meta")
-    config = _config(call.module)
+    config = config_of(call.module)
     factor = config_factor(config)
     batch, _, *frames, height, width = main.shape
     if call.entry == "decode":

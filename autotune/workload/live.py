@@ -42,15 +42,28 @@ def original(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def config_of(part: Any) -> dict[str, Any]:
+    """The configuration of a module, scheduler or pipeline; empty where there is none."""
+    config: Any = getattr(part, "config", None) or {}
+    try:
+        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    except (TypeError, ValueError):  # anything can be called a configuration
+        return {}
+
+
 def _is_module(part: Any) -> bool:
     return hasattr(part, "named_parameters") and hasattr(part, "forward")
 
 
 def is_denoiser(name: str, module: Any) -> bool:
     """UNets, transformers and ControlNets are told the timestep, or named as what they are."""
-    parameters = inspect.signature(type(module).forward).parameters
-    is_timed = any(p == "t" or p.startswith("timestep") for p in parameters)
-    return is_timed or name.startswith(("unet", "transformer"))
+    if name.startswith(("unet", "transformer")):
+        return True
+    try:
+        parameters = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):  # of a compiled script
+        return False
+    return any(p == "t" or p.startswith("timestep") for p in parameters)
 
 
 def pipeline_dtype(pipe: Any) -> str:

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import json
+import random
 import sys
 import traceback
 import types
@@ -36,7 +37,7 @@ from autotune.workload.standins import (
     Unprocessed,
 )
 from autotune.workload.trace import Traced, trace_call
-from autotune.workload.values import key_of, on_cpu, run_by_shapes, run_on_zeros, tensors_in
+from autotune.workload.values import Values, key_of, on_cpu, run_by_shapes, tensors_in
 from autotune.workload.workload import Request
 
 ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_features")
@@ -102,7 +103,7 @@ def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str
     script = _Script(tracer)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_own_random_state())
         stack.enter_context(torch.no_grad())
         for name, module in modules_of(pipe).items():
             stack.enter_context(_intercepted(name, module, script))
@@ -218,6 +219,7 @@ class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_paused = False
+        self._nothing = Values()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -239,7 +241,7 @@ class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             return run_by_shapes(func, args, kwargs)
         except (NotImplementedError, RuntimeError):
-            return run_on_zeros(func, args, kwargs)
+            return self._nothing.run(func, args, kwargs)
 
 
 @contextmanager
@@ -255,6 +257,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """The user's random numbers go on as if nothing had been rehearsed."""
+    import numpy
+
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
 
 
 @contextmanager

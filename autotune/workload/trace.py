@@ -26,9 +26,7 @@ from autotune.workload.values import (
     Values,
     facts_of,
     key_of,
-    on_cpu,
     run_by_shapes,
-    run_on_zeros,
     tensors_in,
 )
 from autotune.workload.workload import AttentionShape, Operator, Trace
@@ -169,24 +167,18 @@ class _Recorder:
     def _run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """What the operator returns, and whether that is a matter of shapes.
 
-        Where it is not, it runs on what is known; else on zeros, and this is a guess.
+        Where it is not, it runs on what is known; where that is not enough, this is a guess.
         """
         try:
             return run_by_shapes(func, args, kwargs), True
         except (NotImplementedError, RuntimeError):
             pass
-        if self.values.knows((args, kwargs)):
-            out = func(*self.values.real(args), **on_cpu(self.values.real(kwargs)))
-        else:
-            out = run_on_zeros(func, args, kwargs)
+        out = self.values.run(func, args, kwargs)
+        if not self.values.decides(func, args, kwargs):
             self.guesses.append(str(func))
-        wants_host = str(kwargs.get("device")) == "cpu"
-        return (out if wants_host else tree_map_only(Tensor, self._without_data, out)), False
-
-    def _without_data(self, real: Tensor) -> Tensor:
-        made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
-        self.values.learn(made, real)
-        return made
+        if str(kwargs.get("device")) == "cpu":
+            return out, False
+        return tree_map_only(Tensor, _without_data, out), False
 
     def _measure(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> _Calls:
         inputs = tensors_in((args, kwargs))
@@ -257,6 +249,10 @@ class _Recorder:
             timeline=tuple(self.timeline),
             timed=tuple(self.timed),
         )
+
+
+def _without_data(real: Tensor) -> Tensor:
+    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
 
 
 class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -48,14 +48,31 @@ class Values:
         """Whether every tensor in ``value`` has data, or known values."""
         return not any(t.is_meta and key_of(t) not in self._storages for t in tensors_in(value))
 
-    def real(self, value: Any) -> Any:
-        """``value``, all known, with data; views of one storage are views of one again."""
-        return tree_map_only(Tensor, self._real, value)
+    def decides(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether all is known that the shape of an operator's result depends on."""
+        position = facts_of(func).decided_by
+        return self.knows((args, kwargs) if position is None else args[position])
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on the CPU: on what is known, and on zeros for the rest.
+
+        Raises:
+            RuntimeError: it refuses zeros, or they would fill the host's memory.
+        """
+        unknown = [t for t in tensors_in((args, kwargs)) if not self.knows(t)]
+        size = sum(t.numel() * t.element_size() for t in unknown)
+        if size > MOST_ZEROS_BYTES:
+            raise RuntimeError(f"{func} would need {size} bytes of zeros to be run")
+        args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+        return func(*args, **on_cpu(kwargs))
 
     def _real(self, tensor: Tensor) -> Tensor:
+        """With data; views of one known storage are views of one again."""
         if not tensor.is_meta:
             return tensor
-        storage = self._storages[key_of(tensor)]
+        storage = self._storages.get(key_of(tensor))
+        if storage is None:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         return torch.empty(0, dtype=tensor.dtype).set_(
             storage, tensor.storage_offset(), tensor.shape, tensor.stride()
         )
@@ -88,9 +105,8 @@ class Values:
             return None
         if not all(t.is_meta and t.numel() <= MOST_ELEMENTS for t in tensors_in(out)):
             return None
-        inputs = _zeros(args) if facts.ignores_values else self.real(args)
         try:
-            return func(*inputs, **on_cpu(self.real(kwargs)))
+            return self.run(func, args, kwargs)
         except Exception:  # values that are no more than zeros may be out of some range
             return None
 
@@ -116,28 +132,6 @@ def run_by_shapes(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def run_on_zeros(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on the CPU with zeros in place of its meta tensors.
-
-    Raises:
-        RuntimeError: the operator refuses zeros too, or they would fill the host's memory.
-    """
-    size = sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs)) if t.is_meta)
-    if size > MOST_ZEROS_BYTES:
-        raise RuntimeError(f"{func} would need {size} bytes of zeros to be run")
-    return func(*_zeros(args), **on_cpu(_zeros(kwargs)))
-
-
-def _zeros(value: Any) -> Any:
-    return tree_map_only(Tensor, _zeros_like, value)
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    if not tensor.is_meta:
-        return tensor
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     """Tensors among an operator's arguments or results."""
     if isinstance(value, Tensor):
@@ -153,6 +147,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 _ALLOCATES_ONLY = {"empty", "new_empty", "empty_like", "empty_strided", "empty_permuted"}
 _IGNORES_VALUES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_DECIDED_BY = {"index": 1, "_unsafe_index": 1, "masked_select": 1}
 _LINEAR = {"add", "sub", "rsub", "mul", "div", "lerp", "add_", "sub_", "mul_", "div_", "lerp_"}
 
 
@@ -165,6 +160,8 @@ class Facts(NamedTuple):
         is_random: Draws numbers.
         only_allocates: Leaves memory as it is.
         ignores_values: Takes only shape and dtype of its argument.
+        decided_by: Position of the argument whose values decide the result's shape, where it is
+            not all of them.
         is_linear: Takes numbers whose value does not change its work.
     """
 
@@ -173,6 +170,7 @@ class Facts(NamedTuple):
     is_random: bool
     only_allocates: bool
     ignores_values: bool
+    decided_by: int | None
     is_linear: bool
 
 
@@ -188,5 +186,6 @@ def facts_of(func: Any) -> Facts:
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         only_allocates=name in _ALLOCATES_ONLY,
         ignores_values=name in _IGNORES_VALUES,
+        decided_by=_DECIDED_BY.get(name),
         is_linear=name in _LINEAR,
     )

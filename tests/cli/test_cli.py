@@ -156,7 +156,7 @@ def test_a_terminal_that_knows_ascii_only_gets_an_answer():
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "denoise needs the most" in done.stdout
+    assert "needs the most" in done.stdout
 
 
 def test_machines_and_optimizations_as_json():
@@ -225,7 +225,7 @@ def test_bad_input_gets_one_line_and_a_remedy(case, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
     """The line says what is short of what, and a quality level is offered only if it would fit."""
-    done = autotune("run", "--vram-limit", "10MiB", "-o", "out.png", cwd=tmp_path)
+    done = autotune("run", "--vram-limit", "4MiB", "-o", "out.png", cwd=tmp_path)
     assert done.returncode == 1
     assert "does not fit: decode needs" in done.stderr
     assert "quality" not in done.stderr
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
     larger = ("--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png")
     offered = autotune("run", *larger, cwd=tmp_path)
     assert "quality high (" in offered.stderr
-    assert "vae_tiling:tile=" in offered.stderr
+    assert "vae_tiling" in offered.stderr
     drawn = autotune("run", *larger, "--quality", "high", "--steps", "2", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
 

@@ -182,6 +182,9 @@ def _verdict(added: Prediction, terms: Terms) -> str:
     budget, chosen = terms.budget, terms.chosen
     memory = _memory_verdict(added, terms)
     if not budget.holds(chosen):
+        if budget.holds(added):
+            needed, seconds = format_bytes(added.needed_bytes), format_seconds(added.seconds)
+            return f"would make it fit: needs {needed}, {seconds}"
         return f"would not make it fit: {memory}"
     if added.needed_bytes > budget.device_bytes:
         needed, free = format_bytes(added.needed_bytes), format_bytes(budget.device_bytes)

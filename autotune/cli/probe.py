@@ -154,9 +154,10 @@ def time_operators(
     workload = workload_of(architecture, request)
     measured = tuner.replayed(measured, workload, budget_s)
     wanted = {operator.key for operator in replayable(workload)}
-    timed = len(wanted & measured.machine.operators.keys())
+    times = measured.machine.operators
+    timed = sum(key in times and times[key].seconds is not None for key in wanted)
     phases = predict(measured.machine, workload, ()).prediction.phases
-    step_s = next(p.seconds for p in phases if p.name == "denoise") / request.steps
+    step_s = sum(phase.seconds for phase in phases if phase.name == "denoise") / request.steps
     return measured, (
         f"Timed {timed} of {len(wanted)} different operators of {workload.model} at "
         f"{request.width}x{request.height}, {request.dtype}{_by_rates(measured, workload)}: "

@@ -113,7 +113,9 @@ def test_an_unknown_model_is_refused_before_anything_is_measured(
 def test_deep_says_how_many_operators_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(measured: Any, workload: Any, budget_s: float) -> Any:
         keys = list({operator.key: None for operator in replayable(workload)})
-        times = dict.fromkeys(keys[::2], OperatorTime(1e-3))
+        times = dict.fromkeys(keys, OperatorTime(None)) | dict.fromkeys(
+            keys[::2], OperatorTime(1e-3)
+        )
         machine = replace(measured.machine, operators={"of another model": OperatorTime(1)} | times)
         return measured._replace(machine=machine)
 

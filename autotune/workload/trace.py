@@ -69,11 +69,14 @@ class _Result(NamedTuple):
         return cls(described, isinstance(out, Tensor))
 
     def again(self) -> Any:
-        made = tuple(
-            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        made = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=_META)
             for shape, stride, dtype in self.tensors
-        )
-        return made[0] if self.is_single else made
+        ]
+        return made[0] if self.is_single else tuple(made)
+
+
+_META = torch.device("meta")
 
 
 class _Seen(NamedTuple):
@@ -96,7 +99,7 @@ class _Recorder:
     block_tokens: int = 0
     timeline: list[int] = field(default_factory=list)
     timed: list[int] = field(default_factory=list)
-    _alive: set[int] = field(default_factory=set)
+    _alive: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
     _allocations: int = 0
     _seen: dict[Any, _Seen] = field(default_factory=dict)
@@ -108,17 +111,16 @@ class _Recorder:
         if key in self._alive or key in self.weights:
             return False
         size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
-        self._alive.add(key)
+        self._alive[key] = weakref.ref(storage, lambda _: self._free(key, size))
         if size:
             self._numbers[key] = self._allocations = self._allocations + 1
             self.timeline.append(storage.nbytes())
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._free, key, size).atexit = False
         return True
 
     def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
+        del self._alive[key]
         if size:
             self.timeline.append(-self._numbers.pop(key))
         self.live_bytes -= size
@@ -147,7 +149,7 @@ class _Recorder:
         facts = facts_of(func)
         if facts.is_view:
             return func(*args, **kwargs)
-        key = (id(func), _hashable(args, facts.is_linear), _hashable(kwargs, facts.is_linear))
+        key = _key(func, args, kwargs, facts.is_linear)
         seen = self._seen.get(key)
         if seen is not None and seen.result is not None:
             out, is_by_shapes = seen.result.again(), True
@@ -393,17 +395,29 @@ def _kind(func: Any, flops: float) -> str:
     return "convolution" if "convolution" in func.overloadpacket.__name__ else "matmul"
 
 
+def _key(func: Any, args: Any, kwargs: Any, is_linear: bool) -> Any:
+    """A call by what decides its result's shape: names it in a dictionary, quickly."""
+    parts: list[Any] = [id(func)]
+    for value in args:
+        if isinstance(value, Tensor):
+            parts += (value.dtype, value.shape, value.stride(), value.is_meta)
+        elif type(value) is int or value is None:
+            parts.append(value)
+        else:
+            parts.append(_hashable(value, is_linear))
+    if kwargs:
+        parts += [(k, _hashable(v, is_linear)) for k, v in kwargs.items()]
+    return tuple(parts)
+
+
 def _hashable(value: Any, is_linear: bool) -> Any:
-    """An argument by what decides the result's shape: names a call in a dictionary, quickly."""
-    kind = type(value)
-    if kind is int or value is None:
-        return value
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.stride(), value.is_meta
     if isinstance(value, (list, tuple)):
         return tuple([_hashable(v, is_linear) for v in value])
-    if isinstance(value, dict):
-        return tuple([(k, _hashable(v, is_linear)) for k, v in value.items()])
+    kind = type(value)
+    if kind is int or value is None:
+        return value
     if kind is float and is_linear:
         return kind
     return kind, value  # 1 == 1.0 == True, and each gives another dtype

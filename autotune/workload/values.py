@@ -7,7 +7,6 @@ depends on weights or activations is not.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,9 @@ class Values:
 
     def knows(self, value: Any) -> bool:
         """Whether every tensor in ``value`` has data, or known values."""
-        return not any(t.is_meta and key_of(t) not in self._storages for t in tensors_in(value))
+        if isinstance(value, Tensor):
+            return not value.is_meta or key_of(value) in self._storages
+        return all(self.knows(t) for t in tensors_in(value))
 
     def decides(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether all is known that the shape of an operator's result depends on."""
@@ -80,29 +81,26 @@ class Values:
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operator has run: its results are known if all that they depend on is."""
         facts = facts_of(func)
-        if self._may_be_known(facts, args):
-            real = self._computed(facts, func, args, kwargs, out)
-            if real is not None:
-                if not facts.written:
-                    for made, known in zip(tensors_in(out), tensors_in(real), strict=True):
-                        self.learn(made, known)
-                return
-        for i in facts.written:
-            self.forget(key_of(args[i]))
-
-    def _may_be_known(self, facts: Facts, args: Any) -> bool:
-        """Most operators take activations first: found out without looking at the rest."""
-        if facts.ignores_values:
-            return True
-        first = args[0] if args else None
-        if isinstance(first, Tensor) and first.is_meta and key_of(first) not in self._storages:
-            return False
-        return not facts.only_allocates and not facts.is_random
+        real = self._computed(facts, func, args, kwargs, out)
+        if facts.written:
+            if real is None:
+                for i in facts.written:
+                    self.forget(key_of(args[i]))
+        elif real is not None:
+            for made, known in zip(tensors_in(out), tensors_in(real), strict=True):
+                self.learn(made, known)
 
     def _computed(self, facts: Facts, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """What the operator returns on known values; ``None`` where they are not, or not small."""
-        if not facts.ignores_values and not self.knows((args, kwargs)):
-            return None
+        if not facts.ignores_values:
+            if facts.only_allocates or facts.is_random:
+                return None
+            # Most operators take activations first: found out without looking at the rest.
+            first = args[0] if args else None
+            if isinstance(first, Tensor) and not self.knows(first):
+                return None
+            if not self.knows((args, kwargs)):
+                return None
         if not all(t.is_meta and t.numel() <= MOST_ELEMENTS for t in tensors_in(out)):
             return None
         try:
@@ -113,7 +111,8 @@ class Values:
 
 def key_of(tensor: Tensor) -> int:
     """Names the tensor's storage while it lives."""
-    return int(tensor.untyped_storage()._cdata)
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -174,9 +173,18 @@ class Facts(NamedTuple):
     is_linear: bool
 
 
-@functools.cache
+_FACTS: dict[int, tuple[Facts, Any]] = {}  # by identity: an operator's own hash is slow
+
+
 def facts_of(func: Any) -> Facts:
     """The operator's facts, looked up once."""
+    found = _FACTS.get(id(func))
+    if found is None:
+        found = _FACTS[id(func)] = _read_facts(func), func
+    return found[0]
+
+
+def _read_facts(func: Any) -> Facts:
     taken = func._schema.arguments
     aliases = [r.alias_info for r in func._schema.returns]
     name = func.overloadpacket.__name__

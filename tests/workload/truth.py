@@ -203,8 +203,9 @@ class _Event(NamedTuple):
 
 def _profile(call: Callable[[], Any]) -> list[Any]:
     """The profiler's trees of events while ``call`` runs, its output included."""
-    gc.collect()  # what is freed meanwhile should be of the call's own making
     activities = [torch.profiler.ProfilerActivity.CPU]
+    was_collecting = gc.isenabled()
+    gc.disable()  # what is freed meanwhile should be of the call's own making
     with torch.no_grad():
         profile = torch.profiler.profile(activities=activities, profile_memory=True)
         with _quiet_stderr():
@@ -214,6 +215,8 @@ def _profile(call: Callable[[], Any]) -> list[Any]:
         finally:
             with _quiet_stderr():
                 profile.stop()
+            if was_collecting:
+                gc.enable()
     del output
     profiler: Any = profile.profiler
     return list(profiler.kineto_results.experimental_event_tree())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -41,6 +42,11 @@ def real_component(name: str, module: Any) -> Component:
     )
 
 
+def without_groups(component: Component) -> Component:
+    """Without what group offload and casting make of it, which is tested with these."""
+    return msgspec.structs.replace(component, block_bytes=(), casting_saves_bytes=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_components_weigh_what_the_real_ones_weigh(
     pipe: Any, dtype: str, request_of: RequestOf
@@ -49,9 +55,9 @@ def test_components_weigh_what_the_real_ones_weigh(
     pipe.to(getattr(torch, dtype))
     modules = {n: m for n, m in pipe.components.items() if hasattr(m, "parameters")}
     real = {n: real_component(n, m) for n, m in modules.items()}
-    assert {c.name: c for c in workload.components} == real
+    assert {c.name: without_groups(c) for c in workload.components} == real
     assert workload.weight_bytes == sum(c.weight_bytes for c in real.values())
-    assert workload.component("unet") == real["unet"]
+    assert without_groups(workload.component("unet")) == real["unet"]
 
 
 def test_phases_run_in_order_and_as_often_as_the_pipeline_runs_them(
@@ -140,8 +146,6 @@ def test_a_vae_is_switched_for_a_while(sd_pipe: Any, variant: str) -> None:
 
 
 def replaced(architecture: Architecture, component: str, **config: Any) -> Architecture:
-    import msgspec
-
     old = architecture.components[component]
     new = msgspec.structs.replace(old, config=old.config | config)
     return msgspec.structs.replace(
@@ -150,8 +154,6 @@ def replaced(architecture: Architecture, component: str, **config: Any) -> Archi
 
 
 def test_an_unknown_class_is_named(sd_pipe: Any, request_of: RequestOf) -> None:
-    import msgspec
-
     architecture = describe_pipeline(sd_pipe)
     strange = ComponentConfig("diffusers", "UNet9DModel", {})
     components = architecture.components | {"image_encoder": strange}
@@ -182,8 +184,6 @@ def test_a_forward_that_fails_is_estimated_and_said(sd_pipe: Any, request_of: Re
 
 
 def test_a_pipeline_without_a_denoiser_is_refused(sd_pipe: Any, request_of: RequestOf) -> None:
-    import msgspec
-
     architecture = describe_pipeline(sd_pipe)
     rest = {n: c for n, c in architecture.components.items() if n != "unet"}
     with pytest.raises(ModelError, match="has nothing like a denoiser") as caught:
@@ -194,8 +194,6 @@ def test_a_pipeline_without_a_denoiser_is_refused(sd_pipe: Any, request_of: Requ
 def test_a_pipeline_class_that_is_not_installed_is_refused(
     sd_pipe: Any, request_of: RequestOf
 ) -> None:
-    import msgspec
-
     newer = msgspec.structs.replace(describe_pipeline(sd_pipe), pipeline="StableDiffusion9Pipeline")
     with pytest.raises(ModelError, match="no pipeline of the installed diffusers"):
         trace_workload(newer, request_of())

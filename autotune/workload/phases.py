@@ -7,7 +7,7 @@ what comes after the last is *decode*.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from autotune.errors import ModelError, first_line
 from autotune.units import format_bytes
 from autotune.workload.architecture import Architecture
 from autotune.workload.assumed import ASSUMED, usual_calls
-from autotune.workload.components import describe, meta_module, weight_bytes
+from autotune.workload.components import describe, is_packed, meta_module, weight_bytes
 from autotune.workload.estimate import estimated_call
 from autotune.workload.groups import take_apart
 from autotune.workload.live import is_denoiser, modules_of
@@ -87,7 +87,7 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
         offload_order=chained,
         offload_apart=apart,
         latent_tokens=runs.latent_tokens,
-        notes=(*runs.notes, *_never_called(components, phases)),
+        notes=(*runs.notes, *_packed(live), *_never_called(components, phases)),
     )
 
 
@@ -110,13 +110,17 @@ class _Runs:
         role = _role(call)
         if role == "denoiser" and not self.latent_tokens:
             self.latent_tokens = _latent_tokens(call)
+        note = ""
+        variants: dict[str, Trace] = {}
         try:
             trace, out, guesses = call.trace()
-            note = _on_zeros(call, guesses) if guesses else ""
+            variants = dict(_variants(call, trace, self._request))
+            if guesses:
+                note = _on_zeros(call, guesses)
         except Exception as error:  # any operator, any control flow that asks for values
             trace, out = estimated_call(call, role)
             note = _guessed(call, error)
-        if note:
+        if note and note not in self.notes:
             self.notes.append(note)
         self.found.append(
             ComponentRun(
@@ -125,7 +129,7 @@ class _Runs:
                 calls=0,
                 trace=trace,
                 entry=call.entry,
-                variants={} if note else dict(_variants(call, trace, self._request)),
+                variants=variants,
                 upcast_bytes=max(0, weight_bytes(call.module) - self._weights[call.component]),
                 is_estimated=bool(note),
             )
@@ -197,6 +201,13 @@ def _usual_phases(calls: Iterable[tuple[Call, int]], traced: _Runs) -> tuple[Pha
         run = msgspec.structs.replace(traced.found[-1], calls=times, is_estimated=True)
         parts[_PHASE_OF[run.role]].append(run)
     return tuple(Phase(name, tuple(runs)) for name, runs in parts.items() if runs)
+
+
+def _packed(live: Mapping[str, nn.Module]) -> Iterator[str]:
+    """A note for each component whose weights are stored in fewer bits than it computes in."""
+    for name, module in live.items():
+        if any(is_packed(p) for p in module.parameters()):
+            yield f"{name}: its weights are packed; what it takes to unpack them is not counted"
 
 
 def _never_called(components: Iterable[Any], phases: tuple[Phase, ...]) -> Iterator[str]:

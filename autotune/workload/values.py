@@ -81,6 +81,10 @@ class Values:
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operator has run: its results are known if all that they depend on is."""
         facts = facts_of(func)
+        first = args[0] if args else None
+        # Most operators take activations first: found out without looking at the rest.
+        if isinstance(first, Tensor) and not (facts.ignores_values or self.knows(first)):
+            return
         real = self._computed(facts, func, args, kwargs, out)
         if facts.written:
             if real is None:
@@ -92,15 +96,10 @@ class Values:
 
     def _computed(self, facts: Facts, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """What the operator returns on known values; ``None`` where they are not, or not small."""
-        if not facts.ignores_values:
-            if facts.only_allocates or facts.is_random:
-                return None
-            # Most operators take activations first: found out without looking at the rest.
-            first = args[0] if args else None
-            if isinstance(first, Tensor) and not self.knows(first):
-                return None
-            if not self.knows((args, kwargs)):
-                return None
+        if facts.only_allocates or facts.is_random:
+            return None
+        if not facts.ignores_values and not self.knows((args, kwargs)):
+            return None
         if not all(t.is_meta and t.numel() <= MOST_ELEMENTS for t in tensors_in(out)):
             return None
         try:

@@ -338,6 +338,9 @@ def test_weights_stored_in_eight_bits_are_counted_so(request_of: RequestOf) -> N
     real = sum(p.nbytes for p in pipe.transformer.parameters())
     assert workload.component("transformer").weight_bytes == real
     assert real < 0.8 * plain.component("transformer").weight_bytes
+    assert workload.notes == (
+        "transformer: its weights are packed; what it takes to unpack them is not counted",
+    )
     # Each layer computes in 16 bits.
     traces = [runs_of(w)["transformer"].trace for w in (workload, plain)]
     assert traces[0] == traces[1]

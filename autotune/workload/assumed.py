@@ -18,7 +18,7 @@ from autotune.workload.components import weight_bytes
 from autotune.workload.live import is_denoiser
 from autotune.workload.rehearsal import Call, make_scheduler
 from autotune.workload.request import vae_factor
-from autotune.workload.workload import Request
+from autotune.workload.workload import Request, Role
 
 MOST_TOKENS = 512
 """That pipelines pad to, where the tokenizer has no limit of its own."""
@@ -34,8 +34,8 @@ ASSUMED = (
 
 def usual_calls(
     architecture: Architecture, modules: Mapping[str, nn.Module], request: Request
-) -> Iterator[tuple[Call, int]]:
-    """Calls and how often they are made, in order."""
+) -> Iterator[tuple[Role, Call, int]]:
+    """Calls, what they are for and how often they are made, in order."""
     guided = 2 if request.guidance_scale > 1 else 1
     limits = {n: min(limit, MOST_TOKENS) for n, limit in architecture.tokenizers.items()}
     tokens = max(limits.values(), default=USUAL_TOKENS)
@@ -43,14 +43,16 @@ def usual_calls(
         if name.startswith("text_encoder"):
             limit = limits.get(name.replace("text_encoder", "tokenizer"), tokens)
             ids = torch.zeros(request.batch, limit, dtype=torch.long, device="meta")
-            yield _forward(name, module, (ids,)), guided
+            yield "encoder", _forward(name, module, (ids,)), guided
     latents = _latents(architecture, modules, request)
     for name, module in _denoisers(modules).items():
-        yield _denoise(name, module, latents, tokens, guided), _steps(architecture, request)
+        call = _denoise(name, module, latents, tokens, guided)
+        yield "denoiser", call, _steps(architecture, request)
     for name, module in modules.items():
         if _decodes(module):
             decode: Any = module.decode
-            yield Call(name, "decode", module, decode, (latents.to(_dtype(module)),), {}), 1
+            call = Call(name, "decode", module, decode, (latents.to(_dtype(module)),), {})
+            yield "autoencoder", call, 1
 
 
 def _decodes(module: nn.Module) -> bool:

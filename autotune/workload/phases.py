@@ -193,13 +193,14 @@ def _counted(calls: list[Key], runs: dict[Key, ComponentRun]) -> Iterator[Compon
 _PHASE_OF: dict[Role, str] = {"encoder": "encode", "denoiser": "denoise", "autoencoder": "decode"}
 
 
-def _usual_phases(calls: Iterable[tuple[Call, int]], traced: _Runs) -> tuple[Phase, ...]:
+def _usual_phases(calls: Iterable[tuple[Role, Call, int]], traced: _Runs) -> tuple[Phase, ...]:
     """Phases of calls that were not seen, but assumed."""
     parts: dict[str, list[ComponentRun]] = {name: [] for name in _PHASE_OF.values()}
-    for call, times in calls:
+    for role, call, times in calls:
         traced.trace(call)
-        run = msgspec.structs.replace(traced.found[-1], calls=times, is_estimated=True)
-        parts[_PHASE_OF[run.role]].append(run)
+        run = traced.found[-1]
+        run = msgspec.structs.replace(run, role=role, calls=times, is_estimated=True)
+        parts[_PHASE_OF[role]].append(run)
     return tuple(Phase(name, tuple(runs)) for name, runs in parts.items() if runs)
 
 

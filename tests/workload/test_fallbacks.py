@@ -429,6 +429,43 @@ def test_parts_that_were_never_registered(sd_pipe: Any, request_of: RequestOf) -
     assert {n: r.calls for n, r in runs_of(workload).items()} == {"text_encoder": 1, "unet": 3}
 
 
+class Diffuses(nn.Module):
+    """Neither its name nor its arguments say that it denoises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {}
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, sigma: Any) -> Tensor:
+        return self.convolution(x) * sigma
+
+
+class Bare:
+    """A pipeline of one module, and of a picture that it is given afterwards."""
+
+    def __init__(self) -> None:
+        self.model, self.looker = Diffuses(), nn.Linear(4, 4)
+
+    def __call__(self, num_inference_steps: int = 4, fails: bool = False) -> Any:
+        x = torch.randn(1, 4, 16, 16)
+        for i in range(num_inference_steps):
+            x = self.model(x, i / num_inference_steps)
+        if fails:
+            raise OSError("no camera")
+        return self.looker(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_denoiser_that_nothing_names(request_of: RequestOf, fails: bool) -> None:
+    options = {"fails": True} if fails else {}
+    workload = traced(Bare(), request_of(options=options))
+    denoise = next(p for p in workload.phases if p.name == "denoise")
+    assert [(r.component, r.role, r.calls) for r in denoise.runs] == [("model", "denoiser", 3)]
+    assert bool(workload.notes) == fails
+    assert estimated(workload) == (["model"] if fails else [])
+
+
 # ---- pipelines that cannot be rehearsed ---------------------------------------------------------
 
 

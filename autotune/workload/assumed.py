@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from autotune.workload.architecture import Architecture
 from autotune.workload.arguments import USUAL_TOKENS, prompt_width
 from autotune.workload.components import weight_bytes
+from autotune.workload.estimate import FRAME_FACTOR
 from autotune.workload.live import is_denoiser
-from autotune.workload.rehearsal import Call, make_scheduler
+from autotune.workload.rehearsal import Call
 from autotune.workload.request import vae_factor
+from autotune.workload.stage import make_scheduler
 from autotune.workload.workload import Request, Role
 
 MOST_TOKENS = 512
 """That pipelines pad to, where the tokenizer has no limit of its own."""
-
-USUAL_FRAME_FACTOR = 4
-"""Frames per latent frame of most video autoencoders, after the first."""
 
 ASSUMED = (
     "assumed: each text encoder once, and once more for guidance; each denoiser once a step, with "
@@ -93,7 +92,7 @@ def _latents(
     config = architecture.config("vae")
     channels = next((config[n] for n in ("latent_channels", "z_dim") if n in config), 4)
     factor = vae_factor(architecture)
-    frames = [(request.frames - 1) // USUAL_FRAME_FACTOR + 1] if _has_frames(modules) else []
+    frames = [(request.frames - 1) // FRAME_FACTOR + 1] if _has_frames(modules) else []
     shape = (request.batch, channels, *frames, request.height // factor, request.width // factor)
     return torch.empty(shape, device="meta")
 

@@ -23,13 +23,8 @@ from autotune.workload.components import describe, is_packed, meta_module, weigh
 from autotune.workload.estimate import estimated_call
 from autotune.workload.groups import take_apart
 from autotune.workload.live import is_denoiser, modules_of
-from autotune.workload.rehearsal import (
-    Call,
-    RehearsalError,
-    meta_pipeline,
-    pipeline_class,
-    rehearse,
-)
+from autotune.workload.rehearsal import Call, rehearse
+from autotune.workload.stage import RehearsalError, meta_pipeline, pipeline_class
 from autotune.workload.variants import switched, variants_of
 from autotune.workload.workload import ComponentRun, Phase, Request, Role, Trace, Workload
 

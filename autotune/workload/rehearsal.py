@@ -8,15 +8,12 @@ read off the pipeline itself, whichever pipeline it is.
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import json
 import random
 import sys
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -26,26 +23,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from autotune.errors import ModelError, RequestError, first_line
-from autotune.workload.architecture import Architecture
+from autotune.errors import RequestError, first_line
 from autotune.workload.arguments import call_arguments
-from autotune.workload.live import is_of_a_library, modules_of
-from autotune.workload.standins import (
-    CLIP_PIXELS,
-    StandInProcessor,
-    StandInTokenizer,
-    Unprocessed,
-)
+from autotune.workload.live import modules_of
+from autotune.workload.stage import RehearsalError, quiet
 from autotune.workload.trace import Traced, trace_call
 from autotune.workload.values import Values, key_of, on_cpu, run_by_shapes, tensors_in
 from autotune.workload.workload import Request
 
 ENTRIES = ("forward", "encode", "decode", "get_image_features", "get_text_features")
 """Methods by which pipelines call their modules."""
-
-
-class RehearsalError(Exception):
-    """This pipeline cannot be rehearsed, whatever the request."""
 
 
 class Call(NamedTuple):
@@ -102,7 +89,7 @@ def rehearse(pipe: Any, request: Request, tracer: Tracer) -> list[tuple[str, str
     """
     script = _Script(tracer)
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(_own_random_state())
         stack.enter_context(torch.no_grad())
         for name, module in modules_of(pipe).items():
@@ -245,21 +232,6 @@ class _Glue(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A rehearsal's warnings are about stand-ins."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
 def _own_random_state() -> Iterator[None]:
     """The user's random numbers go on as if nothing had been rehearsed."""
     import numpy
@@ -285,136 +257,3 @@ def _optional_imports(cls: type) -> Iterator[None]:
     finally:
         if missing:
             del module.ftfy  # type: ignore[union-attr]
-
-
-# ---- the pipeline -------------------------------------------------------------------------------
-
-
-def pipeline_class(architecture: Architecture, pipe: Any = None) -> Any:
-    """The class of the loaded pipeline, else diffusers' class of that name.
-
-    Raises:
-        ModelError: there is no such class.
-    """
-    import diffusers
-
-    cls = getattr(diffusers, architecture.pipeline, None) if pipe is None else type(pipe)
-    if cls is None:
-        raise ModelError(
-            f"{architecture.pipeline} is no pipeline of the installed diffusers",
-            "upgrade diffusers, or load the pipeline yourself and call autotune.configure",
-        )
-    return cls
-
-
-def meta_pipeline(
-    architecture: Architecture, cls: Any, modules: dict[str, nn.Module], pipe: Any = None
-) -> Any:
-    """The pipeline around modules on the meta device, with stand-ins for what has no weights.
-
-    Args:
-        architecture: Names its schedulers, tokenizers and options.
-        cls: Its class.
-        modules: Pipeline attribute → module on the meta device.
-        pipe: The loaded pipeline, where there is one: a class of the user's own is copied from it,
-            since nobody knows what it keeps on itself.
-
-    Raises:
-        RehearsalError: the class does not take these parts.
-    """
-    try:
-        with _quiet():
-            if pipe is None or is_of_a_library(cls):
-                made = _on_cpu(cls)(**dict(_parts(cls, architecture, modules, pipe)))
-            else:
-                made = _copied(pipe, architecture, modules)
-    except Exception as error:  # the constructor of any pipeline
-        raise RehearsalError(first_line(error)) from error
-    if hasattr(made, "set_progress_bar_config"):
-        made.set_progress_bar_config(disable=True)
-    for name in ("image_processor", "video_processor", "mask_processor"):
-        processor = getattr(made, name, None)
-        for method in ("postprocess", "postprocess_video"):
-            if hasattr(processor, method):
-                setattr(processor, method, Unprocessed())
-    return made
-
-
-def _copied(pipe: Any, architecture: Architecture, modules: dict[str, nn.Module]) -> Any:
-    """The loaded pipeline's own state, around other modules: neither learns of the other."""
-    made = object.__new__(_on_cpu(type(pipe)))
-    processors = {n: copy.copy(v) for n, v in vars(pipe).items() if n.endswith("_processor")}
-    tokenizers = {n: StandInTokenizer(limit) for n, limit in architecture.tokenizers.items()}
-    parts = processors | tokenizers | _schedulers(architecture, pipe) | modules
-    vars(made).update(vars(pipe) | parts, _all_hooks=[])  # hooks would offload the real modules
-    return made
-
-
-def _schedulers(architecture: Architecture, pipe: Any) -> dict[str, Any]:
-    if pipe is not None:
-        return {n: copy.deepcopy(getattr(pipe, n)) for n in architecture.schedulers}
-    return {n: make_scheduler(c) for n, c in architecture.schedulers.items()}
-
-
-def _on_cpu(cls: Any) -> Any:
-    """The class, run on the CPU although its modules are on the meta device."""
-    cpu = property(lambda _: torch.device("cpu"))
-    return type(
-        cls.__name__,
-        (cls,),
-        {"device": cpu, "_execution_device": cpu, "__module__": cls.__module__},
-    )
-
-
-def _parts(
-    cls: Any, architecture: Architecture, modules: dict[str, nn.Module], pipe: Any
-) -> Iterator[tuple[str, Any]]:
-    """What the constructor takes, as far as somebody knows it."""
-    known = {**_schedulers(architecture, pipe), **architecture.options, **modules}
-    looking = next((modules[n] for n in ("image_encoder", "safety_checker") if n in modules), None)
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if name in known:
-            yield name, known[name]
-        elif name == "requires_safety_checker":
-            yield name, "safety_checker" in modules
-        elif "tokenizer" in name:
-            encoder = name.replace("tokenizer", "text_encoder")
-            limit = architecture.tokenizers.get(name)
-            if limit is not None or encoder in modules:
-                yield name, StandInTokenizer(limit or _positions(modules.get(encoder)))
-            else:
-                yield name, None
-        elif "processor" in name or "feature_extractor" in name:
-            needed = looking is not None or parameter.default is parameter.empty
-            yield name, StandInProcessor(_pixels(looking)) if needed else None
-        elif parameter.default is parameter.empty:
-            yield name, None
-
-
-def _pixels(encoder: nn.Module | None) -> int:
-    """Side of the images that an encoder looks at."""
-    config = getattr(encoder, "config", None)
-    found = getattr(getattr(config, "vision_config", config), "image_size", None)
-    return found if isinstance(found, int) else CLIP_PIXELS
-
-
-def _positions(encoder: nn.Module | None) -> int:
-    config = getattr(encoder, "config", None)
-    return int(getattr(config, "max_position_embeddings", 0) or 512)
-
-
-def make_scheduler(component: Any) -> Any:
-    """A scheduler from its configuration.
-
-    Raises:
-        ModelError: the installed diffusers has no such class.
-    """
-    import diffusers
-
-    cls = getattr(diffusers, component.class_name, None)
-    if cls is None:
-        raise ModelError(f"diffusers has no scheduler {component.class_name}", "upgrade diffusers")
-    with _quiet():
-        return cls.from_config(component.config)

@@ -19,8 +19,9 @@ from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.components import build_on_meta
 from autotune.workload.estimate import estimated_call
 from autotune.workload.phases import trace_workload
-from autotune.workload.rehearsal import Call, meta_pipeline, pipeline_class, rehearse
+from autotune.workload.rehearsal import Call, rehearse
 from autotune.workload.request import complete_request
+from autotune.workload.stage import meta_pipeline, pipeline_class
 from autotune.workload.workload import ComponentRun, Request, Workload
 from tests.pipelines import BUILDERS, call
 from tests.workload.truth import truth

@@ -21,7 +21,8 @@ from autotune.workload.arguments import copies_name, guidance_name
 from autotune.workload.components import meta_module
 from autotune.workload.live import pipeline_dtype
 from autotune.workload.phases import trace_workload
-from autotune.workload.rehearsal import Call, meta_pipeline, rehearse
+from autotune.workload.rehearsal import Call, rehearse
+from autotune.workload.stage import meta_pipeline
 from autotune.workload.standins import StandInTokenizer
 from autotune.workload.trace import ALLOCATION_BYTES
 from autotune.workload.variants import switched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from autotune.workload.components import weight_bytes
-from autotune.workload.workload import Component
+from autotune.workload.workload import Ability, Component
 
 
 def block_bytes(module: nn.Module) -> tuple[int, ...]:
@@ -42,11 +44,48 @@ def take_apart(component: Component, module: nn.Module, *, casts: bool) -> Compo
         module: On the meta device; of no use afterwards if it ``casts``.
         casts: Whether it is one whose weights may be stored in eight bits.
     """
+    fused = tuple(_fusable(module))
     return msgspec.structs.replace(
         component,
         block_bytes=block_bytes(module),
+        linear_bytes=sum(weight_bytes(m) for m in module.modules() if type(m) is nn.Linear),
+        fusable_bytes=sum(map(weight_bytes, itertools.chain(*fused))),
+        fusable_products=sum(len(layers) - 1 for layers in fused),
+        abilities=tuple(_abilities(module)),
         casting_saves_bytes=_bytes_saved(module) if casts else 0,
     )
+
+
+def _abilities(module: Any) -> Iterator[Ability]:
+    if getattr(module, "_repeated_blocks", None):
+        yield "repeated_blocks"
+    if hasattr(module, "enable_cache"):
+        yield "step_cache"
+    processors = [m.processor for m in module.modules() if hasattr(m, "processor")]
+    if processors and all(hasattr(p, "_attention_backend") for p in processors):
+        yield "attention_backend"
+
+
+_PRODUCTS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+
+
+def _fusable(module: Any) -> Iterator[list[nn.Module]]:
+    """The projections that ``fuse_qkv_projections`` computes as one, set by set.
+
+    Where attention looks at something else, its queries are computed apart.
+    """
+    if not hasattr(module, "fuse_qkv_projections"):
+        return
+    for layer in module.modules():
+        if not (
+            hasattr(layer, "fuse_projections") and getattr(layer, "_supports_qkv_fusion", True)
+        ):
+            continue
+        for names in _PRODUCTS:
+            across = names[0] == "to_q" and getattr(layer, "is_cross_attention", False)
+            found = [getattr(layer, n, None) for n in names[1 if across else 0 :]]
+            if all(projection is not None for projection in found):
+                yield [p for p in found if p is not None]
 
 
 def _bytes_saved(module: Any) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from autotune.workload.regions import regions_marked, self_attention_marked
 from autotune.workload.values import (
     Values,
     facts_of,
@@ -29,7 +30,7 @@ from autotune.workload.values import (
     run_by_shapes,
     tensors_in,
 )
-from autotune.workload.workload import AttentionShape, Operator, Trace
+from autotune.workload.workload import AttentionShape, Operator, Region, Trace
 
 ALLOCATION_BYTES = 512
 """CUDA's caching allocator rounds every tensor up to this (``kMinBlockSize`` in PyTorch)."""
@@ -48,9 +49,12 @@ class _Calls:
     out_bytes: int
     attention: AttentionShape | None
     block_tokens: int
+    region: Region
     index: int = 0
     count: int = 0
     live_bytes: int = 0
+    unwritten: int = 0
+    saved_bytes: int = 0
 
 
 class _Result(NamedTuple):
@@ -79,6 +83,18 @@ class _Result(NamedTuple):
 _META = torch.device("meta")
 
 
+class _Pending(NamedTuple):
+    """What an elementwise operator wrote, and nothing but its like has read since.
+
+    Fused with what reads it, it is never written to memory.
+    """
+
+    writer: _Calls
+    bytes: int
+    barrier: int
+    is_first: bool
+
+
 class _Seen(NamedTuple):
     """An operator with arguments of certain shapes; what it returned, if that decides it."""
 
@@ -92,17 +108,20 @@ class _Recorder:
 
     weights: set[int]
     values: Values
-    calls: dict[tuple[str, int], _Calls] = field(default_factory=dict)
+    calls: dict[tuple[str, int, str], _Calls] = field(default_factory=dict)
     guesses: list[str] = field(default_factory=list)
     live_bytes: int = 0
     peak_bytes: int = 0
     block_tokens: int = 0
+    region: Region = ""
     timeline: list[int] = field(default_factory=list)
     timed: list[int] = field(default_factory=list)
     _alive: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
     _allocations: int = 0
     _seen: dict[Any, _Seen] = field(default_factory=dict)
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _barrier: int = 0
 
     def adopt(self, tensor: Tensor) -> bool:
         """Count the tensor's storage as alive until it is freed; False if it already was."""
@@ -125,20 +144,49 @@ class _Recorder:
             self.timeline.append(-self._numbers.pop(key))
         self.live_bytes -= size
         self.values.forget(key)
+        pending = self._pending.pop(key, None)
+        if pending is not None:
+            pending.writer.unwritten += pending.is_first
+            pending.writer.saved_bytes += pending.bytes
 
     def is_weight(self, tensor: Tensor) -> bool:
         return key_of(tensor) in self.weights
 
-    def count(self, signature: str, make: Callable[[], _Calls]) -> None:
-        calls = self.calls.get((signature, self.block_tokens))
+    def count(self, signature: str, make: Callable[[], _Calls]) -> _Calls:
+        key = (signature, self.block_tokens, self.region)
+        calls = self.calls.get(key)
         if calls is None:
-            calls = self.calls[signature, self.block_tokens] = make()
+            calls = self.calls[key] = make()
             calls.index = len(self.calls) - 1
         if calls.kind in ("convolution", "attention"):
             self.timeline.append(0)
             self.timed.append(calls.index)
         calls.count += 1
         calls.live_bytes = max(calls.live_bytes, self.live_bytes)
+        return calls
+
+    def flow(self, calls: _Calls, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Follow what a compiler would keep in registers: chains of elementwise operators.
+
+        A chain ends at every other operator, since what lies on both sides of it is no longer one
+        kernel.
+        """
+        is_fusable = calls.kind == "memory"
+        for tensor in inputs:
+            key = key_of(tensor)
+            pending = self._pending.get(key)
+            if pending is None:
+                continue
+            if is_fusable and pending.barrier == self._barrier:
+                calls.saved_bytes += pending.bytes
+            else:
+                del self._pending[key]
+        if not is_fusable:
+            self._barrier += 1
+            return
+        for index, tensor in enumerate(outputs):
+            size = _bytes(tensor)
+            self._pending[key_of(tensor)] = _Pending(calls, size, self._barrier, index == 0)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one dispatched operator and record it, unless it only makes a view or is memory.
@@ -162,7 +210,9 @@ class _Recorder:
             signature = _signature(str(func), args, kwargs, facts.is_linear)
             seen = self._seen[key] = _Seen(signature, _Result.of(out) if is_like_any else None)
         if (any(is_new) or facts.written) and not facts.only_allocates:
-            self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
+            calls = self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
+            made = [t for t, new in zip(outputs, is_new, strict=True) if new]
+            self.flow(calls, tensors_in((args, kwargs)), made)
         self.values.follow(func, args, kwargs, out)
         return out
 
@@ -196,6 +246,7 @@ class _Recorder:
             out_bytes=out_bytes,
             attention=None,
             block_tokens=self.block_tokens,
+            region=self.region,
         )
 
     def attention(
@@ -210,8 +261,9 @@ class _Recorder:
             kv_tokens=key.shape[-2],
             head_dim=dim,
         )
-        in_bytes = sum(_bytes(t) for t in tensors_in((query, key, value, options)))
-        self.count(
+        inputs = tensors_in((query, key, value, options))
+        in_bytes = sum(map(_bytes, inputs))
+        calls = self.count(
             _signature("attention", (query, key, value), options),
             lambda: _Calls(
                 name="attention",
@@ -223,8 +275,10 @@ class _Recorder:
                 out_bytes=_bytes(out),
                 attention=shape,
                 block_tokens=self.block_tokens,
+                region=self.region,
             ),
         )
+        self.flow(calls, inputs, [])
 
     def trace(self) -> Trace:
         operators = tuple(
@@ -241,8 +295,11 @@ class _Recorder:
                 out_bytes=c.out_bytes,
                 attention=c.attention,
                 block_tokens=c.block_tokens,
+                region=c.region,
+                fused_calls=c.count - c.unwritten,
+                fused_bytes=max(0, c.bytes * c.count - c.saved_bytes),
             )
-            for (signature, _), c in self.calls.items()
+            for (signature, *_), c in self.calls.items()
         )
         return Trace(
             operators=operators,
@@ -343,35 +400,12 @@ def trace_call(
         recorder.adopt(tensor)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_self_attention_marked(module, recorder))
+        stack.enter_context(self_attention_marked(module, recorder))
+        stack.enter_context(regions_marked(module, recorder))
         stack.enter_context(_Attention(recorder))
         stack.enter_context(_Dispatch(recorder))
         out = call()
     return Traced(recorder.trace(), out, tuple(dict.fromkeys(recorder.guesses)))
-
-
-@contextmanager
-def _self_attention_marked(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tell the recorder when it is inside a UNet block's self-attention, which ToMe shortens."""
-
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        recorder.block_tokens = hidden.shape[1]
-
-    def leave(*_: Any) -> None:
-        recorder.block_tokens = 0
-
-    handles = []
-    for child in module.modules():
-        if type(child).__name__ == "BasicTransformerBlock":
-            attention: Any = child.attn1
-            handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(attention.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -51,6 +51,11 @@ class AttentionShape(Value, frozen=True):
         return self.batch * self.heads * self.q_tokens * self.kv_tokens
 
 
+Region = Literal["", "block", "attention"]
+"""Where in a network an operator is: in one of its repeated blocks, or in such a block's attention,
+projections included; empty for the rest."""
+
+
 class Operator(Value, frozen=True):
     """All calls of one operator with the same shapes, dtypes and layout.
 
@@ -69,6 +74,10 @@ class Operator(Value, frozen=True):
         attention: Its shape, for attention.
         block_tokens: Tokens of the transformer block whose self-attention it belongs to, or 0.
             Token merging shortens exactly these operators.
+        region: Where in the network it is.
+        fused_calls: Of its calls, those that are still kernels of their own when a compiler fuses
+            chains of elementwise operators.
+        fused_bytes: Bytes that all its calls together then read and write.
     """
 
     name: str
@@ -83,6 +92,9 @@ class Operator(Value, frozen=True):
     out_bytes: int
     attention: AttentionShape | None = None
     block_tokens: int = 0
+    region: Region = ""
+    fused_calls: int = 0
+    fused_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -122,6 +134,11 @@ class Trace(Value, frozen=True):
         return sum(o.flops * o.count for o in self.operators)
 
 
+Ability = Literal["repeated_blocks", "step_cache", "attention_backend"]
+"""repeated_blocks: names those of its blocks that can be compiled once for all. step_cache: reuses
+what an earlier step computed. attention_backend: takes attention kernels by name."""
+
+
 class Component(Value, frozen=True):
     """One module of the pipeline and its weights.
 
@@ -130,6 +147,10 @@ class Component(Value, frozen=True):
     ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
     ``block_bytes`` are the groups that block-level offload moves; the rest of the weights is one
     more. ``casting_saves_bytes`` is what layerwise casting to eight bits takes off the weights.
+    ``linear_bytes`` are the weights of linear layers, which quantization shrinks.
+    ``fusable_bytes`` is what fusing the projections of queries, keys and values adds, and
+    ``fusable_products`` how many matrix products it saves per call. ``abilities`` name diffusers'
+    own switches that its class has.
     """
 
     name: str
@@ -142,6 +163,10 @@ class Component(Value, frozen=True):
     tensor_bytes: tuple[int, ...] = ()
     block_bytes: tuple[int, ...] = ()
     casting_saves_bytes: int = 0
+    linear_bytes: int = 0
+    fusable_bytes: int = 0
+    fusable_products: int = 0
+    abilities: tuple[Ability, ...] = ()
 
 
 Role = Literal["encoder", "denoiser", "autoencoder"]

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from autotune.decide.attention import Kernel, transient_bytes
-from autotune.decide.casting import stored_in
+from autotune.decide.casting import storage_of, stored_in
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PhasePrediction
 from autotune.optimizations.execution import Execution
@@ -81,7 +81,7 @@ def break_down(
     )
     predicted = Predictor(machine, apart).predict(execution).phases
     companions = _companions(workload, execution)
-    stored = stored_in(workload, execution.storage_dtype)
+    stored = stored_in(workload, storage_of(execution))
     found: dict[tuple[str, str, str], ComponentPrediction] = {}
     for (name, run), prediction, others in zip(runs, predicted, companions, strict=True):
         part = ComponentPrediction(

@@ -1,35 +1,74 @@
-"""Weights that rest in eight bits (layerwise casting): what they weigh, and what widening takes."""
+"""Weights that rest in fewer bits than they compute in: their size, and what widening takes."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
+from autotune.decide import quantized
+from autotune.decide.attention import BYTES
+from autotune.optimizations.execution import Effect, Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import Component, Workload
+from autotune.workload.workload import Component, Role, Workload
 
 HOST_CALLS_PER_LAYER = 4
 """A layer's hook converts its weight and its bias before the call, and both back after it."""
 
 
-def stored_in(workload: Workload, storage_dtype: str) -> Workload:
-    """The workload with its denoisers' weights in a narrower dtype; as it is for an empty one."""
-    if not storage_dtype:
+class Storage(NamedTuple):
+    """What of an execution decides the weight of weights."""
+
+    dtype: str = ""
+    quantization: str = ""
+    fused_projections: bool = False
+    effects: tuple[Effect, ...] = ()
+
+
+def storage_of(execution: Execution) -> Storage:
+    """How an execution stores the weights."""
+    return Storage(
+        execution.storage_dtype,
+        execution.quantization,
+        execution.fused_projections,
+        tuple(e for e in execution.effects if e.weights != 1),
+    )
+
+
+def stored_in(workload: Workload, storage: Storage) -> Workload:
+    """The workload with its weights as they are stored then."""
+    if storage == Storage():
         return workload
-    names = denoisers(workload)
-    components = tuple(_narrowed(c) if c.name in names else c for c in workload.components)
+    roles = roles_of(workload)
+    element = BYTES.get(workload.request.dtype, 4)
+    components = tuple(
+        _stored(c, storage, roles.get(c.name, ()), element) for c in workload.components
+    )
     return msgspec.structs.replace(workload, components=components)
 
 
-def denoisers(workload: Workload) -> set[str]:
-    """Components that run at every step."""
-    return {r.component for p in workload.phases for r in p.runs if r.role == "denoiser"}
+def roles_of(workload: Workload) -> dict[str, tuple[Role, ...]]:
+    """Component → what it is for."""
+    found: dict[str, tuple[Role, ...]] = {}
+    for run in (run for phase in workload.phases for run in phase.runs):
+        found[run.component] = (*found.get(run.component, ()), run.role)
+    return found
 
 
-def _narrowed(component: Component) -> Component:
-    left = 1 - component.casting_saves_bytes / max(component.weight_bytes, 1)
+def _stored(
+    component: Component, storage: Storage, roles: tuple[Role, ...], element: int
+) -> Component:
+    weight = component.weight_bytes
+    if "denoiser" in roles:
+        weight -= component.casting_saves_bytes if storage.dtype else 0
+        weight -= quantized.saved_bytes(storage.quantization, component.linear_bytes, element)
+        weight += component.fusable_bytes if storage.fused_projections else 0
+    for effect in storage.effects:
+        weight = int(weight * effect.weights) if effect.role in roles else weight
+    left = weight / max(component.weight_bytes, 1)
     return msgspec.structs.replace(
         component,
-        weight_bytes=component.weight_bytes - component.casting_saves_bytes,
+        weight_bytes=weight,
         block_bytes=tuple(int(b * left) for b in component.block_bytes),
     )
 
@@ -40,12 +79,9 @@ def memory_s(machine: Machine, component: Component, dtype: str) -> float:
     A layer's weights are read narrow and written wide before it computes, and the other way round
     after it.
     """
-    narrow = component.casting_saves_bytes // (_BYTES.get(dtype, 2) - 1)
+    narrow = component.casting_saves_bytes // (BYTES.get(dtype, 2) - 1)
     wide = component.casting_saves_bytes + narrow
     return 2 * (narrow + wide) / machine.kernels.memory_bytes_per_s.value
-
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def host_s(machine: Machine, component: Component) -> float:

@@ -64,7 +64,7 @@ def choose(
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
     limits = limits or Limits()
-    predictor = Predictor(machine, workload)
+    predictor = Predictor(machine, workload, limits.images)
     decision = decide(predictor, limits, catalogue)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
@@ -114,9 +114,10 @@ def predict(
         OptimizationError: the set is incoherent, or cannot run on this machine at all.
     """
     require_coherent(settings)
-    predictor = Predictor(machine, workload)
+    limits = limits or Limits()
+    predictor = Predictor(machine, workload, limits.images)
     prediction = predictor.predict(execution_of(settings))
-    budget = budget_within(machine, limits or Limits())
+    budget = budget_within(machine, limits)
     return PredictionReport(
         machine=summarize_machine(machine),
         workload=summarize_workload(workload),
@@ -200,7 +201,7 @@ def _added(decision: Decision, setting: Setting) -> _Added:
 
 def _rank(added: _Added, terms: Terms) -> tuple[bool, bool, float]:
     fits = terms.budget.holds(added.prediction)
-    return (not fits, bool(added.instead_of), added.prediction.seconds)
+    return (not fits, bool(added.instead_of), added.prediction.mean_seconds)
 
 
 def _with_numbers(decision: Decision, terms: Terms, refusal: Rejection) -> Rejection:

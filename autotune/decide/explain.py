@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
     memory = _change(format_bytes(without.needed_bytes), format_bytes(chosen.needed_bytes))
     if chosen.binding_phase.name != without.binding_phase.name:
         memory += f" ({chosen.binding_phase.name})"
-    time = _change(format_seconds(without.seconds), format_seconds(chosen.seconds))
+    time = _change(format_seconds(without.mean_seconds), format_seconds(chosen.mean_seconds))
     what = f"{RESOURCES[attacks.resource]} in {attacks.phase}"
     return Reason(
         optimization=setting.name,
@@ -60,8 +61,8 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
         attacks=attacks,
         before_bytes=without.needed_bytes,
         after_bytes=chosen.needed_bytes,
-        before_seconds=without.seconds,
-        after_seconds=chosen.seconds,
+        before_seconds=without.mean_seconds,
+        after_seconds=chosen.mean_seconds,
         fits_without=terms.budget.holds(without),
     )
 
@@ -81,7 +82,7 @@ def _attacked(without: Prediction, terms: Terms) -> Bottleneck:
         shrunk["transfer", before.name] = before.transfer_s - after.transfer_s
         shrunk["launch", before.name] = before.launch_s - after.launch_s
     most = max(shrunk, key=lambda key: shrunk[key])
-    if without.seconds > terms.chosen.seconds and shrunk[most] > 0:
+    if without.mean_seconds > terms.chosen.mean_seconds and shrunk[most] > 0:
         return Bottleneck(*most)
     return Bottleneck("vram", without.binding_phase.name)
 
@@ -91,7 +92,7 @@ def _lacks_more(without: Prediction, terms: Terms) -> bool:
     budget, chosen = terms.budget, terms.chosen
     if budget.holds(without):
         return False
-    is_slow = without.seconds > terms.pool.fastest_seconds * (1 + TOLERANCE)
+    is_slow = without.mean_seconds > terms.pool.fastest_seconds * (1 + TOLERANCE)
     is_as_near = budget.lacks(without) <= budget.lacks(chosen) * (1 + TOLERANCE)
     return budget.holds(chosen) or not (is_slow and is_as_near)
 
@@ -101,8 +102,8 @@ def _price_of_dropping(without: Prediction, terms: Terms) -> str:
     if _lacks_more(without, terms):
         return _shortage(without, terms)
     fastest = terms.pool.fastest_seconds
-    if without.seconds > fastest * (1 + TOLERANCE):
-        return _loss(_SLOWER, without.seconds, chosen.seconds, fastest, format_seconds)
+    if without.mean_seconds > fastest * (1 + TOLERANCE):
+        return _loss(_SLOWER, without.mean_seconds, chosen.mean_seconds, fastest, format_seconds)
     least = terms.pool.least_bytes
     if without.needed_bytes > least * (1 + TOLERANCE):
         needed = without.needed_bytes
@@ -163,7 +164,7 @@ def explain_rejected(setting: Setting, added: Prediction, terms: Terms) -> Rejec
         optimization=setting.name,
         text=_verdict(added, terms),
         setting=setting,
-        seconds=added.seconds,
+        seconds=added.mean_seconds,
         needed_bytes=added.needed_bytes,
         saved_bytes=saved,
         saved_in=phase,
@@ -183,7 +184,7 @@ def _verdict(added: Prediction, terms: Terms) -> str:
     memory = _memory_verdict(added, terms)
     if not budget.holds(chosen):
         if budget.holds(added):
-            needed, seconds = format_bytes(added.needed_bytes), format_seconds(added.seconds)
+            needed, seconds = format_bytes(added.needed_bytes), format_seconds(added.mean_seconds)
             return f"would make it fit: needs {needed}, {seconds}"
         return f"would not make it fit: {memory}"
     if added.needed_bytes > budget.device_bytes:
@@ -192,10 +193,10 @@ def _verdict(added: Prediction, terms: Terms) -> str:
     if not budget.host_holds(added):
         return f"would not fit: {_host_shortage(added, budget)}"
     if added == chosen:
-        needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.seconds)
+        needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.mean_seconds)
         return f"changes nothing: {seconds} and {needed} with and without it"
     time = _time_verdict(added, terms)
-    is_faster = added.seconds < chosen.seconds
+    is_faster = added.mean_seconds < chosen.mean_seconds
     return time if is_faster and memory == _SAVES_NONE else f"{time}; {memory}"
 
 
@@ -204,14 +205,26 @@ _SAVES_NONE = "it saves no memory"
 
 def _time_verdict(added: Prediction, terms: Terms) -> str:
     chosen = terms.chosen
-    gain = 1 - added.seconds / chosen.seconds
-    after, now = format_seconds(added.seconds), format_seconds(chosen.seconds)
+    once, saved = added.once_s - chosen.once_s, chosen.seconds - added.seconds
+    if once > 0 and saved > TOLERANCE * chosen.seconds:
+        return (
+            f"would take {format_seconds(once)} once and save {format_seconds(saved)} each time: "
+            f"gains {TOLERANCE:.0%} from {_pays_from(added, chosen)} images on (--images)"
+        )
+    gain = 1 - added.mean_seconds / chosen.mean_seconds
+    after, now = format_seconds(added.mean_seconds), format_seconds(chosen.mean_seconds)
     if after == now:
         return f"would gain no time ({now})"
     if gain < 0:
         return f"would be slower: {after} instead of {now}"
     small = f", less than {TOLERANCE:.0%}" if gain < TOLERANCE else ""
     return f"would gain {_percent(gain)}{small} ({after} instead of {now})"
+
+
+def _pays_from(added: Prediction, chosen: Prediction) -> int:
+    """Images over which what is done once must be spread to be worth an optimization."""
+    once = added.once_s - chosen.once_s
+    return math.ceil(once / (chosen.seconds * (1 - TOLERANCE) - added.seconds))
 
 
 def _memory_verdict(added: Prediction, terms: Terms) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from autotune.decide import attention, workspace
+import msgspec
+
+from autotune.decide import attention, compiled, quantized, workspace
 from autotune.decide.attention import BYTES, Kernel
 from autotune.decide.corrections import Corrections
 from autotune.decide.merging import MATCHING_LAUNCHES, Matching, matching, merged, merges
+from autotune.decide.quantized import Scheme
+from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Figure, Machine
-from autotune.workload.workload import Operator, Trace, Workload
+from autotune.workload.workload import Operator, Region, Trace, Workload
 
 
 class ForwardCost(NamedTuple):
@@ -54,11 +58,15 @@ class Bound(NamedTuple):
 
 
 class _Sees(NamedTuple):
-    """What of an execution can change an operator: the kernel, token merging, the memory layout."""
+    """What of an execution can change an operator: the kernel, token merging, the memory layout,
+    a compiler, quantized weights; and the region, of which a part may be computed only."""
 
     attention: bool
     merging: bool
     layout: bool
+    compiler: bool
+    quantization: bool
+    region: Region
 
 
 class _Split(NamedTuple):
@@ -100,18 +108,27 @@ class ForwardModel:
         plain = Kernel(self._machine.default_attention)
         return self._by_rates(operator, plain, channels_last=False).seconds
 
-    def cost(self, trace: Trace, execution: Execution, kernel: Kernel) -> ForwardCost:
+    def cost(
+        self,
+        trace: Trace,
+        execution: Execution,
+        kernel: Kernel,
+        computed: Share = ALL_COMPUTED,
+    ) -> ForwardCost:
         """Cost of one forward.
 
         Args:
             trace: The component's operators.
-            execution: Token merging and memory format.
+            execution: Token merging, memory format, compiler, quantization.
             kernel: The attention implementation.
+            computed: How much of its blocks is computed, on average.
         """
         split = self._split(trace)
         parts = [self._part(trace, sees, execution, kernel) for sees in split.operators]
+        left = [_share_left(computed, sees.region) for sees in split.operators]
         compute, memory, host = (
-            sum(getattr(p, share) for p in parts) for share in ("compute_s", "memory_s", "host_s")
+            sum(getattr(p, share) * part for p, part in zip(parts, left, strict=True))
+            for share in ("compute_s", "memory_s", "host_s")
         )
         peak = max(trace.activation_bytes, *(p.live_bytes for p in parts))
         with_workspace = max(p.live_bytes_with_workspace for p in parts)
@@ -149,6 +166,8 @@ class ForwardModel:
             kernel if sees.attention else None,
             execution.merge if sees.merging else None,
             execution.channels_last if sees.layout else False,
+            execution.compiled if sees.compiler else "",
+            (execution.quantization, execution.compiled) if sees.quantization else None,
         )
         part = self._parts.get(key)
         if part is None:
@@ -179,23 +198,42 @@ class ForwardModel:
         launch = self._launch_s(host, cost.compute_s + memory)
         return cost._replace(memory_s=memory, host_s=host, launch_s=launch)
 
+    def scaled(
+        self, cost: ForwardCost, time: float, launch: float, activations: float
+    ) -> ForwardCost:
+        """The same forward with factors on what device and host take, and on its activations."""
+        compute, memory, host = cost.compute_s * time, cost.memory_s * time, cost.host_s * launch
+        return cost._replace(
+            compute_s=compute,
+            memory_s=memory,
+            host_s=host,
+            launch_s=self._launch_s(host, compute + memory),
+            activation_bytes=int(cost.activation_bytes * activations),
+        )
+
     def _operator(
         self, operator: Operator, execution: Execution, kernel: Kernel
-    ) -> tuple[Bound, int, int]:
+    ) -> tuple[Bound, int, float]:
         """Seconds of one call, bytes of its own while it runs, and kernels launched."""
         factor = self._corrections.factor(operator)
-        extra, own, launches = Bound(0.0, 0.0), 0, 1
+        operator, launches = compiled.fused(operator, execution)
+        extra, own = Bound(0.0, 0.0), 0
         merge = execution.merge
         if merge is not None and merges(merge, operator, self._latent_tokens):
             if operator.attention is not None:
                 element = BYTES.get(operator.dtype, 4)
                 work = matching(operator.attention, operator.block_tokens, element)
-                extra, own, launches = self._matching(work, operator), work.transient_bytes, 1
+                extra, own = self._matching(work, operator), work.transient_bytes
                 launches += MATCHING_LAUNCHES
             operator = merged(merge, operator)
         if operator.attention is not None:
             own = max(own, attention.transient_bytes(kernel, operator.attention, operator.dtype))
             launches += attention.calls_per_operator(kernel, operator.attention) - 1
+        scheme = quantized.scheme_of(execution, operator)
+        if scheme is not None:
+            operator, unpacking = self._quantized(operator, scheme, bool(execution.compiled))
+            extra = Bound(extra.compute_s, extra.memory_s + unpacking)
+            launches += 0 if execution.compiled else scheme.launches
         call = self._by_rates(operator, kernel, execution.channels_last).scaled(factor)
         return (
             Bound(call.compute_s + extra.compute_s, call.memory_s + extra.memory_s),
@@ -210,6 +248,23 @@ class ForwardModel:
         traffic = operator.bytes / self._machine.kernels.memory_bytes_per_s.value
         arithmetic = operator.flops / self._flops_per_s(operator, channels_last)
         return Bound(arithmetic, 0.0) if arithmetic > traffic else Bound(0.0, traffic)
+
+    def _quantized(
+        self, operator: Operator, scheme: Scheme, is_compiled: bool
+    ) -> tuple[Operator, float]:
+        """The product as it is then computed, and seconds to unpack what it reads."""
+        element = BYTES.get(operator.dtype, 4)
+        rates = self._machine.kernels.matmul_flops_per_s
+        product = msgspec.structs.replace(
+            operator,
+            bytes=operator.bytes
+            - quantized.saved_bytes(scheme.name, operator.weight_bytes, element),
+            dtype=scheme.dtype if scheme.dtype in rates else operator.dtype,
+        )
+        if is_compiled:
+            return product, 0.0
+        traffic = quantized.added_bytes(scheme, operator, element)
+        return product, traffic / self._machine.kernels.memory_bytes_per_s.value
 
     def _matching(self, work: Matching, operator: Operator) -> Bound:
         kernels = self._machine.kernels
@@ -232,7 +287,14 @@ def _seen_by(operator: Operator) -> _Sees:
         attention=operator.attention is not None,
         merging=operator.block_tokens > 0,
         layout=operator.kind == "convolution",
+        compiler=operator.kind == "memory",
+        quantization=operator.kind == "matmul" and operator.weight_bytes > 0,
+        region=operator.region,
     )
+
+
+def _share_left(computed: Share, region: Region) -> float:
+    return {"": 1.0, "block": computed.blocks, "attention": computed.attention}[region]
 
 
 def _rate(rates: dict[str, Figure], dtype: str) -> float:

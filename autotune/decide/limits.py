@@ -30,6 +30,8 @@ class Limits(msgspec.Struct, frozen=True):
         ram_limit: Most bytes of host RAM to use.
         priority: ``speed``; ``memory``: the least device memory that at most doubles the time; or
             ``balanced``: the least that costs at most a quarter more time.
+        images: Generations expected in one process: over them is spread what is done once, such as
+            compiling.
     """
 
     quality: str = "exact"
@@ -40,15 +42,18 @@ class Limits(msgspec.Struct, frozen=True):
     reserve: int = 0
     ram_limit: int | None = None
     priority: str = "speed"
+    images: int = 1
 
 
 def check_limits(limits: Limits) -> None:
     """Refuse unknown quality levels, priorities and names.
 
     Raises:
-        RequestError: an unknown quality level or priority.
+        RequestError: an unknown quality level or priority, or no image is expected.
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
+    if limits.images < 1:
+        raise RequestError(f"{limits.images} images expected", "expect one image or more")
     if limits.priority not in PRIORITIES:
         raise RequestError(f"unknown priority {limits.priority!r}", f"use {', '.join(PRIORITIES)}")
     _parse_quality(limits.quality)

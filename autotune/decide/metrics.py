@@ -14,7 +14,7 @@ from typing import NamedTuple
 from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
-from autotune.decide.casting import stored_in
+from autotune.decide.casting import storage_of, stored_in
 from autotune.decide.placement import Weights
 from autotune.decide.predict import Path, Predictor, budget_of
 from autotune.optimizations.execution import Execution
@@ -87,7 +87,7 @@ class _Pipeline:
 
     def __init__(self, predictor: Predictor, execution: Execution, capacity_bytes: int) -> None:
         self.machine = predictor.machine
-        self.workload = stored_in(predictor.workload, execution.storage_dtype)
+        self.workload = stored_in(predictor.workload, storage_of(execution))
         self.allocator = CachingAllocator(capacity_bytes)
         self._predictor, self._execution = predictor, execution
         self._components = {c.name: c for c in self.workload.components}

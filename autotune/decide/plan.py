@@ -61,8 +61,8 @@ class Reason(msgspec.Struct, frozen=True):
         attacks: What held the rest back, and no longer does.
         before_bytes: Device memory needed without it.
         after_bytes: Device memory needed with it: that of the whole set.
-        before_seconds: One generation without it.
-        after_seconds: One generation with it.
+        before_seconds: One generation without it, with its share of what is done once.
+        after_seconds: The same with it.
         fits_without: Whether the rest would fit.
     """
 
@@ -86,7 +86,7 @@ class Rejection(msgspec.Struct, frozen=True, omit_defaults=True):
         needs_quality: The strictest level that allows it, where quality decided.
         setting: The parameters that the numbers are for: its fastest that fit.
         instead_of: Members of the chosen set that it does not go with, and takes the place of.
-        seconds: One generation with it.
+        seconds: One generation with it, with its share of what is done once.
         needed_bytes: Device memory needed with it.
         saved_bytes: Most device memory that it saves in a phase; negative where it needs more.
         saved_in: That phase.

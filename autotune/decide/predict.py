@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from autotune.decide import casting, placement
+from autotune.decide import casting, compiled, placement, recast, step_caches
 from autotune.decide.attention import Kernel
-from autotune.decide.casting import stored_in
+from autotune.decide.casting import Storage, storage_of, stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import Budget, PhasePrediction, Prediction
 from autotune.decide.scope import reader
+from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
@@ -49,13 +50,16 @@ class Predictor:
     Args:
         machine: Measured or from a datasheet.
         workload: Traced.
+        images: Generations over which is spread what is done once.
     """
 
-    def __init__(self, machine: Machine, workload: Workload) -> None:
+    def __init__(self, machine: Machine, workload: Workload, images: int = 1) -> None:
         self.machine = machine
         self.workload = workload
-        self._stored: dict[str, Weights] = {}
+        self.images = images
+        self._stored: dict[Storage, Weights] = {}
         self._model = ForwardModel(machine, workload)
+        self._recast: dict[tuple[int, str], Trace] = {}
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
         self._readers = {id(p): reader(frozenset(r.role for r in p.runs)) for p in workload.phases}
         self._phases: dict[tuple[int, object], PhasePrediction] = {}
@@ -77,11 +81,12 @@ class Predictor:
             load=load,
             host_bytes=max(load.host_bytes, weights.host_bytes(execution)),
             first_image_extra_s=self._first_image_extra_s,
+            images=self.images,
         )
 
     def _weights(self, execution: Execution) -> Weights:
         """The weights as this execution stores them."""
-        storage = execution.storage_dtype
+        storage = storage_of(execution)
         if storage not in self._stored:
             self._stored[storage] = Weights(self.machine, stored_in(self.workload, storage))
         return self._stored[storage]
@@ -126,6 +131,7 @@ class Predictor:
             memory_s=memory,
             transfer_s=transfer,
             launch_s=launch,
+            once_s=sum(r.once_s for r in runs),
         )
 
     def _run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
@@ -133,12 +139,14 @@ class Predictor:
         weights = self._weights(execution)
         resident = weights.resident_bytes(run, execution)
         forward = self._with_hooks(forward, run, execution)
+        forward = self._with_effects(forward, run, execution)
         compute, memory = forward.compute_s * run.calls, forward.memory_s * run.calls
         launch = forward.launch_s * run.calls
         transfer = weights.transfer_s(run, execution, forward)
         activation = forward.activation_bytes
         fixed = library_bytes(self.machine) + weights.rounding_bytes(run, execution)
         workspace = forward.workspace_bytes + fixed
+        resident += self._kept_bytes(run, execution)
         margin = self._margin_bytes(activation)
         if run.is_estimated:
             margin += int(ESTIMATE_MARGIN * activation)
@@ -155,20 +163,47 @@ class Predictor:
             memory_s=memory,
             transfer_s=transfer,
             launch_s=launch,
+            once_s=self._once_s(run, execution),
         )
+
+    def _once_s(self, run: ComponentRun, execution: Execution) -> float:
+        """What is done before the first image, for this run of the workload."""
+        once = sum(e.once_s for e in execution.effects if e.role == run.role)
+        if run.role == "denoiser":
+            once += compiled.compile_s(run.trace, execution)
+        return once
+
+    def _kept_bytes(self, run: ComponentRun, execution: Execution) -> int:
+        """What stays on the device from call to call, besides weights."""
+        kept = -run.upcast_bytes if execution.decode_dtype else 0
+        kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
+        if execution.step_cache is not None and run.role == "denoiser":
+            kept += step_caches.kept_bytes(execution.step_cache, run.trace)
+        return kept
+
+    def _with_effects(
+        self, forward: ForwardCost, run: ComponentRun, execution: Execution
+    ) -> ForwardCost:
+        """The same call as optimizations of other packages say that they change it."""
+        for effect in (e for e in execution.effects if e.role == run.role):
+            forward = self._model.scaled(forward, effect.time, effect.launch, effect.activations)
+        return forward
 
     def _with_hooks(
         self, forward: ForwardCost, run: ComponentRun, execution: Execution
     ) -> ForwardCost:
         """The same call with what hooks add that move or widen each layer's weights."""
         memory = host = 0.0
-        if not execution.storage_dtype and execution.group is None:
+        fuses = execution.fused_projections and run.role == "denoiser"
+        if not (execution.storage_dtype or execution.group or fuses):
             return forward
         component = self.workload.component(run.component)
         if execution.storage_dtype and run.role == "denoiser":
             dtype = self.workload.request.dtype
             memory += casting.memory_s(self.machine, component, dtype)
             host += casting.host_s(self.machine, component)
+        if fuses:
+            host -= component.fusable_products * self.machine.kernels.dispatch_s.value
         if execution.group is not None:
             host += placement.group_host_s(self.machine, component, execution.group)
         return self._model.with_more(forward, memory_s=memory, host_s=host)
@@ -188,12 +223,25 @@ class Predictor:
             execution.merge,
             execution.channels_last,
             execution.decode_variant,
+            execution.compiled,
+            execution.quantization,
+            execution.step_cache,
+            execution.decode_dtype,
         )
         cost = self._forwards.get(key)
         if cost is None:
             trace = self._trace(run, execution)
-            cost = self._forwards[key] = self._model.cost(trace, execution, kernel)
+            share = self._computed(run, execution)
+            cost = self._forwards[key] = self._model.cost(trace, execution, kernel, share)
         return cost
+
+    def _computed(self, run: ComponentRun, execution: Execution) -> Share:
+        """How much of a denoiser's blocks is computed."""
+        if execution.step_cache is None or run.role != "denoiser":
+            return ALL_COMPUTED
+        component = self.workload.component(run.component)
+        steps = self.workload.request.steps
+        return step_caches.share_computed(execution.step_cache, steps, component)
 
     def path(self, run: ComponentRun, execution: Execution) -> Path:
         """What this run of the workload executes.
@@ -223,10 +271,20 @@ class Predictor:
             channels_last=execution.channels_last,
             decode_sliced=execution.decode_sliced,
             decode_tile=execution.decode_tile,
+            decode_dtype=execution.decode_dtype,
             placement=execution.placement,
         )
 
     def _trace(self, run: ComponentRun, execution: Execution) -> Trace:
+        trace = self._variant(run, execution)
+        if run.role != "autoencoder" or not (execution.decode_dtype and run.upcast_bytes):
+            return trace
+        key = (id(trace), execution.decode_dtype)
+        if key not in self._recast:
+            self._recast[key] = recast.recast(trace, execution.decode_dtype)
+        return self._recast[key]
+
+    def _variant(self, run: ComponentRun, execution: Execution) -> Trace:
         variant = execution.decode_variant if run.role == "autoencoder" else ""
         if not variant or variant in run.variants:
             return run.variants.get(variant, run.trace)

@@ -26,6 +26,7 @@ class PhasePrediction(msgspec.Struct, frozen=True):
         memory_s: Operators bound by memory bandwidth.
         transfer_s: Weights crossing the link.
         launch_s: Time in which the host, not the device, sets the pace.
+        once_s: What is done once, before the first image: compiling.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PhasePrediction(msgspec.Struct, frozen=True):
     memory_s: float
     transfer_s: float
     launch_s: float
+    once_s: float = 0.0
 
 
 class LoadPrediction(msgspec.Struct, frozen=True):
@@ -71,6 +73,7 @@ class Prediction(msgspec.Struct, frozen=True):
         host_bytes: Most host RAM that this process takes, at load or running.
         first_image_extra_s: What the first generation takes longer than those after it: kernels
             are loaded and algorithms chosen. ``None`` where it was not measured.
+        images: Generations over which is spread what is done once.
     """
 
     peak_bytes: int
@@ -80,6 +83,17 @@ class Prediction(msgspec.Struct, frozen=True):
     load: LoadPrediction
     host_bytes: int
     first_image_extra_s: float | None = None
+    images: int = 1
+
+    @property
+    def once_s(self) -> float:
+        """What is done once, before the first image: compiling."""
+        return sum(p.once_s for p in self.phases)
+
+    @property
+    def mean_seconds(self) -> float:
+        """One generation with its share of what is done once: what a choice compares."""
+        return self.seconds + self.once_s / self.images
 
     @property
     def binding_phase(self) -> PhasePrediction:

@@ -10,9 +10,12 @@ from autotune.decide.prediction import Prediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Setting
 
-OFFLOADS = frozenset({"model_cpu_offload", "sequential_cpu_offload", "group_offload"})
-COMPUTE_SAVERS = frozenset({"tome"})
-KERNEL_TUNING = frozenset({"channels_last"})
+LAYER_OFFLOADS = frozenset({"sequential_cpu_offload", "group_offload"})
+OFFLOADS = LAYER_OFFLOADS | {"model_cpu_offload", "text_encoder_offload"}
+STEP_CACHES = frozenset({"first_block_cache", "taylorseer_cache", "pyramid_attention_broadcast"})
+COMPUTE_SAVERS = STEP_CACHES | {"tome"}
+KERNEL_TUNING = frozenset({"channels_last", "fuse_qkv", "compile", "attention_backend"})
+PROCESSORS = frozenset({"xformers", "attention_slicing"})
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -49,6 +52,43 @@ RULES: tuple[Rule, ...] = (
         frozenset({"attention_slicing"}),
     ),
     Rule(
+        "one-kernel",
+        "each chooses the attention kernel: the last one wins, silently",
+        frozenset({"attention_backend"}),
+        PROCESSORS,
+    ),
+    Rule(
+        "fused-processor",
+        "both replace the attention processor: the last one wins, silently, and the fused weights "
+        "stay for nothing",
+        frozenset({"fuse_qkv"}),
+        PROCESSORS,
+    ),
+    Rule(
+        "one-step-cache",
+        "a network has one step cache: diffusers refuses a second",
+        STEP_CACHES,
+        STEP_CACHES,
+    ),
+    Rule(
+        "narrow-once",
+        "both store the same weights in fewer bits",
+        frozenset({"quantization"}),
+        frozenset({"layerwise_casting"}),
+    ),
+    Rule(
+        "packed-weights-stay",
+        "weights packed by quantization are no plain tensors that could be moved layer by layer",
+        frozenset({"quantization"}),
+        LAYER_OFFLOADS,
+    ),
+    Rule(
+        "graph-in-pieces",
+        "what runs between the layers cuts the compiled graph into pieces",
+        frozenset({"compile"}),
+        LAYER_OFFLOADS | COMPUTE_SAVERS | {"layerwise_casting"},
+    ),
+    Rule(
         "one-offload",
         "one offload strategy at a time: each moves the same weights",
         OFFLOADS,
@@ -56,7 +96,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "offload-or-merge",
-        "while moving weights takes longer than computing, merging tokens costs quality and "
+        "while moving weights takes longer than computing, computing less costs quality and "
         "gains no time",
         OFFLOADS,
         COMPUTE_SAVERS,

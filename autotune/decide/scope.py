@@ -28,6 +28,9 @@ REACH: dict[str, frozenset[Part]] = {
     "decode_sliced": frozenset({"autoencoder"}),
     "decode_tile": frozenset({"autoencoder"}),
     "channels_last": frozenset({"denoiser", "autoencoder"}),
+    "compiled": frozenset({"denoiser"}),
+    "step_cache": frozenset({"denoiser"}),
+    "decode_dtype": frozenset({"autoencoder"}),
 }
 """Field of ``Execution`` → what it can reach. A field that is not here reaches everything: a new
 one is slower to search until it is listed, but never wrong."""

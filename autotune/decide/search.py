@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         settings: Its members, in the catalogue's order.
-        seconds: Of one generation.
+        seconds: Of one generation, with its share of what is done once.
         needed_bytes: Of device memory.
         host_bytes: Of host RAM.
         loss: What it takes of the quality.
@@ -251,7 +251,8 @@ class Space:
 
     def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
         found = self._predictor.phase(phase, execution)
-        return _Part(members, found.seconds, found.needed_bytes, _loss(members))
+        seconds = found.seconds + found.once_s / self._predictor.images
+        return _Part(members, seconds, found.needed_bytes, _loss(members))
 
 
 _NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)

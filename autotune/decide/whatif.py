@@ -103,7 +103,8 @@ def frontier(
         RequestError: an unknown quality level or priority.
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
-    decision = decide(Predictor(machine, workload), limits or Limits(), catalogue)
+    limits = limits or Limits()
+    decision = decide(Predictor(machine, workload, limits.images), limits, catalogue)
     points: list[FrontierPoint] = []
     for c in sorted(decision.candidates, key=lambda c: (c.seconds, c.needed_bytes, *smallness(c))):
         if not points or c.needed_bytes < points[-1].needed_bytes:

@@ -6,27 +6,44 @@ import difflib
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.attention import AttentionSlicing, XFormers
+from autotune.optimizations.backends import AttentionBackend
 from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.casting import LayerwiseCasting
+from autotune.optimizations.compilation import Compile
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
 from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload
+from autotune.optimizations.projections import FuseQkv
+from autotune.optimizations.quantization import Quantization
+from autotune.optimizations.step_caches import (
+    FirstBlockCache,
+    PyramidAttentionBroadcast,
+    TaylorSeerCache,
+)
 from autotune.optimizations.tome import ToMe
-from autotune.optimizations.vae import VaeSlicing, VaeTiling
+from autotune.optimizations.vae import VaeBfloat16, VaeSlicing, VaeTiling
 
 CATALOGUE: dict[str, Optimization] = {
     o.name: o
     for o in (
         XFormers(),
         AttentionSlicing(),
+        AttentionBackend(),
         ModelCpuOffload(),
         SequentialCpuOffload(),
         GroupCpuOffload(),
+        FuseQkv(),
+        Quantization(),
         LayerwiseCasting(),
         ToMe(),
+        FirstBlockCache(),
+        TaylorSeerCache(),
+        PyramidAttentionBroadcast(),
         VaeSlicing(),
         VaeTiling(),
+        VaeBfloat16(),
         ChannelsLast(),
+        Compile(),
     )
 }
 """Name → handler, in the order in which people read them."""

@@ -102,7 +102,7 @@ class XFormers(Optimization):
         modules = denoisers(pipe)
         for module in modules:
             _require_equivalent(module)
-        undo = _remember_attention(modules)
+        undo = remember_attention(modules)
         try:
             with undone_on_failure(undo), _trying_out_on(device):
                 for module in modules:
@@ -115,10 +115,10 @@ class XFormers(Optimization):
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
-        attentions = _attentions(denoisers(pipe))
+        attentions = attentions_of(denoisers(pipe))
         names = {_class_of(a.processor) for a in attentions}
         is_replaced = any(n.startswith("XFormers") for n in names)
-        return {} if is_replaced or "xformers" in set(map(_backend, attentions)) else None
+        return {} if is_replaced or "xformers" in set(map(backend_of, attentions)) else None
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def _require_equivalent(module: Any) -> None:
     Raises:
         OptimizationError: which attention.
     """
-    for attention in _attentions([module]):
+    for attention in attentions_of([module]):
         if _chooses_by_name(attention):
             continue
         # XFormersAttnProcessor knows no norms of queries and keys.
@@ -203,13 +203,13 @@ class AttentionSlicing(Optimization):
         return (f'pipe.enable_attention_slicing("{parameters["slices"]}")',)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
-        undo = _remember_attention(diffusers_modules(pipe))
+        undo = remember_attention(diffusers_modules(pipe))
         with undone_on_failure(undo):
             pipe.enable_attention_slicing(parameters["slices"])
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
-        processors = [a.processor for a in _attentions(diffusers_modules(pipe))]
+        processors = [a.processor for a in attentions_of(diffusers_modules(pipe))]
         sliced = [p for p in processors if _class_of(p).startswith("Sliced")]
         if not sliced:
             return None
@@ -224,6 +224,10 @@ def _denoise_attention(workload: Workload) -> list[AttentionShape]:
 # ---- what computes a module's attention ---------------------------------------------------------
 
 
+KNOWN_BACKENDS = ("xformers", "_native_flash", "_native_efficient", "_native_cudnn")
+"""Kernels by name that an optimization here stands for."""
+
+
 def foreign_processors(pipe: Any) -> tuple[str, ...]:
     """Names of what the user has set in the denoisers' attention, unless it is known here.
 
@@ -231,11 +235,11 @@ def foreign_processors(pipe: Any) -> tuple[str, ...]:
     would silently drop them.
     """
     names = set()
-    for attention in _attentions(denoisers(pipe)):
-        name, backend = _class_of(attention.processor), _backend(attention)
+    for attention in attentions_of(denoisers(pipe)):
+        name, backend = _class_of(attention.processor), backend_of(attention)
         if _is_by_hand(attention.processor) or getattr(attention, "fused_projections", False):
             names.add(name)
-        if backend not in (None, "xformers"):
+        if backend not in (None, *KNOWN_BACKENDS):
             names.add(f"attention backend {backend}")
     return tuple(sorted(names))
 
@@ -253,11 +257,11 @@ def _is_by_hand(processor: Any) -> bool:
 _UNSET = object()
 
 
-def _remember_attention(modules: list[Any]) -> Undo:
+def remember_attention(modules: list[Any]) -> Undo:
     """Undo through the processors themselves: ``disable_*`` would drop what the user had set."""
     before = [
         (a, a.processor, vars(a.processor).get("_attention_backend", _UNSET))
-        for a in _attentions(modules)
+        for a in attentions_of(modules)
     ]
 
     def undo() -> None:
@@ -272,7 +276,7 @@ def _remember_attention(modules: list[Any]) -> Undo:
     return undo
 
 
-def _attentions(modules: list[Any]) -> list[Any]:
+def attentions_of(modules: list[Any]) -> list[Any]:
     """The layers that leave their attention to a processor."""
     layers = (layer for module in modules for layer in module.modules())
     return [a for a in layers if hasattr(a, "set_processor") and hasattr(a, "processor")]
@@ -282,7 +286,7 @@ def _class_of(processor: Any) -> str:
     return type(processor).__name__
 
 
-def _backend(attention: Any) -> str | None:
+def backend_of(attention: Any) -> str | None:
     """The kernel that is chosen by name, if one is."""
     backend = getattr(attention.processor, "_attention_backend", None)
     return None if backend is None else str(getattr(backend, "value", backend))

@@ -46,6 +46,7 @@ class Optimization(ABC):
         relieves: Resource and phase it relieves, such as ``"vram of denoise"``.
         exactness: How the image may change.
         defaults: Parameters with their default values.
+        before_moving: Whether it shrinks weights, so that it comes before they are moved.
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Optimization(ABC):
     relieves: ClassVar[str]
     exactness: ClassVar[Exactness] = "exact"
     defaults: ClassVar[Parameters] = {}
+    before_moving: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:

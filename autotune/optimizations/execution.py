@@ -6,7 +6,9 @@ from typing import Literal
 
 from autotune.probe.machine import Value
 
-Placement = Literal["device", "model_offload", "sequential_offload", "group_offload"]
+Placement = Literal[
+    "device", "encoder_offload", "model_offload", "sequential_offload", "group_offload"
+]
 
 
 class TokenMerge(Value, frozen=True):
@@ -32,6 +34,45 @@ class GroupOffload(Value, frozen=True):
     from_disk: bool = False
 
 
+class StepCache(Value, frozen=True):
+    """Steps that reuse what an earlier one computed.
+
+    Attributes:
+        method: ``"first_block"``: all blocks but the first, while its result changes by less than
+            ``value``. ``"taylor"``: all blocks but at every ``value``-th step, from where it is
+            extrapolated. ``"attention"``: attention at all but every ``value``-th step, apart from
+            the first and the last ones (pyramid attention broadcast).
+        value: As the method reads it.
+    """
+
+    method: Literal["first_block", "taylor", "attention"]
+    value: float
+
+
+class Effect(Value, frozen=True):
+    """What an optimization of another package does to the components of one role.
+
+    For what no field of an execution says; several multiply.
+
+    Attributes:
+        role: Whose: ``"encoder"``, ``"denoiser"`` or ``"autoencoder"``.
+        time: Factor on what the device takes.
+        launch: Factor on what the host takes to dispatch it.
+        weights: Factor on the bytes of their weights.
+        activations: Factor on their activations at the peak.
+        extra_bytes: Device memory that each of them takes besides while it runs.
+        once_s: Seconds that it takes once, before the first image.
+    """
+
+    role: Literal["encoder", "denoiser", "autoencoder"]
+    time: float = 1.0
+    launch: float = 1.0
+    weights: float = 1.0
+    activations: float = 1.0
+    extra_bytes: int = 0
+    once_s: float = 0.0
+
+
 class Execution(Value, frozen=True):
     """One way to run a workload; the default is what diffusers does when nothing is set.
 
@@ -47,6 +88,12 @@ class Execution(Value, frozen=True):
         group: How, under group offload.
         storage_dtype: What the denoiser's layers rest in between their uses; ``""`` is what they
             compute in.
+        compiled: The denoiser by ``torch.compile``: its repeated blocks, or all of it.
+        fused_projections: One product for queries, keys and values in the denoiser.
+        quantization: Scheme of the denoiser's linear layers (``decide/quantized.py``).
+        step_cache: Steps of the denoiser that are not wholly computed.
+        decode_dtype: What a decode is computed in that would be widened to float32 otherwise.
+        effects: Of other packages' optimizations.
     """
 
     attention: str = ""
@@ -58,6 +105,12 @@ class Execution(Value, frozen=True):
     placement: Placement = "device"
     group: GroupOffload | None = None
     storage_dtype: str = ""
+    compiled: Literal["", "regional", "whole"] = ""
+    fused_projections: bool = False
+    quantization: str = ""
+    step_cache: StepCache | None = None
+    decode_dtype: str = ""
+    effects: tuple[Effect, ...] = ()
 
     @property
     def decode_variant(self) -> str:

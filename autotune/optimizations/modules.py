@@ -26,6 +26,13 @@ def autoencoders(pipe: Any) -> list[Any]:
     return [m for m in modules_of(pipe).values() if hasattr(m, "decode")]
 
 
+def encoders(pipe: Any) -> list[Any]:
+    """What reads the prompt, and pictures beside it: called before the first step only."""
+    others = [*denoisers(pipe), *autoencoders(pipe)]
+    modules = [m for n, m in modules_of(pipe).items() if "encoder" in n]
+    return [m for m in modules if not any(m is other for other in others)]
+
+
 def device_of(module: Any) -> Any:
     """Where its weights are; the CPU's for a module that has none."""
     import torch
@@ -47,6 +54,11 @@ def drop_bound_forwards(module: Any) -> None:
 
 def classes_of(workload: Workload, role: Role) -> tuple[str, ...]:
     """Class names of the components that run in that role, in the order in which they first do."""
-    named = {c.name: c.class_name for c in workload.components}
-    runs = [r for p in workload.phases for r in p.runs if r.role == role]
-    return tuple(dict.fromkeys(named[r.component] for r in runs))
+    named = (workload.component(name).class_name for name in names_of(workload, role))
+    return tuple(dict.fromkeys(named))
+
+
+def names_of(workload: Workload, role: Role) -> tuple[str, ...]:
+    """Names of the components that run in that role, in the order in which they first do."""
+    runs = (r for p in workload.phases for r in p.runs if r.role == role)
+    return tuple(dict.fromkeys(r.component for r in runs))

@@ -10,7 +10,14 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import device_of, drop_bound_forwards, modules_of
+from autotune.optimizations.modules import (
+    denoisers,
+    device_of,
+    drop_bound_forwards,
+    encoders,
+    modules_of,
+    names_of,
+)
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -94,7 +101,79 @@ class ModelCpuOffload(_Offload):
         pipe.enable_model_cpu_offload(device=device)
 
     def found(self, pipe: Any) -> Parameters | None:
-        return {} if any(type(h).__name__ == "CpuOffload" for h in _hooks(pipe)) else None
+        moves = any(type(h).__name__ == _WHOLE for h in _hooks(pipe))
+        return {} if moves and getattr(pipe, "_all_hooks", None) else None
+
+
+class TextEncoderOffload(_Offload):
+    """Only while they read the prompt are the text encoders on the device; all else stays there."""
+
+    name = "text_encoder_offload"
+    summary = "text encoders are on the device only while they read the prompt"
+    relieves = "vram of denoise and decode"
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, placement="encoder_offload")
+
+    def _unsuited(self, workload: Workload) -> str | None:
+        if names_of(workload, "encoder"):
+            return None
+        return f"{workload.pipeline} has no encoder that could leave the device"
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (
+            "from accelerate import cpu_offload_with_hook",
+            'pipe.to("cuda")',
+            "_, offload_{encoder} = cpu_offload_with_hook(pipe.{encoder}, 'cuda')",
+            "pipe.{denoiser}.register_forward_pre_hook(lambda *_: "
+            "next(pipe.{encoder}.parameters()).is_cuda and offload_{encoder}.offload())",
+        )
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        handles: list[Any] = []
+        undo_offload = super().apply(pipe, parameters, device)
+
+        def undo() -> None:
+            while handles:
+                handles.pop().remove()
+            undo_offload()
+
+        with undone_on_failure(undo):
+            readers = encoders(pipe)
+            for module in denoisers(pipe):
+                handles.append(module.register_forward_pre_hook(lambda *_: _send_home(readers)))
+        return undo
+
+    def _enable(self, pipe: Any, device: str) -> None:
+        from accelerate import cpu_offload_with_hook
+
+        readers, before = encoders(pipe), None
+        for module in modules_of(pipe).values():
+            if not any(module is reader for reader in readers):
+                module.to(device)
+        for reader in readers:
+            _, before = cpu_offload_with_hook(reader, device, prev_module_hook=before)
+
+    def found(self, pipe: Any) -> Parameters | None:
+        hooked = [
+            m for m in encoders(pipe) if type(getattr(m, "_hf_hook", None)).__name__ == _WHOLE
+        ]
+        return {} if hooked and not getattr(pipe, "_all_hooks", None) else None
+
+
+_WHOLE = "CpuOffload"
+"""accelerate's hook that moves a whole component."""
+
+
+def _send_home(readers: list[Any]) -> None:
+    """Whatever order they were called in, none is needed any more."""
+    import torch
+
+    there = [r for r in readers if device_of(r).type != "cpu"]
+    for reader in there:
+        reader.to("cpu")
+    if there:
+        torch.accelerator.empty_cache()
 
 
 class SequentialCpuOffload(_Offload):

@@ -136,6 +136,81 @@ class VaeTiling(_DecodeSwitch):
         return {"tile": next((int(s) for s in sizes if s), self.defaults["tile"])}
 
 
+class VaeBfloat16(Optimization):
+    """Decode in bfloat16 what overflows in float16 and is widened to float32 for that.
+
+    bfloat16 has the range of float32 and eight bits of mantissa.
+    """
+
+    name = "vae_bfloat16"
+    summary = "decodes in bfloat16 where the pipeline would widen the autoencoder to float32"
+    relieves = "vram and time of decode"
+    exactness = "near-exact"
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        runs = [r for p in workload.phases for r in p.runs if r.role == "autoencoder"]
+        if not any(r.upcast_bytes for r in runs):
+            return "nothing is widened to float32 to be decoded"
+        if any(r.entry == "encode" for r in runs):
+            return "encoding the picture would set the autoencoder's dtype again"
+        if "bfloat16" not in machine.kernels.convolution_flops_per_s:
+            return "this device has no convolutions in bfloat16"
+        return None
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, decode_dtype="bfloat16")
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        vae = "pipe.{autoencoder}"
+        return (
+            f"{vae}.to(torch.bfloat16)",
+            f"decode = {vae}.decode",
+            f"{vae}.decode = lambda z, *args, **options: decode(z.bfloat16(), *args, **options)",
+        )
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        import torch
+
+        targets = [a for a in autoencoders(pipe) if _is_widened(a)]
+        before = [
+            (a, {n: p.detach().to("cpu", copy=True) for n, p in a.named_parameters()})
+            for a in targets
+        ]
+
+        def undo() -> None:
+            for autoencoder, weights in before:
+                vars(autoencoder).pop("decode", None)
+                autoencoder.to(torch.float16)
+                for name, parameter in autoencoder.named_parameters():
+                    parameter.data.copy_(weights[name])  # bfloat16 has rounded them
+
+        with undone_on_failure(undo):
+            for autoencoder in targets:
+                autoencoder.decode = _narrowing(autoencoder.decode)
+                autoencoder.to(torch.bfloat16)
+        return undo
+
+    def found(self, pipe: Any) -> Parameters | None:
+        is_set = any(hasattr(vars(a).get("decode"), "narrows") for a in autoencoders(pipe))
+        return {} if is_set else None
+
+
+def _is_widened(autoencoder: Any) -> bool:
+    """As pipelines ask before they decode."""
+    is_half = str(autoencoder.dtype) == "torch.float16"
+    return is_half and bool(getattr(autoencoder.config, "force_upcast", False))
+
+
+def _narrowing(decode: Any) -> Any:
+    """The same method for latents of any dtype."""
+
+    def narrowed(z: Any, *args: Any, **options: Any) -> Any:
+        return decode(z.bfloat16(), *args, **options)
+
+    narrowed.narrows = True  # type: ignore[attr-defined]
+    return narrowed
+
+
 def _by(workload: Workload) -> str:
     names = ", ".join(classes_of(workload, "autoencoder"))
     return f" by {names}" if names else ""

@@ -36,10 +36,14 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
         OptimizationError: one could not be applied; the pipeline is as it was.
     """
     undos: list[Undo] = []
+    settings = _in_order(plan.optimizations)
+    early = [s for s in settings if find(s.name).before_moving]
     try:
+        for setting in early:
+            undos.append(find(setting.name).apply(pipe, setting.parameters, device))
         if not _offloads(plan) and not _has_device_map(pipe):
             undos.append(_move(pipe, device))
-        for setting in _in_order(plan.optimizations):
+        for setting in (s for s in settings if s not in early):
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
     except BaseException as error:
         _undo_all(undos)

@@ -59,8 +59,6 @@ def take_apart(component: Component, module: nn.Module, *, casts: bool) -> Compo
 def _abilities(module: Any) -> Iterator[Ability]:
     if getattr(module, "_repeated_blocks", None):
         yield "repeated_blocks"
-    if hasattr(module, "enable_cache"):
-        yield "step_cache"
     processors = [m.processor for m in module.modules() if hasattr(m, "processor")]
     if processors and all(hasattr(p, "_attention_backend") for p in processors):
         yield "attention_backend"

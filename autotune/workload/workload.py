@@ -134,9 +134,9 @@ class Trace(Value, frozen=True):
         return sum(o.flops * o.count for o in self.operators)
 
 
-Ability = Literal["repeated_blocks", "step_cache", "attention_backend"]
-"""repeated_blocks: names those of its blocks that can be compiled once for all. step_cache: reuses
-what an earlier step computed. attention_backend: takes attention kernels by name."""
+Ability = Literal["repeated_blocks", "attention_backend"]
+"""repeated_blocks: names those of its blocks that can be compiled once for all. attention_backend:
+takes attention kernels by name."""
 
 
 class Component(Value, frozen=True):

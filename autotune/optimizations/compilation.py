@@ -1,0 +1,101 @@
+"""The denoiser compiled by ``torch.compile``: fewer launches, elementwise operators fused."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
+from autotune.optimizations.execution import Execution
+from autotune.optimizations.modules import denoisers, names_of
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+SCOPES = ("regional", "whole")
+
+
+class Compile(Optimization):
+    """Compile one of the repeated blocks and use it for all, or the whole network.
+
+    In place, so that hooks set later do not hide what was compiled. It pays back after some images
+    only: the first one waits for the compiler.
+    """
+
+    name = "compile"
+    summary = "the denoiser compiled by torch.compile; the first image waits for the compiler"
+    relieves = "memory bandwidth and launches of denoise"
+    defaults = {"scope": "regional"}
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        kind, is_here = machine.device.kind, machine.source == "measured"
+        if kind not in ("cuda", "cpu"):
+            return f"torch.compile is not trusted on {kind.upper()} here: untried"
+        if kind == "cpu":
+            missing = is_here and not _has_compiler()
+            return "torch.compile needs a C++ compiler on the CPU: install g++" if missing else None
+        if not _runs_triton(machine.device.compute_capability):
+            return "Triton, which torch.compile needs, has no code for GPUs older than Volta (7.0)"
+        if is_here and not find_spec("triton"):
+            return "torch.compile needs the package triton: pip install triton"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        named = (workload.component(name) for name in names_of(workload, "denoiser"))
+        has_blocks = all("repeated_blocks" in c.abilities for c in named)
+        return tuple({"scope": s} for s in (SCOPES if has_blocks else ("whole",)))
+
+    def check(self, parameters: Parameters) -> None:
+        if parameters["scope"] not in SCOPES:
+            raise OptimizationError(
+                f"compile:scope={parameters['scope']} is unknown", f"use {' or '.join(SCOPES)}"
+            )
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        scope = "whole" if parameters["scope"] == "whole" else "regional"
+        return msgspec.structs.replace(execution, compiled=scope)
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        targets = [m for m in denoisers(pipe) if not _is_compiled(m)]
+
+        def undo() -> None:
+            for module in targets:
+                for child in module.modules():
+                    child._compiled_call_impl = None
+
+        with undone_on_failure(undo):
+            for module in targets:
+                if parameters["scope"] == "regional" and getattr(module, "_repeated_blocks", None):
+                    module.compile_repeated_blocks()
+                else:
+                    module.compile()
+        return undo
+
+    def found(self, pipe: Any) -> Parameters | None:
+        compiled = [m for m in denoisers(pipe) if _is_compiled(m)]
+        if not compiled:
+            return None
+        is_whole = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in compiled)
+        return {"scope": "whole" if is_whole else "regional"}
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        if parameters["scope"] == "whole":
+            return ("pipe.{denoiser}.compile()",)
+        return ("pipe.{denoiser}.compile_repeated_blocks()",)
+
+
+def _is_compiled(module: Any) -> bool:
+    if hasattr(module, "_orig_mod"):
+        return True
+    return any(getattr(c, "_compiled_call_impl", None) is not None for c in module.modules())
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+
+
+def _runs_triton(capability: str | None) -> bool:
+    return capability is None or float(capability) >= 7.0

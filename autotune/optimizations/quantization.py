@@ -1,0 +1,190 @@
+"""Linear layers of the denoiser in eight or four bits."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
+from autotune.optimizations.execution import Execution
+from autotune.optimizations.modules import denoisers, names_of
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+PACKAGES = {
+    "int8": "torchao",
+    "float8": "torchao",
+    "float8_dynamic": "torchao",
+    "nf4": "bitsandbytes",
+}
+"""Scheme → the package that has it."""
+
+QUALITIES = {"int8": "balanced", "float8": "balanced", "float8_dynamic": "fast", "nf4": "fast"}
+
+FEWEST_VALUES = 1024
+"""Layers with fewer weights than this stay as they are: there is nothing to save."""
+
+
+class Quantization(Optimization):
+    """Weights (and with ``float8_dynamic`` what they are multiplied with) in fewer bits.
+
+    Best before the pipeline is on the device: what is moved there is already small.
+    """
+
+    name = "quantization"
+    summary = "the denoiser's linear layers in eight or four bits"
+    relieves = "vram of denoise"
+    exactness = "lossy"
+    defaults = {"scheme": "int8"}
+    before_moving = True
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if machine.device.kind != "cuda":
+            return "weights are kept in host RAM to go back to: on the CPU it would save nothing"
+        named = (workload.component(name) for name in names_of(workload, "denoiser"))
+        if not any(c.linear_bytes for c in named):
+            return "the denoiser has no linear layers"
+        if workload.request.dtype == "float32":
+            return "in float32 nothing is gained by narrower weights: run in 16 bits first"
+        if not self._schemes(machine):
+            packages = " or ".join(sorted(set(PACKAGES.values())))
+            return f"it needs the package {packages}: pip install {packages.split()[-1]}"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        return tuple({"scheme": scheme} for scheme in self._schemes(machine))
+
+    def _schemes(self, machine: Machine) -> list[str]:
+        """Those that this GPU computes and whose package is here; a reference machine has all."""
+        usable = [s for s in PACKAGES if s != "float8_dynamic" or _multiplies_float8(machine)]
+        if machine.source != "measured":
+            return usable
+        return [s for s in usable if find_spec(PACKAGES[s])]
+
+    def check(self, parameters: Parameters) -> None:
+        if parameters["scheme"] not in PACKAGES:
+            raise OptimizationError(
+                f"quantization:scheme={parameters['scheme']} is unknown",
+                f"use {', '.join(PACKAGES)}",
+            )
+
+    def quality(self, parameters: Parameters) -> str:
+        return QUALITIES[str(parameters["scheme"])]
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        return msgspec.structs.replace(execution, quantization=str(parameters["scheme"]))
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        scheme = str(parameters["scheme"])
+        if scheme == "nf4":
+            return (
+                "from diffusers import PipelineQuantizationConfig",
+                "from_pretrained: quantization_config=PipelineQuantizationConfig("
+                'quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_4bit": True, '
+                '"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, '
+                '"bnb_4bit_compute_dtype": torch.bfloat16}, components_to_quantize=[{denoisers}])',
+            )
+        return (
+            f"from torchao.quantization import {_CONFIGS[scheme]}, quantize_",
+            f"quantize_(pipe.{{denoiser}}, {_CONFIGS[scheme]}())",
+        )
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        scheme = str(parameters["scheme"])
+        if not find_spec(PACKAGES[scheme]):
+            raise OptimizationError(
+                f"quantization:scheme={scheme} needs the package {PACKAGES[scheme]}",
+                f"pip install {PACKAGES[scheme]}",
+            )
+        before: list[tuple[Any, str, Any]] = []
+
+        def undo() -> None:
+            while before:
+                parent, name, layer = before.pop()
+                where = next(getattr(parent, name).parameters()).device
+                setattr(parent, name, layer.to(where))
+
+        with undone_on_failure(undo):
+            for module in denoisers(pipe):
+                for parent, name in _linear_layers(module):
+                    layer = getattr(parent, name)
+                    setattr(parent, name, _quantized(layer, scheme))
+                    before.append((parent, name, layer.to("cpu")))
+        return undo
+
+    def found(self, pipe: Any) -> Parameters | None:
+        layers = (layer for m in denoisers(pipe) for layer in m.modules())
+        schemes = {s for s in map(_scheme_of, layers) if s}
+        return {"scheme": sorted(schemes)[0]} if schemes else None
+
+
+_CONFIGS = {
+    "int8": "Int8WeightOnlyConfig",
+    "float8": "Float8WeightOnlyConfig",
+    "float8_dynamic": "Float8DynamicActivationFloat8WeightConfig",
+}
+"""Names in ``torchao.quantization``."""
+
+
+def _multiplies_float8(machine: Machine) -> bool:
+    return "float8_e4m3fn" in machine.kernels.matmul_flops_per_s
+
+
+def _linear_layers(module: Any) -> list[tuple[Any, str]]:
+    """Plain linear layers: by the module that holds each, and its name there."""
+    import torch
+
+    return [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear
+        and type(child.weight) is torch.nn.Parameter
+        and child.weight.numel() >= FEWEST_VALUES
+    ]
+
+
+def _quantized(layer: Any, scheme: str) -> Any:
+    """A quantized copy of one layer; the layer itself is not touched."""
+    if scheme == "nf4":
+        return _in_four_bits(layer)
+    import copy
+
+    import torch
+    import torchao.quantization as torchao
+
+    holder = torch.nn.Sequential(copy.copy(layer))
+    holder[0]._parameters = dict(layer._parameters)
+    torchao.quantize_(holder, getattr(torchao, _CONFIGS[scheme])())
+    return holder[0]
+
+
+def _in_four_bits(layer: Any) -> Any:
+    """bitsandbytes packs the weights when they come to the GPU."""
+    import bitsandbytes
+
+    made = bitsandbytes.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    made.weight = bitsandbytes.nn.Params4bit(
+        layer.weight.data.to("cpu"), requires_grad=False, quant_type="nf4"
+    )
+    made.bias = layer.bias
+    return made.to(layer.weight.device)
+
+
+def _scheme_of(layer: Any) -> str | None:
+    """How a layer is quantized, as far as its weights tell."""
+    weight = getattr(layer, "weight", None)
+    name = type(weight).__name__
+    if name == "Float8Tensor":
+        return "float8_dynamic" if getattr(weight, "act_quant_kwargs", None) else "float8"
+    return {"Params4bit": "nf4", "Int8Tensor": "int8"}.get(name)

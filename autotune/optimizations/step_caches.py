@@ -1,0 +1,197 @@
+"""Steps of a transformer that reuse what an earlier step computed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from autotune.errors import OptimizationError
+from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
+from autotune.optimizations.execution import Execution, StepCache
+from autotune.optimizations.modules import denoisers
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+
+_TELLING = frozenset(
+    {
+        "CogVideoXPipeline",
+        "FluxPipeline",
+        "HunyuanVideoPipeline",
+        "LTXPipeline",
+        "QwenImagePipeline",
+        "WanPipeline",
+    }
+)
+
+
+class _Cache(Optimization):
+    """One of diffusers' caches; a network has at most one."""
+
+    exactness = "lossy"
+    relieves = "compute and memory bandwidth of denoise"
+    method: ClassVar[Literal["first_block", "taylor", "attention"]]
+    config: ClassVar[str]
+    key: ClassVar[str]
+    """Its parameter."""
+
+    pipelines: ClassVar[frozenset[str]]
+    """Those known to draw with it (diffusers 0.42). Others do not tell a network which of the guided
+    passes it computes or at which timestep; or the cache does not know their blocks."""
+
+    tried: ClassVar[tuple[int | float, ...]]
+    least: ClassVar[float]
+    most: ClassVar[float]
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if workload.pipeline not in self.pipelines:
+            return f"{self.name} has not been tried with {workload.pipeline}"
+        if workload.request.steps < 2:
+            return "a single step has no earlier one to reuse"
+        return None
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        return tuple({self.key: value} for value in self.tried)
+
+    def check(self, parameters: Parameters) -> None:
+        if not self.least <= float(parameters[self.key]) <= self.most:
+            raise OptimizationError(
+                f"{self.name}:{self.key}={parameters[self.key]} is out of range",
+                f"use {self.least:g} to {self.most:g}",
+            )
+
+    def configure(self, execution: Execution, parameters: Parameters) -> Execution:
+        cache = StepCache(self.method, float(parameters[self.key]))
+        return msgspec.structs.replace(execution, step_cache=cache)
+
+    def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        targets = [m for m in denoisers(pipe) if not getattr(m, "is_cache_enabled", False)]
+        done: list[Any] = []
+
+        def undo() -> None:
+            while done:
+                done.pop().disable_cache()
+
+        with undone_on_failure(undo):
+            for module in targets:
+                if not hasattr(module, "enable_cache"):
+                    raise OptimizationError(
+                        f"{type(module).__name__} has no step cache", f"add --without {self.name}"
+                    )
+                config = self._made(pipe, parameters)
+                done.append(module)
+                try:
+                    module.enable_cache(config)
+                except BaseException:
+                    module._cache_config = config  # or the hooks it has set would not be found
+                    raise
+        return undo
+
+    @abstractmethod
+    def _made(self, pipe: Any, parameters: Parameters) -> Any:
+        """diffusers' configuration."""
+
+    def found(self, pipe: Any) -> Parameters | None:
+        configs = [getattr(m, "_cache_config", None) for m in denoisers(pipe)]
+        mine = [c for c in configs if type(c).__name__ == self.config]
+        return self._read(mine[0]) if mine else None
+
+    @abstractmethod
+    def _read(self, config: Any) -> Parameters: ...
+
+
+class FirstBlockCache(_Cache):
+    """Skip all blocks but the first while its result hardly changes from step to step."""
+
+    name = "first_block_cache"
+    summary = "steps on which the first block changes little reuse what the other blocks added"
+    pipelines = _TELLING
+    method, config, key = "first_block", "FirstBlockCacheConfig", "threshold"
+    defaults = {"threshold": 0.08}
+    tried, least, most = (0.06, 0.08, 0.12), 0.01, 0.5
+
+    def quality(self, parameters: Parameters) -> str:
+        return "balanced" if float(parameters["threshold"]) <= 0.08 else "fast"
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (
+            "from diffusers import FirstBlockCacheConfig",
+            "pipe.{denoiser}.enable_cache("
+            f"FirstBlockCacheConfig(threshold={parameters['threshold']}))",
+        )
+
+    def _made(self, pipe: Any, parameters: Parameters) -> Any:
+        from diffusers import FirstBlockCacheConfig
+
+        return FirstBlockCacheConfig(threshold=parameters["threshold"])
+
+    def _read(self, config: Any) -> Parameters:
+        return {"threshold": config.threshold}
+
+
+class TaylorSeerCache(_Cache):
+    """Compute one step in so many; extrapolate the result of the others."""
+
+    name = "taylorseer_cache"
+    summary = "one step in so many is computed, the results of the others are extrapolated"
+    pipelines = _TELLING
+    method, config, key = "taylor", "TaylorSeerCacheConfig", "interval"
+    defaults = {"interval": 3}
+    tried, least, most = (3, 5), 2, 10
+
+    def quality(self, parameters: Parameters) -> str:
+        return "fast"
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (
+            "from diffusers import TaylorSeerCacheConfig",
+            "pipe.{denoiser}.enable_cache(TaylorSeerCacheConfig("
+            f"cache_interval={parameters['interval']}, use_lite_mode=True))",
+        )
+
+    def _made(self, pipe: Any, parameters: Parameters) -> Any:
+        from diffusers import TaylorSeerCacheConfig
+
+        return TaylorSeerCacheConfig(cache_interval=int(parameters["interval"]), use_lite_mode=True)
+
+    def _read(self, config: Any) -> Parameters:
+        return {"interval": config.cache_interval}
+
+
+class PyramidAttentionBroadcast(_Cache):
+    """Reuse the result of attention layers on steps in the middle of the schedule."""
+
+    name = "pyramid_attention_broadcast"
+    summary = "in the middle of the schedule, attention is computed on one step in so many"
+    pipelines = (_TELLING | {"ChromaPipeline"}) - {"QwenImagePipeline"}
+    method, config, key = "attention", "PyramidAttentionBroadcastConfig", "range"
+    defaults = {"range": 2}
+    tried, least, most = (2, 3), 2, 8
+
+    def quality(self, parameters: Parameters) -> str:
+        return "balanced" if parameters["range"] == 2 else "fast"
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (
+            "from diffusers import PyramidAttentionBroadcastConfig",
+            "pipe.{denoiser}.enable_cache(PyramidAttentionBroadcastConfig("
+            f"spatial_attention_block_skip_range={parameters['range']}, "
+            "current_timestep_callback=lambda: pipe.current_timestep))",
+        )
+
+    def _made(self, pipe: Any, parameters: Parameters) -> Any:
+        from diffusers import PyramidAttentionBroadcastConfig
+
+        if not hasattr(type(pipe), "current_timestep"):
+            raise OptimizationError(
+                f"{type(pipe).__name__} does not say at which timestep it is",
+                f"add --without {self.name}",
+            )
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=int(parameters["range"]),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+
+    def _read(self, config: Any) -> Parameters:
+        return {"range": config.spatial_attention_block_skip_range or 2}

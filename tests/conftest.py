@@ -66,7 +66,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 
 def _build(kind: str) -> Any:
-    from tests.pipelines import BUILDERS  # imports torch, which most tests do without
+    from autotune.testing.pipelines import BUILDERS  # imports torch, which most tests do without
 
     return BUILDERS[kind]()
 
@@ -99,50 +99,6 @@ Snapshot = Callable[[Any], dict[str, Any]]
 @pytest.fixture
 def snapshot() -> Snapshot:
     """All that an optimization could leave changed on a pipeline, to compare by ``==``."""
+    from autotune.testing.state import take_snapshot
+
     return take_snapshot
-
-
-def take_snapshot(pipe: Any) -> dict[str, Any]:
-    components = {n: m for n, m in pipe.components.items() if hasattr(m, "named_modules")}
-    state: dict[str, Any] = {
-        "pipe": sorted(pipe.__dict__),
-        "device": str(pipe._execution_device),
-        "random state": _digest_of_random_state(),
-    }
-    for component, root in components.items():
-        for path, module in root.named_modules():
-            state[f"{component}.{path}"] = _describe_module(module)
-        for path, tensor in (*root.named_parameters(), *root.named_buffers()):
-            state[f"{component}.{path}"] = _describe_tensor(tensor)
-    return state
-
-
-def _digest_of_random_state() -> int:
-    import torch
-
-    return hash(torch.get_rng_state().numpy().tobytes())
-
-
-def _describe_module(module: Any) -> dict[str, Any]:
-    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
-    return {
-        "class": type(module),
-        "attributes": sorted(module.__dict__),
-        "values": plain,
-        "processor": id(getattr(module, "processor", None)),
-        "forward hooks": list(module._forward_hooks),
-        "forward pre-hooks": list(module._forward_pre_hooks),
-        "children": list(module._modules),
-    }
-
-
-def _describe_tensor(tensor: Any) -> tuple[Any, ...]:
-    data = None if tensor.is_meta else tensor.detach().contiguous().numpy().tobytes()
-    return (
-        str(tensor.dtype),
-        str(tensor.device),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.requires_grad,
-        hash(data),
-    )

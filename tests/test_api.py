@@ -91,7 +91,7 @@ def test_load_plans_before_it_reads_weights():
 
 
 def test_a_video_of_so_many_frames_with_arguments_of_the_pipeline():
-    from tests.pipelines import BUILDERS
+    from autotune.testing.pipelines import BUILDERS
 
     tuned = autotune.configure(
         BUILDERS["animatediff"](),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.pipelines import BUILDERS, FRAMES, SIDE, call
+from autotune.testing.pipelines import BUILDERS, FRAMES, SIDE, call
 from tests.workload.truth import Call, peaks, truth
 
 STEPS = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from autotune.testing.pipelines import BUILDERS, arguments
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request, Workload
-from tests.pipelines import BUILDERS, arguments
 
 SIZES = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
 """Arguments that a request has names of its own for."""

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from autotune.cli.app import app
 from autotune.errors import AutotuneError
+from autotune.testing.pipelines import BUILDERS, build_image, build_mask
 from tests.cli.test_cli import schema
-from tests.pipelines import BUILDERS, build_image, build_mask
 
 
 @pytest.fixture(scope="module")

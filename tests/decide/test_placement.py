@@ -15,8 +15,8 @@ from autotune.decide.placement import Weights
 from autotune.optimizations import find
 from autotune.optimizations.execution import Execution
 from autotune.probe.reference import load_machine
+from autotune.testing.pipelines import BUILDERS, call
 from autotune.workload.workload import ComponentRun, Workload
-from tests.pipelines import BUILDERS, call
 from tests.workloads import few_frames, workload_of
 
 HOME, DEVICE = torch.device("cpu"), torch.device("cpu:0")

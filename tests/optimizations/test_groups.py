@@ -15,11 +15,11 @@ import torch
 from autotune.optimizations import find
 from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.group_offload import GroupCpuOffload
+from autotune.testing.pipelines import BUILDERS, call
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.groups import block_bytes
 from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request
-from tests.pipelines import BUILDERS, call
 
 KINDS = ("sd", "sd3", "flux", "ltx-video", "qwen-image", "hunyuandit", "wan22", "animatediff")
 

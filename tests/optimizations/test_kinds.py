@@ -21,8 +21,8 @@ from autotune.optimizations.modules import autoencoders, classes_of, denoisers
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.runtime.apply import set_by_hand
-from tests.pipelines import BUILDERS, arguments, call
-from tests.runtime.state import differences
+from autotune.testing.pipelines import BUILDERS, arguments, call
+from autotune.testing.state import differences
 from tests.workloads import ONE_OF_EACH_AUTOENCODER, few_frames, workload_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)

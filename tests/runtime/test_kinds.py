@@ -13,11 +13,11 @@ from torch import nn
 from autotune.runtime.apply import apply_plan, set_by_hand
 from autotune.runtime.load import load_pipeline
 from autotune.runtime.tuned import Tuned
+from autotune.testing.pipelines import BUILDERS, arguments, call
+from autotune.testing.state import differences, whole_state
 from autotune.tuner import Ask, configure_pipeline, load_tuned
 from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.components import meta_module
-from tests.pipelines import BUILDERS, arguments, call
-from tests.runtime.state import differences, whole_state
 from tests.workloads import SIZES, few_frames, numbers_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)

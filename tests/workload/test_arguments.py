@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from autotune.errors import RequestError
+from autotune.testing.pipelines import BUILDERS, build_word_tokenizer
 from autotune.workload.arguments import PROMPT, call_arguments, call_parameters
 from autotune.workload.standins import StandInProcessor, StandInTokenizer
 from autotune.workload.workload import Request
-from tests.pipelines import BUILDERS, build_word_tokenizer
 
 RequestOf = Callable[..., Request]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autotune.errors import ModelError, RequestError
 from autotune.probe.reference import load_machine
+from autotune.testing.pipelines import BUILDERS, call
 from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.components import build_on_meta
 from autotune.workload.estimate import estimated_call
@@ -23,7 +24,6 @@ from autotune.workload.rehearsal import Call, rehearse
 from autotune.workload.request import complete_request
 from autotune.workload.stage import meta_pipeline, pipeline_class
 from autotune.workload.workload import ComponentRun, Request, Workload
-from tests.pipelines import BUILDERS, call
 from tests.workload.truth import truth
 
 RequestOf = Callable[..., Request]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from autotune.testing.pipelines import BUILDERS, SIDE, arguments, call
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.arguments import copies_name, guidance_name
 from autotune.workload.components import meta_module
@@ -27,7 +28,6 @@ from autotune.workload.standins import StandInTokenizer
 from autotune.workload.trace import ALLOCATION_BYTES
 from autotune.workload.variants import switched
 from autotune.workload.workload import ComponentRun, Request, Workload
-from tests.pipelines import BUILDERS, SIDE, arguments, call
 from tests.workload.truth import Call as RealCall
 from tests.workload.truth import tensors_of, truth
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from tests.conftest import take_snapshot
-
 
 def whole_state(pipe: Any) -> dict[str, Any]:
     """``take_snapshot``, the pipeline's attributes, its attention kernels and PyTorch's flags."""
@@ -53,3 +51,51 @@ def _flags() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
     }
+
+
+# ---- components ----------------------------------------------------------------------------------
+
+
+def take_snapshot(pipe: Any) -> dict[str, Any]:
+    """Layers, hooks, weights and where they are, of every component; and the random state."""
+    components = {n: m for n, m in pipe.components.items() if hasattr(m, "named_modules")}
+    state: dict[str, Any] = {
+        "pipe": sorted(pipe.__dict__),
+        "device": str(pipe._execution_device),
+        "random state": _digest_of_random_state(),
+    }
+    for component, root in components.items():
+        for path, module in root.named_modules():
+            state[f"{component}.{path}"] = _describe_module(module)
+        for path, tensor in (*root.named_parameters(), *root.named_buffers()):
+            state[f"{component}.{path}"] = _describe_tensor(tensor)
+    return state
+
+
+def _digest_of_random_state() -> int:
+    return hash(torch.get_rng_state().numpy().tobytes())
+
+
+def _describe_module(module: Any) -> dict[str, Any]:
+    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
+    return {
+        "class": type(module),
+        "attributes": sorted(module.__dict__),
+        "values": plain,
+        "processor": id(getattr(module, "processor", None)),
+        "forward hooks": list(module._forward_hooks),
+        "forward pre-hooks": list(module._forward_pre_hooks),
+        "children": list(module._modules),
+    }
+
+
+def _describe_tensor(tensor: Any) -> tuple[Any, ...]:
+    data = None if tensor.is_meta else tensor.detach().contiguous().numpy().tobytes()
+    return (
+        str(tensor.dtype),
+        str(tensor.device),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.requires_grad,
+        hash(data),
+    )

@@ -1,0 +1,70 @@
+"""What a GPU would be needed for, near enough on a CPU."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+@contextmanager
+def xformers_on_cpu() -> Iterator[list[Any]]:
+    """diffusers finds an xFormers whose kernel is PyTorch's; the list counts its calls.
+
+    As strict as the real one about masks: of the full shape, and in the dtype of the query.
+    """
+    from diffusers.models import attention, attention_dispatch, attention_processor
+
+    calls: list[Any] = []
+
+    def kernel(
+        query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0,
+        scale: float | None = None, op: Any = None,
+    ) -> Any:  # fmt: skip
+        calls.append(query.shape)
+        has_heads = query.dim() == 4
+        q, k, v = (
+            (t if has_heads else t.unsqueeze(2)).transpose(1, 2) for t in (query, key, value)
+        )
+        if attn_bias is not None:
+            attn_bias = attn_bias if has_heads else attn_bias.unsqueeze(1)
+            assert attn_bias.shape == (*q.shape[:3], k.shape[2])
+            assert attn_bias.dtype == q.dtype
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_bias, p, scale=scale)
+        return out.transpose(1, 2) if has_heads else out.squeeze(1)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=kernel)
+    package = types.SimpleNamespace(ops=ops)
+    randn = torch.randn  # for the try-out, diffusers makes three tensors on the GPU
+    with ExitStack() as patches:
+        for patched in (
+            patch.object(attention_processor, "xformers", package, create=True),
+            patch.object(attention, "xops", package),
+            patch.object(attention_dispatch, "xops", ops),
+            patch.object(attention, "is_xformers_available", lambda: True),
+            patch.object(attention_processor, "is_xformers_available", lambda: True),
+            patch.object(torch, "randn", lambda *a, **k: randn(*a, **{**k, "device": "cpu"})),
+            patch.object(torch.cuda, "is_available", lambda: True),
+        ):
+            patches.enter_context(patched)
+        yield calls
+
+
+@contextmanager
+def sequential_on_cpu() -> Iterator[None]:
+    """Sequential offload onto the CPU.
+
+    diffusers numbers the device ("cpu:0"), and accelerate 1.15 then writes plain tensors where
+    parameters belong, since tensors call it "cpu": it is given that name.
+    """
+    import accelerate
+
+    original = accelerate.cpu_offload
+    with patch.object(
+        accelerate, "cpu_offload", lambda m, _, **k: original(m, torch.device("cpu"), **k)
+    ):
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autotune.cli.output import JsonFlag, console, print_json
 from autotune.optimizations import CATALOGUE
+from autotune.optimizations.plugins import BUILT_IN
 
 
 def optimizations(json: JsonFlag = False) -> None:
@@ -18,6 +19,7 @@ def optimizations(json: JsonFlag = False) -> None:
                         "relieves": o.relieves,
                         "exactness": o.exactness,
                         "parameters": dict(o.defaults),
+                        "source": CATALOGUE.source(o.name),
                     }
                     for o in CATALOGUE.values()
                 ]
@@ -32,5 +34,7 @@ def optimizations(json: JsonFlag = False) -> None:
         table.add_column(column, no_wrap=column == "name")
     for o in CATALOGUE.values():
         parameters = "".join(f"\n  {k}={v}" for k, v in o.defaults.items())
-        table.add_row(o.name + parameters, o.exactness, o.relieves, o.summary)
+        source = CATALOGUE.source(o.name)
+        summary = o.summary if source == BUILT_IN else f"{o.summary} ({source})"
+        table.add_row(o.name + parameters, o.exactness, o.relieves, summary)
     console().print(table)

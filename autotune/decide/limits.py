@@ -8,10 +8,10 @@ from autotune.decide.predict import budget_of
 from autotune.decide.prediction import Budget
 from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import find
+from autotune.optimizations.base import QUALITIES as QUALITIES
 from autotune.optimizations.base import Optimization, Parameters, Setting
 from autotune.probe.machine import Machine
 
-QUALITIES = ("exact", "high", "balanced", "fast")
 PRIORITIES = ("speed", "balanced", "memory")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-
-import msgspec
 
 from autotune.decide.prediction import Prediction
 from autotune.errors import OptimizationError
+from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import Setting
+from autotune.optimizations.rule import Rule
 
 LAYER_OFFLOADS = frozenset({"sequential_cpu_offload", "group_offload"})
 OFFLOADS = LAYER_OFFLOADS | {"model_cpu_offload", "text_encoder_offload"}
@@ -18,31 +19,6 @@ KERNEL_TUNING = frozenset({"channels_last", "fuse_qkv", "compile", "attention_ba
 PROCESSORS = frozenset({"xformers", "attention_slicing"})
 
 
-class Rule(msgspec.Struct, frozen=True):
-    """Any one of ``first`` does not go with any one of ``second``.
-
-    Attributes:
-        id: Stable name, printed with a refusal.
-        reason: One sentence.
-        first: Names of optimizations.
-        second: Names of optimizations; the same set means "at most one of them".
-        while_transfer_dominates: The rule holds only where moving weights takes longer than
-            computing, which the prediction tells.
-    """
-
-    id: str
-    reason: str
-    first: frozenset[str]
-    second: frozenset[str]
-    while_transfer_dominates: bool = False
-
-    def broken_by(self, names: frozenset[str]) -> bool:
-        """Whether the set contains a forbidden pair."""
-        if self.first == self.second:
-            return len(self.first & names) > 1
-        return bool(self.first & names and self.second & names)
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         "slicing-alone",
@@ -50,6 +26,7 @@ RULES: tuple[Rule, ...] = (
         "and is slower",
         frozenset({"xformers"}),
         frozenset({"attention_slicing"}),
+        "overrides",
     ),
     Rule(
         "one-kernel",
@@ -93,6 +70,7 @@ RULES: tuple[Rule, ...] = (
         "one offload strategy at a time: each moves the same weights",
         OFFLOADS,
         OFFLOADS,
+        "raises",
     ),
     Rule(
         "offload-or-merge",
@@ -100,6 +78,7 @@ RULES: tuple[Rule, ...] = (
         "gains no time",
         OFFLOADS,
         COMPUTE_SAVERS,
+        "gains nothing",
         while_transfer_dominates=True,
     ),
     Rule(
@@ -107,6 +86,7 @@ RULES: tuple[Rule, ...] = (
         "while moving weights takes longer than computing, faster kernels have no return",
         OFFLOADS,
         KERNEL_TUNING,
+        "gains nothing",
         while_transfer_dominates=True,
     ),
     Rule(
@@ -115,14 +95,22 @@ RULES: tuple[Rule, ...] = (
         "casting them has no effect",
         frozenset({"sequential_cpu_offload"}),
         frozenset({"layerwise_casting"}),
+        "is lost",
     ),
     Rule(
         "layout-lost-in-offload",
         "sequential offload loads the weights anew at every step, in the layout they are stored in",
         frozenset({"sequential_cpu_offload"}),
         frozenset({"channels_last"}),
+        "is lost",
     ),
 )
+
+
+@functools.cache
+def all_rules() -> tuple[Rule, ...]:
+    """Those above, and those that optimizations of other packages bring."""
+    return (*RULES, *(rule for o in CATALOGUE.values() for rule in o.rules))
 
 
 def broken_rule(names: Iterable[str], prediction: Prediction | None = None) -> Rule | None:
@@ -134,7 +122,7 @@ def broken_rule(names: Iterable[str], prediction: Prediction | None = None) -> R
     """
     chosen = frozenset(names)
     dominated = prediction is not None and transfer_dominates(prediction)
-    for rule in RULES:
+    for rule in all_rules():
         if rule.broken_by(chosen) and (dominated or not rule.while_transfer_dominates):
             return rule
     return None

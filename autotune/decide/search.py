@@ -16,11 +16,12 @@ from typing import NamedTuple
 from autotune.decide.limits import QUALITIES, level_of
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction
-from autotune.decide.rules import RULES, Rule, broken_rule
+from autotune.decide.rules import all_rules, broken_rule
 from autotune.decide.scope import reach_of
 from autotune.optimizations import find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.rule import Rule
 
 Loss = tuple[int, ...]
 """How many members need each quality level, the loosest first; exact ones are not counted."""
@@ -81,7 +82,7 @@ class Judge:
         """The rule that two members break, if any."""
         names = frozenset((first.name, second.name))
         if names not in self._by_names:
-            depends = any(rule.broken_by(names) for rule in RULES)
+            depends = any(rule.broken_by(names) for rule in all_rules())
             self._by_names[names] = (broken_rule(names), depends)
         rule, depends = self._by_names[names]
         if rule is not None or not depends:

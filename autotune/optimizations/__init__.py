@@ -1,4 +1,4 @@
-"""The catalogue: every optimization, one file per family."""
+"""The catalogue: every optimization, one file per family, and those of other packages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from autotune.optimizations.compilation import Compile
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
 from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload
+from autotune.optimizations.plugins import Catalogue
 from autotune.optimizations.projections import FuseQkv
 from autotune.optimizations.quantization import Quantization
 from autotune.optimizations.step_caches import (
@@ -23,9 +24,8 @@ from autotune.optimizations.step_caches import (
 from autotune.optimizations.tome import ToMe
 from autotune.optimizations.vae import VaeBfloat16, VaeSlicing, VaeTiling
 
-CATALOGUE: dict[str, Optimization] = {
-    o.name: o
-    for o in (
+CATALOGUE = Catalogue(
+    (
         XFormers(),
         AttentionSlicing(),
         AttentionBackend(),
@@ -45,7 +45,7 @@ CATALOGUE: dict[str, Optimization] = {
         ChannelsLast(),
         Compile(),
     )
-}
+)
 """Name → handler, in the order in which people read them."""
 
 CLASSIC = ("xformers", "attention_slicing", "model_cpu_offload", "sequential_cpu_offload", "tome")

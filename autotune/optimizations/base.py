@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.rule import Rule
 from autotune.probe.machine import Machine, Value
 from autotune.workload.workload import Workload
 
@@ -21,6 +22,14 @@ Exactness = Literal["exact", "near-exact", "lossy"]
 lossy: another image."""
 
 EXACTNESS: tuple[Exactness, ...] = ("exact", "near-exact", "lossy")
+
+QUALITIES = ("exact", "high", "balanced", "fast")
+"""What a user offers of the quality; each level allows more than the one before."""
+
+
+def quality_of(exactness: Exactness) -> str:
+    """The strictest quality level that allows optimizations of this class."""
+    return QUALITIES[EXACTNESS.index(exactness)]
 
 
 class Setting(Value, frozen=True):
@@ -47,6 +56,7 @@ class Optimization(ABC):
         exactness: How the image may change.
         defaults: Parameters with their default values.
         before_moving: Whether it shrinks weights, so that it comes before they are moved.
+        rules: What it does not go with. The built-in ones have theirs in ``decide/rules.py``.
     """
 
     name: ClassVar[str]
@@ -55,6 +65,7 @@ class Optimization(ABC):
     exactness: ClassVar[Exactness] = "exact"
     defaults: ClassVar[Parameters] = {}
     before_moving: ClassVar[bool] = False
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     @abstractmethod
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
@@ -91,7 +102,7 @@ class Optimization(ABC):
 
     def quality(self, parameters: Parameters) -> str:
         """The strictest quality level that allows it with these parameters."""
-        return {"exact": "exact", "near-exact": "high", "lossy": "balanced"}[self.exactness]
+        return quality_of(self.exactness)
 
     def before_image(self, pipe: Any, parameters: Parameters, seed: int) -> None:
         """What must be reset before each image (most need nothing)."""

@@ -33,6 +33,7 @@ RULES: tuple[Rule, ...] = (
         "each chooses the attention kernel: the last one wins, silently",
         frozenset({"attention_backend"}),
         PROCESSORS,
+        "overrides",
     ),
     Rule(
         "fused-processor",
@@ -40,30 +41,35 @@ RULES: tuple[Rule, ...] = (
         "stay for nothing",
         frozenset({"fuse_qkv"}),
         PROCESSORS,
+        "overrides",
     ),
     Rule(
         "one-step-cache",
         "a network has one step cache: diffusers refuses a second",
         STEP_CACHES,
         STEP_CACHES,
+        "raises",
     ),
     Rule(
         "narrow-once",
         "both store the same weights in fewer bits",
         frozenset({"quantization"}),
         frozenset({"layerwise_casting"}),
+        "raises",
     ),
     Rule(
         "packed-weights-stay",
         "weights packed by quantization are no plain tensors that could be moved layer by layer",
         frozenset({"quantization"}),
         LAYER_OFFLOADS,
+        "raises",
     ),
     Rule(
         "graph-in-pieces",
         "what runs between the layers cuts the compiled graph into pieces",
         frozenset({"compile"}),
         LAYER_OFFLOADS | COMPUTE_SAVERS | {"layerwise_casting"},
+        "gains nothing",
     ),
     Rule(
         "one-offload",

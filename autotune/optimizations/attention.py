@@ -57,6 +57,9 @@ _XFORMERS_REPLACES = (
 )
 """Attention processors that diffusers has a true equivalent of."""
 
+_XFORMERS = ("XFormersAttnProcessor", "XFormersJointAttnProcessor")
+"""What diffusers puts in their place."""
+
 _SLICEABLE = frozenset(
     {
         "UNet2DConditionModel",
@@ -152,7 +155,7 @@ def _require_equivalent(module: Any) -> None:
         OptimizationError: which attention.
     """
     for attention in attentions_of([module]):
-        if _chooses_by_name(attention):
+        if _chooses_by_name(attention) or _class_of(attention.processor) in _XFORMERS:
             continue
         # XFormersAttnProcessor knows no norms of queries and keys.
         plain = getattr(attention, "norm_q", None) is None

@@ -8,7 +8,7 @@ import msgspec
 
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers
+from autotune.optimizations.modules import denoisers, registries_of, remove_hooks
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -67,21 +67,15 @@ def _denoising(workload: Workload) -> list[Any]:
     return [c for c in workload.components if c.name in names]
 
 
-def _registries(module: Any) -> list[Any]:
-    found = (getattr(child, "_diffusers_hook", None) for child in module.modules())
-    return [r for r in found if r is not None]
-
-
 def _hooks(module: Any) -> list[Any]:
-    hooks = (r.get_hook(_HOOK) for r in _registries(module))
+    hooks = (r.get_hook(_HOOK) for r in registries_of(module))
     return [h for h in hooks if h is not None]
 
 
 def _take_off(module: Any) -> None:
     """diffusers' hook refuses to be removed: what it rounded off is gone. We have a copy."""
-    for registry in _registries(module):
+    for registry in registries_of(module):
         hook = registry.get_hook(_HOOK)
         if hook is not None:
             hook.deinitalize_hook = lambda module: module
-        for name in (_HOOK, "peft_autocast_disable"):
-            registry.remove_hook(name, recurse=False)
+    remove_hooks(module, (_HOOK, "peft_autocast_disable"))

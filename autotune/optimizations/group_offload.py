@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -12,7 +11,13 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, GroupOffload
-from autotune.optimizations.modules import denoisers, device_of, modules_of
+from autotune.optimizations.modules import (
+    denoisers,
+    device_of,
+    modules_of,
+    registries_of,
+    remove_hooks,
+)
 from autotune.optimizations.offload import READS_PAST_HOOKS
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -166,15 +171,8 @@ def _has_tied_layers(module: Any) -> bool:
     return len(owned) > len(set(owned))
 
 
-def _registries(module: Any) -> Iterator[Any]:
-    for child in module.modules():
-        registry = getattr(child, "_diffusers_hook", None)
-        if registry is not None:
-            yield registry
-
-
 def _hooks(module: Any) -> list[Any]:
-    found = (r.get_hook("group_offloading") for r in _registries(module))
+    found = (r.get_hook("group_offloading") for r in registries_of(module))
     return [h for h in found if h is not None]
 
 
@@ -186,6 +184,4 @@ def _take_off(module: Any) -> None:
             group.onload_()
             for tensor in group.tensor_to_key:
                 tensor.data = tensor.data.clone()  # what was read lies where the file put it
-    for registry in _registries(module):
-        for name in _HOOKS:
-            registry.remove_hook(name, recurse=False)
+    remove_hooks(module, _HOOKS)

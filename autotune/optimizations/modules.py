@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from autotune.workload.live import is_denoiser
@@ -42,7 +43,7 @@ def device_of(module: Any) -> Any:
 
 
 def drop_bound_forwards(module: Any) -> None:
-    """Removing accelerate's hooks leaves each layer's own forward on the instance: a residue.
+    """Removing hooks leaves each layer's own forward on the instance: a residue.
 
     It would hide the forward of a class that is swapped in later; a forward set by hand stays.
     """
@@ -50,6 +51,20 @@ def drop_bound_forwards(module: Any) -> None:
         forward = child.__dict__.get("forward")
         if forward is not None and getattr(forward, "__func__", None) is type(child).forward:
             del child.__dict__["forward"]
+
+
+def registries_of(module: Any) -> list[Any]:
+    """What diffusers keeps its hooks in, on the layers that have any."""
+    found = (getattr(child, "_diffusers_hook", None) for child in module.modules())
+    return [registry for registry in found if registry is not None]
+
+
+def remove_hooks(module: Any, names: Iterable[str]) -> None:
+    """Take diffusers' hooks of these names off all layers."""
+    for registry in registries_of(module):
+        for name in names:
+            registry.remove_hook(name, recurse=False)
+    drop_bound_forwards(module)
 
 
 def classes_of(workload: Workload, role: Role) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -55,7 +56,8 @@ class _Offload(Optimization):
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         modules = modules_of(pipe).values()
-        before = [(m, device_of(m), _shared_weights(m)) for m in modules]
+        before = [(m, device_of(m)) for m in modules]
+        tensors = [place for m in modules for place in _tensors(m)]
         notes = {n: pipe.__dict__[n] for n in _NOTES if n in pipe.__dict__}
 
         def undo() -> None:
@@ -63,9 +65,10 @@ class _Offload(Optimization):
             for name in _NOTES:
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(notes)
-            for module, where, shared in before:
+            for table, name, tensor in tensors:
+                table[name] = tensor
+            for module, where in before:
                 drop_bound_forwards(module)
-                _share(shared)
                 if where.type != "meta":  # it was offloaded already: there is nothing to go back to
                     module.to(where)
 
@@ -217,22 +220,19 @@ def _hooks(pipe: Any) -> list[Any]:
     return [single for h in hooks for single in getattr(h, "hooks", (h,))]
 
 
-_Place = tuple[Any, str]
-"""A layer, and the name of one of its own parameters."""
+_Place = tuple[dict[str, Any], str, Any]
+"""A layer's table of parameters or buffers, a name in it, and the tensor."""
 
 
-def _shared_weights(module: Any) -> list[list[_Place]]:
-    """Places that hold one and the same parameter, as T5's two embeddings do."""
-    places: dict[int, list[_Place]] = {}
+def _tensors(module: Any) -> Iterator[_Place]:
+    """What sequential offload puts placeholders for.
+
+    It gives back copies: two where two layers shared one, as T5's embeddings do, and none where it
+    was interrupted. A parameter moves in place, but a buffer of the device would stay there.
+    """
     for layer in module.modules():
-        for name, parameter in layer._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((layer, name))
-    return [p for p in places.values() if len(p) > 1]
-
-
-def _share(shared: list[list[_Place]]) -> None:
-    """Sequential offload gives each place a parameter of its own: twice the memory afterwards."""
-    for (first, name), *others in shared:
-        for layer, other in others:
-            layer._parameters[other] = first._parameters[name]
+        for table in (layer._parameters, layer._buffers):
+            for name, tensor in table.items():
+                moves = table is layer._parameters or (tensor is not None and tensor.is_cpu)
+                if tensor is not None and moves and not tensor.is_meta:
+                    yield table, name, tensor

@@ -6,10 +6,13 @@ from typing import Literal
 
 import msgspec
 
-Clash = Literal["raises", "overrides", "is lost", "gains nothing"]
-"""What comes of a forbidden pair. raises: an error, at the switch or at the first image. overrides:
-one silently switches the other off. is lost: one of the second silently has no effect. gains
-nothing: both work, but the second is predicted to save nothing beside the first."""
+Clash = Literal["raises", "overrides", "is lost", "spoils", "gains nothing"]
+"""What comes of a forbidden pair.
+
+raises: an error, when they are applied or at the first image. overrides: one silently switches the
+other off. is lost: one silently has no effect beside the other. spoils: another image is drawn than
+by either. gains nothing: they work, but the second is predicted to save nothing beside the first.
+"""
 
 
 class Rule(msgspec.Struct, frozen=True):

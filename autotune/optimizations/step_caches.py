@@ -37,8 +37,8 @@ class _Cache(Optimization):
     """Its parameter."""
 
     pipelines: ClassVar[frozenset[str]]
-    """Those known to draw with it (diffusers 0.42). Others do not tell a network which of the guided
-    passes it computes or at which timestep; or the cache does not know their blocks."""
+    """Those known to draw with it (diffusers 0.42). Others do not tell a network which guided pass
+    it computes or at which timestep; or the cache does not know their blocks."""
 
     tried: ClassVar[tuple[int | float, ...]]
     least: ClassVar[float]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -67,4 +67,22 @@ def sequential_on_cpu() -> Iterator[None]:
     with patch.object(
         accelerate, "cpu_offload", lambda m, _, **k: original(m, torch.device("cpu"), **k)
     ):
+        yield
+
+
+StandIn = Callable[[], AbstractContextManager[object]]
+
+_NEEDED_BY: dict[str, StandIn] = {
+    "xformers": xformers_on_cpu,
+    "sequential_cpu_offload": sequential_on_cpu,
+}
+
+
+@contextmanager
+def standing_in(names: Iterable[str]) -> Iterator[None]:
+    """What these optimizations need of a GPU."""
+    with ExitStack() as stack:
+        for name in names:
+            if name in _NEEDED_BY:
+                stack.enter_context(_NEEDED_BY[name]())
         yield

@@ -20,8 +20,19 @@ def whole_state(pipe: Any) -> dict[str, Any]:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What is not as it was: an assertion that fails prints little more."""
     return {
-        k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)
+        k: _narrowed(before.get(k), after.get(k))
+        for k in before | after
+        if before.get(k) != after.get(k)
     }
+
+
+def _narrowed(before: Any, after: Any) -> Any:
+    """Of two mappings or lists, only where they differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return differences(before, after)
+    if isinstance(before, list) and isinstance(after, list):
+        return [v for v in before if v not in after], [v for v in after if v not in before]
+    return before, after
 
 
 def _plain(value: Any) -> Any:
@@ -80,7 +91,9 @@ def _describe_module(module: Any) -> dict[str, Any]:
     plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
     return {
         "class": type(module),
-        "attributes": sorted(module.__dict__),
+        # diffusers keeps an empty one for its hooks.
+        "attributes": sorted(set(module.__dict__) - {"_diffusers_hook"}),
+        "hooks": list(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())),
         "values": plain,
         "processor": id(getattr(module, "processor", None)),
         "forward hooks": list(module._forward_hooks),
@@ -90,7 +103,7 @@ def _describe_module(module: Any) -> dict[str, Any]:
 
 
 def _describe_tensor(tensor: Any) -> tuple[Any, ...]:
-    data = None if tensor.is_meta else tensor.detach().contiguous().numpy().tobytes()
+    data = None if tensor.is_meta else _bytes_of(tensor)
     return (
         str(tensor.dtype),
         str(tensor.device),
@@ -99,3 +112,9 @@ def _describe_tensor(tensor: Any) -> tuple[Any, ...]:
         tensor.requires_grad,
         hash(data),
     )
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """Of any dtype: NumPy knows neither eight-bit nor brain floats."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy())

@@ -27,7 +27,7 @@ class MachineSummary(msgspec.Struct, frozen=True):
 class WorkloadSummary(msgspec.Struct, frozen=True):
     """What was asked; ``weight_bytes`` is all components together in the dtype they run in.
 
-    ``denoisers`` and ``autoencoders`` are names of components.
+    ``encoders``, ``denoisers`` and ``autoencoders`` are names of components.
     """
 
     model: str
@@ -41,6 +41,7 @@ class WorkloadSummary(msgspec.Struct, frozen=True):
     weight_bytes: int
     frames: int = 1
     options: dict[str, bool | int | float | str] = {}
+    encoders: tuple[str, ...] = ()
     denoisers: tuple[str, ...] = ()
     autoencoders: tuple[str, ...] = ()
 
@@ -244,6 +245,7 @@ def summarize_workload(workload: Workload) -> WorkloadSummary:
         weight_bytes=workload.weight_bytes,
         frames=r.frames,
         options=r.options,
+        encoders=_running_as(workload, "encoder"),
         denoisers=_running_as(workload, "denoiser"),
         autoencoders=_running_as(workload, "autoencoder"),
     )

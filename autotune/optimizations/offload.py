@@ -126,10 +126,13 @@ class TextEncoderOffload(_Offload):
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         return (
             "from accelerate import cpu_offload_with_hook",
-            'pipe.to("cuda")',
-            "_, offload_{encoder} = cpu_offload_with_hook(pipe.{encoder}, 'cuda')",
-            "pipe.{denoiser}.register_forward_pre_hook(lambda *_: "
-            "next(pipe.{encoder}.parameters()).is_cuda and offload_{encoder}.offload())",
+            "encoders = [{encoders}]",
+            "for module in pipe.components.values():",
+            "    if isinstance(module, torch.nn.Module) and module not in encoders:",
+            '        module.to("cuda")',
+            'hooks = [cpu_offload_with_hook(encoder, "cuda")[1] for encoder in encoders]',
+            "pipe.{denoiser}.register_forward_pre_hook("
+            "lambda *_: [hook.offload() for hook in hooks] and None)",
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

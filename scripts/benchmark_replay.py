@@ -26,7 +26,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from autotune.probe.devices import choose_device
-from autotune.probe.replay import host_seconds_per_operator, replay
+from autotune.probe.dispatch import host_seconds_per_operator
+from autotune.probe.replay import replay
 from autotune.probe.timing import Timer, time_call
 from autotune.workload.trace import trace
 

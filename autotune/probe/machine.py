@@ -152,11 +152,14 @@ class OperatorTime(Value, frozen=True):
 
     ``seconds`` is ``None`` where it cannot be run alone, because its values matter.
     ``first_extra_s`` is how much longer its first call took: kernels loaded, algorithms searched.
+    ``samples`` are the raw seconds, to four digits; ``seconds`` is their median, or the least of
+    them where something got in the way of many.
     """
 
     seconds: float | None
     workspace_bytes: int | None = None
     first_extra_s: float | None = None
+    samples: tuple[float, ...] = ()
 
 
 class Host(Value, frozen=True):

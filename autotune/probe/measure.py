@@ -139,7 +139,7 @@ def _measure(
         facts = _still_warm(facts, device)
         if not quick:
             within = timer.within(_share_s("host", deadline, quick))
-            kernels = measure_host_costs(within, kernels, say)
+            kernels = measure_host_costs(within, kernels, link, say)
     noise = watch.noise()
     empty_cache(device)
     if not quick and deadline.leaves("the read rate of the model cache"):

@@ -39,9 +39,3 @@ def rate(seconds: Figure, amount: float) -> Figure:
     """``amount`` (FLOPs, bytes) per call, from the seconds of a call: amount per second."""
     samples = [amount / sample for sample in seconds.samples]
     return figure_of(samples, seconds.source, seconds.disturbances)
-
-
-def divided(seconds: Figure, count: float) -> Figure:
-    """The seconds of one of ``count`` equal parts of a call."""
-    samples = [sample / count for sample in seconds.samples]
-    return figure_of(samples, seconds.source, seconds.disturbances)

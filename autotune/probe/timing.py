@@ -73,9 +73,24 @@ class Timer:
             return self._series(call, repeats, budget_s)
 
         is_enough = once >= 3 * budget_s or self.deadline.has_passed
-        found = _figure([once], finish()) if is_enough else self._watched(take)
-        if found.disturbances and not self.deadline.has_passed:
-            found = min(found, self._watched(take), key=_loudness)
+        first = (_figure([once], finish()),) if is_enough else None
+        return self.watched(lambda: (take(),), first)[0]
+
+    def watched(
+        self,
+        take: Callable[[], tuple[list[float], ...]],
+        first: tuple[Figure, ...] | None = None,
+    ) -> tuple[Figure, ...]:
+        """Figures of series that are taken together: once more, where something disturbed one.
+
+        Args:
+            take: Takes them.
+            first: What a first time came to, if it was watched already.
+        """
+        found = first or self._take(take)
+        if any(figure.disturbances for figure in found) and not self.deadline.has_passed:
+            again = self._take(take)
+            found = min(found, again, key=lambda figures: max(map(_loudness, figures)))
         return found
 
     def largest(self, sizes: tuple[int, ...], call_of: Callable[[int], Call], power: int) -> int:
@@ -121,10 +136,11 @@ class Timer:
     def _begin(self) -> Callable[[], tuple[str, ...]]:
         return tuple if self.watch is None else self.watch.begin()
 
-    def _watched(self, take: Callable[[], list[float]]) -> Figure:
+    def _take(self, take: Callable[[], tuple[list[float], ...]]) -> tuple[Figure, ...]:
         finish = self._begin()
-        samples = take()
-        return _figure(samples, finish())
+        every = take()
+        disturbances = finish()
+        return tuple(_figure(samples, disturbances) for samples in every)
 
     def _series(self, call: Call, repeats: int, budget_s: float) -> list[float]:
         samples: list[float] = []

@@ -191,18 +191,31 @@ def module_rates(
     """Bytes per second of ``module.to(device)`` and of ``module.to("cpu")``, in turn.
 
     Pageable memory both ways, and a fresh host allocation for every tensor that returns: what
-    makes model offload so much slower than the link. The first round is warm-up; when the deadline
-    passes, the rounds so far are what counts.
+    makes model offload so much slower than the link. The first move each way is warm-up; when the
+    deadline passes, the rounds so far are what counts.
     """
     module = offloadable_module(memory_bytes)
     size = sum(parameter.nbytes for parameter in module.parameters())
-    out, back = [], []
-    for _ in range(rounds + 1):
-        out.append(wall_seconds(lambda: module.to(timer.device), timer.device))
-        back.append(wall_seconds(lambda: module.to("cpu"), timer.device))
-        if timer.deadline.left_s < out[-1] + back[-1]:
-            break
-    return _rate_without_first(size, out), _rate_without_first(size, back)
+
+    def move(target: torch.device | str) -> float:
+        return wall_seconds(lambda: module.to(target), timer.device)
+
+    def rounds_both_ways() -> tuple[list[float], list[float]]:
+        out, back = [], []
+        for _ in range(rounds):
+            out.append(move(timer.device))
+            back.append(move("cpu"))
+            if timer.deadline.left_s < out[-1] + back[-1]:
+                break
+        return out, back
+
+    cold = (move(timer.device), move("cpu"))
+    if timer.deadline.left_s < sum(cold):
+        figures = tuple(figure_of([seconds], COLD) for seconds in cold)
+    else:
+        figures = timer.watched(rounds_both_ways)
+    out, back = (rate(figure, size) for figure in figures)
+    return out, back
 
 
 def offloadable_module(memory_bytes: int) -> nn.Module:
@@ -231,12 +244,6 @@ def _sizes(memory_bytes: int, quick: bool) -> tuple[int, ...]:
 def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
     """Host memory that is really there: pages that were never written are all the same one."""
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).zero_()
-
-
-def _rate_without_first(size: int, seconds: list[float]) -> Figure:
-    if len(seconds) == 1:
-        return figure_of([size / seconds[0]], COLD)
-    return figure_of([size / second for second in seconds[1:]])
 
 
 def _link_in_copy(

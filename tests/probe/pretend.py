@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.probe import attention, host, kernels, transfers
-from autotune.probe.replay import UNET_MODULE
+from autotune.probe.dispatch import UNET_MODULE
 
 
 class SlowClock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from autotune.probe.kernels import (
     memory_rate,
     narrow_products,
     offload_hook_cost,
+    offloaded_layers,
     random,
 )
 from autotune.probe.timing import Timer
@@ -139,16 +142,28 @@ def test_float8_products_are_called_as_the_hardware_wants_them() -> None:
         assert float8_rate(BRIEF, 4 * MIB).value > 0
 
 
-def test_the_offload_hook_runs_where_accelerate_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_offload_hook_is_what_the_bytes_do_not_explain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("accelerate")
     state = torch.get_rng_state()
+    size = sum(parameter.nbytes for parameter in offloaded_layers().parameters())
     with torch.no_grad():
-        figure = offload_hook_cost(BRIEF)
-    assert figure is not None
-    assert 0 < figure.value < 1
+        instant = offload_hook_cost(BRIEF, math.inf)
+        explained = offload_hook_cost(BRIEF, size / 60.0)  # a minute for the bytes alone
+    assert instant is not None
+    assert explained is not None
+    assert 0 < instant.value < 1
+    assert explained.value == 0.0
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    assert offload_hook_cost(BRIEF) is None
+    assert offload_hook_cost(BRIEF, math.inf) is None
+
+
+def test_the_offloaded_layers_are_as_large_as_a_unets() -> None:
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in offloaded_layers()]
+    assert 0.8e6 < statistics.median(sizes) < 4e6
+    assert 3e6 < statistics.mean(sizes) < 6e6
 
 
 def test_buffers_respect_the_allowance(monkeypatch: pytest.MonkeyPatch) -> None:

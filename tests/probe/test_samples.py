@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.probe.samples import divided, figure_of, rate, spread
+from autotune.probe.samples import figure_of, rate, spread
 
 SECONDS = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=20)
 
@@ -17,13 +17,6 @@ def test_rate_turns_every_sample_over(samples: list[float], amount: float) -> No
     assert figure.samples == tuple(amount / sample for sample in samples)
     assert min(figure.samples) <= figure.value <= max(figure.samples)
     assert (figure.source, figure.disturbances) == ("elsewhere", ("noise",))
-
-
-@given(SECONDS, st.integers(1, 1000))
-def test_a_part_is_the_same_series_smaller(samples: list[float], count: int) -> None:
-    whole, part = figure_of(samples), divided(figure_of(samples), count)
-    assert part.value == pytest.approx(whole.value / count)
-    assert len(part.samples) == len(samples)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), max_size=20), st.floats(1e-3, 1e3))

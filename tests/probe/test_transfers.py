@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,19 @@ def test_the_module_is_as_large_as_allowed_and_draws_no_random_numbers() -> None
 def test_module_rates_leave_out_the_first_round() -> None:
     out, back = module_rates(BRIEF, 8 * MIB)
     assert len(out.samples) == len(back.samples) == transfers._MODULE_ROUNDS
+
+
+def test_module_rates_that_were_disturbed_are_measured_once_more() -> None:
+    reasons = iter([("somebody else",), ()])
+
+    class Noise:
+        def begin(self) -> Any:
+            return lambda: next(reasons)
+
+    timer: Any = replace(BRIEF, watch=Noise())
+    out, back = module_rates(timer, 8 * MIB)
+    assert next(reasons, None) is None, "both times were watched"
+    assert "somebody else" not in (*out.disturbances, *back.disturbances)
 
 
 @pytest.mark.usefixtures("no_pinning")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from msgspec import structs
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autotune.probe.deadline import Deadline, import_by
+from autotune.probe.deadline import Deadline, import_by, quiet
 from autotune.probe.kernels import random
 from autotune.probe.machine import AttentionRate
 from autotune.probe.samples import rate
@@ -36,7 +36,7 @@ WRONG = "wrong result"
 
 _NEEDED = ("sdpa", "xformers", "vanilla")  # what decisions are made between
 
-_LONGEST_CALL_S = 0.2
+_LONGEST_CALL_S = 0.1
 _SLOWNESS = 0.2  # of the rate of large products, in the slowest implementations
 
 _REFERENCE_ROWS = 64
@@ -192,7 +192,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
 
 def xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Calls xFormers with batch and heads folded into one, as diffusers calls it."""
-    with _quiet():
+    with quiet():
         operators: Any = importlib.import_module("xformers.ops")
     folded = (tensor.flatten(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5
@@ -202,10 +202,7 @@ def xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 
 def _xformers_imported(deadline: Deadline) -> bool:
     """Whether calling it now tells something: it is absent, or its import is over."""
-    if importlib.util.find_spec("xformers") is None:
-        return True
-    with _quiet():
-        return import_by(deadline, "xformers.ops")
+    return importlib.util.find_spec("xformers") is None or import_by(deadline, "xformers.ops")
 
 
 def vanilla(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -307,7 +304,9 @@ def _measure(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a third party's kernel raises is the finding
-        return structs.replace(result, error=_refusal(name, told) or brief(error))
+        failure = _load_failure() if name == "xformers" else None
+        said = brief(failure) if failure is not None else _refusal(name, told) or brief(error)
+        return structs.replace(result, error=said)
     return structs.replace(
         result, flops_per_s=rate(seconds, shape.flops), extra_bytes=extra, deviation=deviation
     )
@@ -326,6 +325,13 @@ def _backend(name: str, told: list[warnings.WarningMessage]) -> Iterator[None]:
                 yield
         finally:
             told.extend(caught)
+
+
+def _load_failure() -> BaseException | None:
+    """What kept xFormers' kernels from loading: it goes on without, and its refusals say less."""
+    library = sys.modules.get("xformers._cpp_lib")
+    failure: BaseException | None = getattr(library, "_cpp_library_load_exception", None)
+    return failure and (failure.__cause__ or failure)
 
 
 def _refusal(name: str, told: list[warnings.WarningMessage]) -> str | None:
@@ -388,16 +394,3 @@ def _wide(parts: list[torch.Tensor]) -> torch.Tensor:
 def _deviation(output: torch.Tensor, reference: torch.Tensor) -> float:
     rows = _wide([output[end][:_REFERENCE_ROWS] for end in ((0, 0), (-1, -1))])
     return float((rows - reference).norm() / reference.norm())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Importing an unfit xFormers prints a page of warnings; its refusal says enough."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import math
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 
 
 class Deadline:
@@ -80,6 +83,20 @@ def import_by(deadline: Deadline, name: str) -> bool:
             importlib.import_module(name)
 
     thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(None if deadline.left_s == math.inf else deadline.left_s)
+    with quiet():
+        thread.start()
+        thread.join(None if deadline.left_s == math.inf else deadline.left_s)
     return not thread.is_alive()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No notes of libraries that something is missing or old: what calling them says is enough."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

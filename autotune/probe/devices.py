@@ -11,9 +11,11 @@ from msgspec import structs
 
 from autotune.errors import MachineError
 from autotune.probe import nvml
+from autotune.probe.absence import why_no_gpu
 from autotune.probe.host import cpu_name
 from autotune.probe.live import other_processes
 from autotune.probe.machine import Device, DeviceKind, Host
+from autotune.probe.software import installed_versions
 
 _KINDS = ("cuda", "xpu", "mps")
 
@@ -37,8 +39,10 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device(_default(existing))
     wanted = f"{name}:0" if name in _KINDS else name
     if wanted not in existing:
+        no_gpu = name.startswith("cuda") and not existing[0].startswith("cuda")
+        why = f". No GPU: {why_no_gpu(installed_versions())}" if no_gpu else ""
         raise MachineError(
-            f"there is no device {name!r} here", f"choose from: {', '.join(existing)}"
+            f"there is no device {name!r} here", f"choose from: {', '.join(existing)}{why}"
         )
     return torch.device(wanted)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
 
 from autotune.probe import nvml
+from autotune.probe.absence import why_no_gpu
 from autotune.probe.attention import BACKENDS, WRONG, XFORMERS_ABSENT
 from autotune.probe.machine import Figure, GpuProcess, Link, Machine
 from autotune.probe.noise import (
@@ -27,6 +29,7 @@ from autotune.units import GIB, format_bytes, format_rate
 _LINK_FAR_BELOW = 0.6  # pinned copies reach 0.75-0.85 of the line rate on a healthy link
 _FOREIGN_BYTES = GIB // 4
 _AGAIN = "so its own rates are higher: measure again when it is quiet."
+_WHEELS = "https://download.pytorch.org/whl"  # xFormers for each CUDA that torch is built for
 _NAMED = 4  # figures named in a finding
 
 
@@ -57,32 +60,14 @@ def find(
     )
     found = [text for finder in finders for text in finder(machine)]
     if machine.device.kind == "cpu" and not accelerator:
-        found = [*_no_gpu(machine), *found]
+        why = why_no_gpu(machine.software)
+        found = [f"No usable NVIDIA GPU, so the CPU does the work: {why}.", *found]
     crowded = dict(_crowded(machine, noise))
     told = {*crowded, *serious(machine.device.throttle_reasons)}
     found += _disturbed(machine, disturbed_above, told)
     found += crowded.values()
     found += _left_out(machine)
     return replace(machine, findings=tuple(found))
-
-
-def _no_gpu(machine: Machine) -> Iterator[str]:
-    reason, plugged = nvml.unavailable_reason(), nvml.gpus()
-    build = f"torch {machine.software.get('torch', '')}"
-    if reason is not None:
-        yield f"No usable NVIDIA GPU, so the CPU does the work: {reason}."
-    elif plugged and "cuda" not in machine.software:
-        yield (
-            f"There is a {plugged[0].name}, but the installed {build} is built for the CPU only: "
-            "install a CUDA build of torch."
-        )
-    elif plugged and nvml.visible_gpus():
-        yield (
-            f"There is a {plugged[0].name}, but {build} for CUDA {machine.software['cuda']} cannot "
-            f"use it with driver {plugged[0].driver}: update the driver."
-        )
-    else:
-        yield "No GPU is visible to this process, so the CPU works: check CUDA_VISIBLE_DEVICES."
 
 
 def _nvml_missing(machine: Machine) -> Iterator[str]:
@@ -122,14 +107,14 @@ def _slow_link(machine: Machine) -> Iterator[str]:
         return
     ways = (("to", link.h2d_pinned_bytes_per_s), ("from", link.d2h_pinned_bytes_per_s))
     slow = [
-        f"{way} the GPU reach {format_rate(figure.value, 'B/s')}"
+        f"{format_rate(figure.value, 'B/s')} {way} the GPU"
         for way, figure in ways
         if figure.value < _LINK_FAR_BELOW * promised
     ]
     if slow:
         yield (
-            f"Pinned copies {' and '.join(slow)} of the {format_rate(promised, 'B/s')} that PCIe "
-            f"{link.pcie_generation_max} x{link.pcie_width_max} promises: {_link_cause(link)}."
+            f"Pinned copies reach {' and '.join(slow)}, of the {format_rate(promised, 'B/s')} that "
+            f"PCIe {link.pcie_generation_max} x{link.pcie_width_max} promises: {_link_cause(link)}."
         )
 
 
@@ -154,20 +139,23 @@ def _xformers(machine: Machine) -> Iterator[str]:
     name = f"xformers {machine.software.get('xformers', '')}".strip()
     if machine.device.kind == "cpu":
         yield f"{name} is installed, but it has no kernels for the CPU ({errors[0]})."
-    else:
-        remedy = _xformers_remedy(machine)
-        yield f"{name} is installed but unusable here ({errors[0]}): {remedy}."
+        return
+    cause = errors[0]
+    library = re.search(r"libcudart\.so\.(\d+)", cause)
+    if library is not None:
+        cause = f"it is built for CUDA {library[1]}: {cause}"
+    yield f"{name} is installed but unusable here ({cause}): {_xformers_remedy(machine)}."
 
 
 def _xformers_remedy(machine: Machine) -> str:
-    version, cuda = machine.software.get("torch", "?"), machine.software.get("cuda", "")
-    if cuda.startswith("13"):
-        return (
-            f"torch {version} is built for CUDA {cuda} and the xformers wheels for CUDA 12; "
-            "pip install nvidia-cuda-runtime-cu12 may be enough, and PyTorch's own attention is "
-            "as fast"
-        )
-    return f"install the xformers release that names torch {version}, or remove it"
+    version, cuda = machine.software.get("torch", "?"), machine.software.get("cuda")
+    if cuda is None:
+        return f"install the xformers release that names torch {version}, or remove it"
+    return (
+        f"install the one for torch {version} and CUDA {cuda}: pip install --force-reinstall "
+        f"--no-deps xformers --index-url {_WHEELS}/cu{cuda.replace('.', '')}, or remove it: "
+        "PyTorch's own attention needs nothing"
+    )
 
 
 def _wrong_attention(machine: Machine) -> Iterator[str]:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from autotune.errors import MachineError
 from autotune.probe import nvml, software
+from autotune.probe.absence import why_no_gpu
 from autotune.probe.host import cpu_name, ram, usable_cores
 from autotune.probe.machine import Device, GpuProcess, Machine
 
@@ -115,8 +116,11 @@ def _gpu_identity(device: str | None, index: str) -> str:
     else:
         chosen = gpus[int(index)] if index.isdigit() and int(index) < len(gpus) else None
     if chosen is None:
-        names = ", ".join(f"cuda:{at} ({gpu.name})" for at, gpu in enumerate(gpus)) or "no GPU"
-        raise MachineError(f"there is no device {device!r} here", f"visible: {names}; or cpu")
+        names = "".join(f"cuda:{at} ({gpu.name}), " for at, gpu in enumerate(gpus))
+        why = "" if gpus else f". No GPU: {why_no_gpu(software.installed_versions())}"
+        raise MachineError(
+            f"there is no device {device or 'cuda'!r} here", f"choose from: {names}cpu{why}"
+        )
     return chosen.uuid
 
 

@@ -166,7 +166,7 @@ def _explain(library: ModuleType, error: Any) -> str:
     for name, remedy in remedies.items():
         if value is not None and getattr(library, name, None) == value:
             return remedy
-    return f"NVML does not start: {error}"
+    return f"NVML does not start ({error}): see what nvidia-smi says"
 
 
 _session = _Session()
@@ -191,6 +191,11 @@ def gpus() -> tuple[Gpu, ...]:
     handles = (_session.ask("nvmlDeviceGetHandleByIndex", index) for index in range(count))
     facts = (_facts(handle, index) for index, handle in enumerate(handles) if handle is not None)
     return tuple(gpu for gpu in facts if gpu is not None)
+
+
+def silent_gpus() -> int:
+    """How many GPUs the driver counts and cannot reach, such as one that fell off the bus."""
+    return max(0, (_session.ask("nvmlDeviceGetCount") or 0) - len(gpus()))
 
 
 def gpu(uuid: str | None) -> Gpu | None:

@@ -124,6 +124,29 @@ def test_present_xformers_is_really_called(monkeypatch: pytest.MonkeyPatch) -> N
     assert logging.root.manager.disable == level
 
 
+def test_an_xformers_whose_kernels_did_not_load_is_told_by_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It warns on import, goes on, and then says only that no operator was found."""
+
+    def refuse(*_: torch.Tensor, scale: float) -> torch.Tensor:
+        raise NotImplementedError(XFORMERS_REFUSAL)
+
+    missing = OSError("libcudart.so.12: cannot open shared object file")
+    failure = Exception("xFormers can't load C++/CUDA extensions.")
+    library = types.SimpleNamespace(_cpp_library_load_exception=failure)
+    operators = types.SimpleNamespace(memory_efficient_attention=refuse)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    assert measure_one("xformers", attention.xformers).error == f"Exception: {failure}"
+    failure.__cause__ = missing
+    assert measure_one("xformers", attention.xformers).error == f"OSError: {missing}"
+    monkeypatch.setattr(library, "_cpp_library_load_exception", None)
+    assert "device=cpu" in measure_one("xformers", attention.xformers).error
+
+
 def test_every_backend_of_sdpa_runs_alone_and_leaves_no_flag() -> None:
     flags = torch.backends.cuda
     before = (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.cudnn_sdp_enabled())

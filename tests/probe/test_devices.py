@@ -142,6 +142,7 @@ def test_a_gpu_that_is_lost_is_described_by_torch(under_driver: Any) -> None:
     lost = {"NVML_STUB_LOST_AFTER": "2"}
     ((_, key, facts),) = chosen(under_driver, "desktop", (FIRST,), "cuda:0", **lost)
     assert key.startswith("there is no device 'cuda:0' here")
+    assert "the driver counts 1 GPU that cannot be reached" in key
     assert (facts["uuid"], facts["total_bytes"]) == (FIRST, 8 * GIB)
     assert "driver" not in facts
 
@@ -210,6 +211,36 @@ def test_the_whole_probe_of_a_hot_gpu_that_somebody_else_uses(under_driver: Any)
 
 
 # --- CUDA where NVML is missing: a container without its "utility" capability ---------------------
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_the_key_of_a_gpu_that_was_lost_says_what_happened(
+    under_driver: Any, name: str | None
+) -> None:
+    code = f"""
+import json
+from autotune.errors import MachineError
+from autotune.probe import live, software
+software.torch_build = lambda: {{"cuda": "13.0"}}
+try:
+    live.identity({name!r})
+except MachineError as error:
+    print(json.dumps(str(error)))
+"""
+    said = under_driver("lost", code)
+    assert said.startswith("there is no device 'cuda' here")
+    assert "dmesg" in said
+
+
+def test_a_gpu_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "why_no_gpu", lambda software: "no NVIDIA driver here")
+    monkeypatch.setattr(devices, "existing_devices", lambda: ("cpu",))
+    with pytest.raises(MachineError, match="'cuda:1' here") as raised:
+        devices.choose_device("cuda:1")
+    assert raised.value.hint == "choose from: cpu. No GPU: no NVIDIA driver here"
+    with pytest.raises(MachineError, match="'gpu' here") as raised:
+        devices.choose_device("gpu")
+    assert raised.value.hint == "choose from: cpu"
 
 
 @pytest.fixture

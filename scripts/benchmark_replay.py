@@ -27,6 +27,8 @@ from torch import nn
 
 from autotune.probe.devices import choose_device
 from autotune.probe.dispatch import host_seconds_per_operator
+from autotune.probe.host import Neighbours, usable_cores
+from autotune.probe.noise import FOREIGN_SHARE
 from autotune.probe.replay import replay
 from autotune.probe.timing import Timer, time_call
 from autotune.workload.trace import trace
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = choose_device(options.device)
+    neighbours = Neighbours()
     host = host_seconds_per_operator(Timer(device))
     if host is None:
         sys.exit("this machine is too busy to tell what an operator costs the host: try again")
@@ -185,6 +188,7 @@ def main() -> None:
         "device": str(device),
         "threads": torch.get_num_threads(),
         "host_s_per_operator": host_s,
+        "foreign_cores": neighbours.busy_cores(),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
         "rows": rows,
@@ -193,6 +197,12 @@ def main() -> None:
         print(json.dumps(summary, indent=2))
     else:
         print(f"median error {summary['median_error']:.1%}, worst {summary['worst_error']:.1%}")
+    if summary["foreign_cores"] > FOREIGN_SHARE * usable_cores():
+        print(
+            f"Other processes kept {summary['foreign_cores']:.1f} of {usable_cores()} cores busy "
+            "meanwhile: these errors are theirs as well. Run it again when it is quiet.",
+            file=sys.stderr,
+        )
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import IO
 
 from autotune.probe.deadline import Deadline
 from autotune.probe.machine import Figure
-from autotune.probe.samples import figure_of
+from autotune.probe.samples import flagged
 from autotune.units import MIB
 
 _READ_BYTES = 256 * MIB
@@ -114,7 +114,7 @@ def _read_rate(descriptor: int, deadline: Deadline) -> Figure | None:
         if _fill(descriptor, buffer, offset) < _SAMPLE_BYTES:
             break
         samples.append(_SAMPLE_BYTES / (time.perf_counter() - start))
-    return figure_of(samples) if samples else None
+    return flagged(samples) if samples else None
 
 
 def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:

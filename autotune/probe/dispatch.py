@@ -11,6 +11,7 @@ from autotune.probe.machine import Figure
 from autotune.probe.replay import replay
 from autotune.probe.samples import figure_of
 from autotune.probe.timing import Timer
+from autotune.units import MIB
 from autotune.workload.workload import Trace
 
 UNET_MODULE = "diffusers.models.unets.unet_2d_condition"
@@ -75,7 +76,7 @@ def _sum_of(traced: Trace, timer: Timer) -> float | None:
         timer.device,
         known={},
         budget_s=min(3.0, timer.deadline.left_s),  # where nothing gets in the way, a tenth of it
-        memory_bytes=1 << 30,
+        memory_bytes=64 * MIB,  # ten times what they need
         weight=lambda operator: operator.bytes,
     )
     if any(o.key not in times for o in traced.operators):

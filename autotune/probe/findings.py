@@ -22,8 +22,7 @@ from autotune.probe.noise import (
     serious,
 )
 from autotune.probe.pcie import line_rate
-from autotune.probe.samples import spread
-from autotune.probe.timing import UNSTEADY
+from autotune.probe.samples import UNSTEADY, spread
 from autotune.units import GIB, format_bytes, format_rate
 
 _LINK_FAR_BELOW = 0.6  # pinned copies reach 0.75-0.85 of the line rate on a healthy link

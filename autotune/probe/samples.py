@@ -10,6 +10,8 @@ from autotune.probe.machine import Figure
 DISTURBED_SPREAD = 0.15
 """Middle half of the samples wider than this fraction of the median: something got in the way."""
 
+UNSTEADY = "unsteady"
+
 _SPREAD_NEEDS = 3
 
 
@@ -33,6 +35,12 @@ def spread(samples: Figure | Sequence[float]) -> float:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / middle if middle else 0.0
+
+
+def flagged(samples: Sequence[float], disturbances: tuple[str, ...] = ()) -> Figure:
+    """The same, called unsteady where the samples' spread says that something got in the way."""
+    unsteady = (UNSTEADY,) if spread(samples) > DISTURBED_SPREAD else ()
+    return figure_of(samples, disturbances=(*disturbances, *unsteady))
 
 
 def rate(seconds: Figure, amount: float) -> Figure:

@@ -12,10 +12,9 @@ import torch
 from autotune.probe.deadline import Deadline, never
 from autotune.probe.machine import Figure
 from autotune.probe.noise import Watch
-from autotune.probe.samples import DISTURBED_SPREAD, figure_of, spread
+from autotune.probe.samples import UNSTEADY, figure_of, flagged, spread
 
 COLD = "measured once, warm-up included: no time was left"
-UNSTEADY = "unsteady"
 
 _BLOCK_S = (
     2e-3  # a sample lasts at least this long, so that clock and event resolution do not matter
@@ -73,7 +72,7 @@ class Timer:
             return self._series(call, repeats, budget_s)
 
         is_enough = once >= 3 * budget_s or self.deadline.has_passed
-        first = (_figure([once], finish()),) if is_enough else None
+        first = (flagged([once], finish()),) if is_enough else None
         return self.watched(lambda: (take(),), first)[0]
 
     def watched(
@@ -140,7 +139,7 @@ class Timer:
         finish = self._begin()
         every = take()
         disturbances = finish()
-        return tuple(_figure(samples, disturbances) for samples in every)
+        return tuple(flagged(samples, disturbances) for samples in every)
 
     def _series(self, call: Call, repeats: int, budget_s: float) -> list[float]:
         samples: list[float] = []
@@ -187,11 +186,6 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was asked of it; nothing to wait for on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _figure(samples: list[float], disturbances: tuple[str, ...]) -> Figure:
-    unsteady = (UNSTEADY,) if spread(samples) > DISTURBED_SPREAD else ()
-    return figure_of(samples, disturbances=(*disturbances, *unsteady))
 
 
 def _loudness(figure: Figure) -> tuple[bool, float]:

@@ -13,8 +13,7 @@ from autotune.probe.findings import find
 from autotune.probe.machine import AttentionRate, Figure, GpuProcess, Machine
 from autotune.probe.noise import STOLEN, Noise
 from autotune.probe.reference import load_machine
-from autotune.probe.samples import figure_of
-from autotune.probe.timing import UNSTEADY
+from autotune.probe.samples import UNSTEADY, figure_of
 
 GIB = 1 << 30
 

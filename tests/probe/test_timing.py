@@ -13,7 +13,8 @@ from autotune.probe import timing
 from autotune.probe.deadline import Deadline
 from autotune.probe.machine import Figure
 from autotune.probe.noise import OTHERS_ON_GPU
-from autotune.probe.timing import COLD, UNSTEADY, Timer, time_call
+from autotune.probe.samples import UNSTEADY
+from autotune.probe.timing import COLD, Timer, time_call
 
 CPU = torch.device("cpu")
 QUIET, LOUD = [1.0, 1.01, 1.0, 1.02], [1.0, 2.0, 3.0, 9.0]

@@ -152,7 +152,7 @@ def _resident(
 
 
 def _peak(machine: Machine, run: ComponentRun, execution: Execution) -> PeakOperator:
-    trace = run.variants.get(execution.decode_variant, run.trace)
+    trace = run.switched(execution.decode_variant)
     kernel = _kernel(machine, run, execution)
 
     def alive(operator: Operator) -> int:

@@ -285,21 +285,27 @@ class Predictor:
         return self._recast[key]
 
     def _variant(self, run: ComponentRun, execution: Execution) -> Trace:
-        variant = execution.decode_variant if run.role == "autoencoder" else ""
-        if not variant or variant in run.variants:
-            return run.variants.get(variant, run.trace)
+        if run.role != "autoencoder":
+            return run.trace
+        if execution.decode_tile:
+            self._require_tiles(execution.decode_tile)
+        return run.switched(execution.decode_variant)
+
+    def _require_tiles(self, tile: int) -> None:
+        """Tiles larger than the image cut nothing; the others must have been traced."""
         request = self.workload.request
-        if execution.decode_tile >= max(request.height, request.width):
-            sliced = "sliced" if execution.decode_sliced else ""
-            return run.variants.get(sliced, run.trace)  # a tile larger than the image cuts nothing
-        if not execution.decode_tile:
-            return run.trace  # slicing one image
-        known = ", ".join(v for v in run.variants if v.startswith("tiled")) or "none"
-        raise OptimizationError(
-            f"tiles of {execution.decode_tile} pixels are not traced at "
-            f"{request.width}x{request.height}",
-            f"traced: {known}",
-        )
+        variant = f"tiled:{tile}"
+        if tile >= max(request.height, request.width):
+            return
+        runs = [r for p in self.workload.phases for r in p.runs]
+        refused = next((r.refused[variant] for r in runs if variant in r.refused), "")
+        known = {v for r in runs for v in r.variants if v.startswith("tiled")}
+        if refused or variant not in known:
+            size = f"{request.width}x{request.height}"
+            raise OptimizationError(
+                refused or f"tiles of {tile} pixels are not traced at {size}",
+                f"traced: {', '.join(sorted(known)) or 'none'}",
+            )
 
     def _kernel(self, execution: Execution) -> Kernel:
         if execution.attention_slices:

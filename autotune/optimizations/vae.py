@@ -12,7 +12,7 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import autoencoders, classes_of
 from autotune.probe.machine import Machine
-from autotune.workload.variants import has_tiles, restore, switch
+from autotune.workload.variants import OVERLAP, has_tiles, restore, switch
 from autotune.workload.workload import Workload
 
 
@@ -86,11 +86,12 @@ class VaeTiling(_DecodeSwitch):
     _fields = ("use_tiling", "tile_")
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if _tiles(workload):
+            return None
         request = workload.request
-        if not _tiles(workload):
-            size = f"{request.width}x{request.height}"
-            return f"a decode at {size} is not cut into tiles{_by(workload)}"
-        return None
+        size = f"{request.width}x{request.height}"
+        tiled = (why for v, why in _refused(workload).items() if v.startswith("tiled"))
+        return next(tiled, f"a decode at {size} is not cut into tiles{_by(workload)}")
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
         return tuple({"tile": t} for t in _tiles(workload))
@@ -108,15 +109,20 @@ class VaeTiling(_DecodeSwitch):
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         tile, vae = parameters["tile"], "pipe.{autoencoder}"
         return (
-            f"{vae}.enable_tiling()",
             f'if hasattr({vae}, "tile_sample_min_height"):',
+            '    tiles = dict.fromkeys(("tile_sample_min_height", "tile_sample_min_width"), '
+            f"{tile})",
             '    for way in ("height", "width"):',
-            f'        whole = getattr({vae}, f"tile_sample_min_{{way}}")',
-            f'        stride = getattr({vae}, f"tile_sample_stride_{{way}}", None)',
-            f'        setattr({vae}, f"tile_sample_min_{{way}}", {tile})',
-            "        if stride is not None:",
-            f'            setattr({vae}, f"tile_sample_stride_{{way}}", {tile} * stride // whole)',
+            f'        if hasattr({vae}, f"tile_sample_stride_{{way}}"):',
+            f'            stride = getattr({vae}, f"tile_sample_stride_{{way}}") * {tile}',
+            f'            stride //= getattr({vae}, f"tile_sample_min_{{way}}")',
+            f"            stride -= stride % {vae}.spatial_compression_ratio",
+            '            tiles[f"tile_sample_stride_{way}"] = stride',
+            f'        if hasattr({vae}, f"tile_overlap_factor_{{way}}"):',
+            f'            tiles[f"tile_overlap_factor_{{way}}"] = {OVERLAP}',
+            f"    {vae}.enable_tiling(**tiles)",
             "else:",
+            f"    {vae}.enable_tiling()",
             f"    factor = 2 ** (len({vae}.config.block_out_channels) - 1)",
             f"    {vae}.tile_sample_min_size = {tile}",
             f"    {vae}.tile_latent_min_size = {tile} // factor",
@@ -221,7 +227,13 @@ def _variants(workload: Workload) -> set[str]:
     return {v for r in runs for v in r.variants}
 
 
+def _refused(workload: Workload) -> dict[str, str]:
+    """Switches that some autoencoder does not take, and why."""
+    runs = (r for p in workload.phases for r in p.runs)
+    return {variant: why for r in runs for variant, why in r.refused.items()}
+
+
 def _tiles(workload: Workload) -> list[int]:
-    """Tile sides that were traced and change the decode."""
-    found = (v.removeprefix("tiled:") for v in _variants(workload) if v.startswith("tiled:"))
-    return sorted(map(int, found))
+    """Tile sides that were traced and change the decode, and no other call's output."""
+    usable = _variants(workload) - _refused(workload).keys()
+    return sorted(int(v.removeprefix("tiled:")) for v in usable if v.startswith("tiled:"))

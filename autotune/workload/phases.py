@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -106,10 +106,10 @@ class _Runs:
         if role == "denoiser" and not self.latent_tokens:
             self.latent_tokens = _latent_tokens(call)
         note = ""
-        variants: dict[str, Trace] = {}
+        paths = _Paths({}, {})
         try:
             trace, out, guesses = call.trace()
-            variants = dict(_variants(call, trace, self._request))
+            paths = _paths(call, trace, out, self._request)
             if guesses:
                 note = _on_zeros(call, guesses)
         except Exception as error:  # any operator, any control flow that asks for values
@@ -124,7 +124,8 @@ class _Runs:
                 calls=0,
                 trace=trace,
                 entry=call.entry,
-                variants=variants,
+                variants=paths.variants,
+                refused=paths.refused,
                 upcast_bytes=max(0, weight_bytes(call.module) - self._weights[call.component]),
                 is_estimated=bool(note),
             )
@@ -228,29 +229,56 @@ def _offload_order(
 # ---- code paths of an autoencoder ---------------------------------------------------------------
 
 
-def _variants(call: Call, whole: Trace, request: Request) -> Iterator[tuple[str, Trace]]:
+class _Paths(NamedTuple):
+    """What an autoencoder's switches change: traces, and why others are of no use."""
+
+    variants: dict[str, Trace]
+    refused: dict[str, str]
+
+
+def _paths(call: Call, whole: Trace, out: Any, request: Request) -> _Paths:
+    found = _Paths({}, {})
     if call.entry not in ("encode", "decode"):
-        return
+        return found
+    shapes = _shapes(out)
     for variant in variants_of(call.module, request, _batch(call)):
         try:
-            trace = _variant(call, variant)
-        except Exception:  # this autoencoder cannot do it at this size
+            trace, parts = _variant(call, variant)
+        except Exception as error:  # this autoencoder cannot do it at this size
+            found.refused[variant] = f"{type(call.module).__name__} cannot: {first_line(error)}"
             continue
-        if trace != whole:
-            yield variant, trace
+        if _shapes(parts) != shapes:
+            found.refused[variant] = _misshapen(call, variant, _shapes(parts), shapes)
+        elif trace != whole:
+            found.variants[variant] = trace
+    return found
 
 
-def _variant(call: Call, variant: str) -> Trace:
+def _shapes(out: Any) -> list[tuple[int, ...]]:
+    """Of each tensor returned, apart from how many images there are."""
+    leaves = tree_flatten(out)[0]
+    inner = [v for leaf in leaves for v in getattr(leaf, "__dict__", {}).values()]  # distributions
+    return [tuple(t.shape[1:]) for t in (*leaves, *inner) if isinstance(t, Tensor)]
+
+
+def _misshapen(
+    call: Call, variant: str, parts: list[tuple[int, ...]], whole: list[tuple[int, ...]]
+) -> str:
+    got, wanted = ("x".join(map(str, shapes[0])) for shapes in (parts, whole))
+    return f"{type(call.module).__name__} returns {got} instead of {wanted} when {variant}"
+
+
+def _variant(call: Call, variant: str) -> tuple[Trace, Any]:
+    """The trace of another path, and what it returned for as many images as were traced."""
     batch = _batch(call)
     traced = min(batch, _SLICES_TRACED) if variant.startswith("sliced") else batch
     few = call if traced == batch else _with_batch(call, batch, traced)
     with switched(call.module, variant):
         found, out, _ = few.trace()
     if traced == batch:
-        return found
-    return _repeated(
-        found, batch, traced, _bytes(tree_flatten(out)[0]) // traced, _bytes(few.tensors)
-    )
+        return found, out
+    image_bytes = _bytes(tree_flatten(out)[0]) // traced
+    return _repeated(found, batch, traced, image_bytes, _bytes(few.tensors)), out
 
 
 def _bytes(values: Iterable[Any]) -> int:

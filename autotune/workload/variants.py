@@ -80,21 +80,33 @@ def switched(vae: Any, variant: str) -> Iterator[None]:
         restore(vae, before)
 
 
+OVERLAP = 0.25
+"""Share of a tile that the next one covers again, where an autoencoder is told it as a share.
+CogVideoX's own sixth and fifth are no whole latents: its frames would come out too wide."""
+
+
 def _tile(vae: Any, pixels: int) -> None:
     """Turn tiling on; image autoencoders have one size, the others one for each direction."""
     if not hasattr(vae, "tile_sample_min_height"):
         vae.enable_tiling()
         if has_tiles(vae):
-            factor = 2 ** (len(vae.config.block_out_channels) - 1)
             vae.tile_sample_min_size = pixels
-            vae.tile_latent_min_size = pixels // factor
+            vae.tile_latent_min_size = pixels // _factor(vae)
         return
-    sizes: dict[str, Any] = dict.fromkeys(
-        ("tile_sample_min_height", "tile_sample_min_width"), pixels
-    )
+    sizes: dict[str, Any] = {}
     for way in ("height", "width"):
+        sizes[f"tile_sample_min_{way}"] = pixels
         stride = getattr(vae, f"tile_sample_stride_{way}", None)
-        if stride is not None:  # the same share of overlap as by default
-            whole = getattr(vae, f"tile_sample_min_{way}")
-            sizes[f"tile_sample_stride_{way}"] = int(pixels * stride / whole)
+        if stride is not None:  # the same share of overlap as by default, in whole latents
+            share = stride / getattr(vae, f"tile_sample_min_{way}")
+            factor = _factor(vae)
+            sizes[f"tile_sample_stride_{way}"] = int(pixels * share) // factor * factor
+        if hasattr(vae, f"tile_overlap_factor_{way}"):
+            sizes[f"tile_overlap_factor_{way}"] = OVERLAP
     vae.enable_tiling(**sizes)
+
+
+def _factor(vae: Any) -> int:
+    """Pixels per latent element along a side."""
+    told = getattr(vae, "spatial_compression_ratio", None)
+    return int(told or 2 ** (len(vae.config.block_out_channels) - 1))

@@ -185,6 +185,7 @@ class ComponentRun(Value, frozen=True):
         entry: The method called, ``"forward"`` or an autoencoder's ``"encode"`` or ``"decode"``.
         variants: The same call with its code path switched (``"sliced"``, ``"tiled:512"``), each
             really traced; absent where switching changes nothing.
+        refused: Other switches that were tried, and why they must not be set.
         upcast_bytes: Extra weight bytes while it runs in a wider dtype than it is stored in
             (SDXL's fp16 VAE decodes in float32).
         is_estimated: The trace is a guess from the weights: the module could not be traced.
@@ -196,8 +197,14 @@ class ComponentRun(Value, frozen=True):
     trace: Trace
     entry: str = "forward"
     variants: dict[str, Trace] = {}
+    refused: dict[str, str] = {}
     upcast_bytes: int = 0
     is_estimated: bool = False
+
+    def switched(self, variant: str) -> Trace:
+        """The call with switches set, as far as they change it (one image cannot be sliced)."""
+        names = (variant, *reversed(variant.split("+")))
+        return next((self.variants[n] for n in names if n in self.variants), self.trace)
 
 
 class Phase(Value, frozen=True):

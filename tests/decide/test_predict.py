@@ -14,6 +14,7 @@ from autotune.optimizations import parse_settings
 from autotune.optimizations.execution import Execution
 from autotune.units import GIB
 from autotune.workload.workload import AttentionShape
+from tests.workloads import workload_of
 
 
 def predicted(machine, workload, text=""):
@@ -106,6 +107,16 @@ def test_tile_larger_than_the_image_changes_nothing(traced, rtx_3080):
     assert predicted(rtx_3080, workload, "vae_tiling:tile=1024") == predicted(rtx_3080, workload)
     with pytest.raises(OptimizationError, match="not traced"):
         predicted(rtx_3080, workload, "vae_tiling:tile=128")
+
+
+def test_each_call_of_an_autoencoder_takes_the_switches_that_change_it(rtx_3080):
+    """Image-to-image encodes one picture, which tiles cut, and decodes two, one after the other."""
+    workload = workload_of("sd-img2img")
+    predicted(rtx_3080, workload, "vae_slicing,vae_tiling:tile=64")
+    encode, decode = (workload.phases[i].runs[-1] for i in (0, 2))
+    assert encode.switched("sliced+tiled:64") == encode.variants["tiled:64"]
+    assert encode.switched("sliced") == encode.trace
+    assert decode.switched("sliced+tiled:64") == decode.variants["sliced+tiled:64"]
 
 
 def test_tome_needs_depth_on_sdxl(traced, rtx_3080):

@@ -189,22 +189,7 @@ def test_each_available_one_draws_as_declared_and_leaves_nothing(
         assert bool(xformers_on_cpu) == ("xformers" in AVAILABLE[kind])
 
 
-WRONG_TILES = pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="workload/variants.py: overlaps of a sixth and a fifth are no whole latents, and the "
-    "frames come out wider than asked for; with tile_overlap_factor_* = 0.25 they do not",
-)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(k, marks=WRONG_TILES) if k == "cogvideox" else k
-        for k in ONE_OF_EACH_AUTOENCODER
-        if DECODE & AVAILABLE[k]
-    ],
-)
+@pytest.mark.parametrize("kind", [k for k in ONE_OF_EACH_AUTOENCODER if DECODE & AVAILABLE[k]])
 def test_decoding_in_parts(kind: str, state: Any) -> None:
     pipe = BUILDERS[kind]()
     two: dict[str, Any] = {"prompt": ["a small cat", "a dog"]}
@@ -221,6 +206,34 @@ def test_decoding_in_parts(kind: str, state: Any) -> None:
             undo()
             assert differences(before, state(pipe)) == {}, setting
             assert torch.equal(draw(pipe, **size), plain)
+
+
+@pytest.mark.parametrize("kind", [k for k in ONE_OF_EACH_AUTOENCODER if DECODE & AVAILABLE[k]])
+def test_the_lines_for_tiling_do_what_applying_does(kind: str) -> None:
+    applied, pipe = BUILDERS[kind](), BUILDERS[kind]()
+    setting = find("vae_tiling").setting({"tile": 64})
+    apply(applied, setting)
+    lines = find("vae_tiling").code(setting.parameters)
+    exec("\n".join(lines).replace("{autoencoder}", "vae"), {"pipe": pipe})
+    tiles = [
+        {n: v for n, v in vars(p.vae).items() if n.startswith(("tile_", "use_"))}
+        for p in (applied, pipe)
+    ]
+    assert tiles[0] == tiles[1]
+
+
+def test_tiles_that_would_change_the_size_are_rejected(
+    rtx_3080: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CogVideoX's own overlaps, its frames come out too wide."""
+    monkeypatch.setattr("autotune.workload.variants.OVERLAP", 1 / 5)
+    workload = workload_of.__wrapped__("cogvideox")
+    (run,) = workload.phases[-1].runs
+    assert set(run.variants) == {"sliced"}
+    assert set(run.refused) == {"tiled:64", "sliced+tiled:64"}
+    assert find("vae_tiling").unavailable(rtx_3080, workload) == (
+        "AutoencoderKLCogVideoX returns 3x8x136x136 instead of 3x8x128x128 when tiled:64"
+    )
 
 
 REFUSED = [

@@ -14,7 +14,7 @@ from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PhasePrediction
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import ComponentRun, Operator, Phase, Workload
+from autotune.workload.workload import ComponentRun, Operator, Workload
 
 
 class Resident(msgspec.Struct, frozen=True):
@@ -74,16 +74,13 @@ def break_down(
     A component called on several shapes in a phase is one entry: its time is their sum, its memory
     that of the shape which needs the most.
     """
-    runs = [(phase.name, run) for phase in workload.phases for run in phase.runs]
-    # The same runs in the same order, so that weights move as they do in the whole.
-    apart = msgspec.structs.replace(
-        workload, phases=tuple(Phase(name, (run,)) for name, run in runs)
-    )
-    predicted = Predictor(machine, apart).predict(execution).phases
-    companions = _companions(workload, execution)
+    predictor = Predictor(machine, workload)
+    weights = predictor.weights(execution)
     stored = stored_in(workload, storage_of(execution))
     found: dict[tuple[str, str, str], ComponentPrediction] = {}
-    for (name, run), prediction, others in zip(runs, predicted, companions, strict=True):
+    for name, run in ((phase.name, run) for phase in workload.phases for run in phase.runs):
+        prediction = predictor.run(name, run, execution)
+        others = weights.companions(run, execution)
         part = ComponentPrediction(
             component=run.component,
             entry=run.entry,
@@ -121,20 +118,6 @@ def _joined(first: ComponentPrediction, second: ComponentPrediction) -> Componen
 
 
 # ---- what is resident ---------------------------------------------------------------------------
-
-
-def _companions(workload: Workload, execution: Execution) -> Iterator[frozenset[str]]:
-    """For each run in order: components that are on the device as a whole, if it is not theirs."""
-    hooked = {*workload.offload_order, *workload.offload_apart}
-    before = dict(zip(workload.offload_order[1:], workload.offload_order, strict=False))
-    here = {c.name for c in workload.components}
-    if execution.placement != "device":
-        here -= hooked
-    for run in (run for phase in workload.phases for run in phase.runs):
-        if execution.placement == "model_offload":
-            here.discard(before.get(run.component, ""))
-            here.add(run.component)
-        yield frozenset(here - {run.component})
 
 
 def _resident(

@@ -109,8 +109,10 @@ class _Pipeline:
     def generate(self) -> None:
         """One generation, of as many steps as matter."""
         for phase in self.workload.phases:
-            for run in phase.runs:
-                self._run(run)
+            for repeat in phase.sequence:
+                for _ in range(min(repeat.times, STEPS)):
+                    for index in repeat.runs:
+                        self._run(phase.runs[index])
         if self._execution.placement == "model_offload":  # diffusers takes everything off
             for name in list(self._here):
                 if name in self._hooked:
@@ -127,8 +129,7 @@ class _Pipeline:
             self._cast(component, 1 + run.upcast_bytes / component.weight_bytes)
         path = self._predictor.path(run, self._execution)
         streamed = self._streamed(run)
-        for _ in range(min(run.calls, STEPS)):
-            replay(self.allocator, self.machine, path, self._leaf_bytes(component))
+        replay(self.allocator, self.machine, path, self._leaf_bytes(component))
         if streamed is not None:
             self.allocator.free(streamed)
         if run.upcast_bytes and run.component in self._here:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from autotune.decide.allocator import rounding_bytes
@@ -36,17 +35,29 @@ def group_host_s(machine: Machine, component: Component, group: GroupOffload) ->
 
 
 class Moved(NamedTuple):
-    """A component run under model offload.
+    """Calls of a component under model offload.
 
     Attributes:
-        resident_bytes: Weights on the device while it runs.
-        inward_bytes: Weights that come to the device before it runs.
-        outward_bytes: Weights that go back to the host because of it.
+        resident_bytes: The most weights on the device during one of them.
+        here: What offload moves and is there meanwhile, the component itself included.
+        inward_bytes: Weights that come to the device before them.
+        outward_bytes: Weights that go back to the host because of them.
     """
 
-    resident_bytes: int
-    inward_bytes: int
-    outward_bytes: int
+    resident_bytes: int = 0
+    here: frozenset[str] = frozenset()
+    inward_bytes: int = 0
+    outward_bytes: int = 0
+
+    def plus(self, other: Moved, times: int = 1) -> Moved:
+        """These calls, and others so many times."""
+        larger = max(self, other, key=lambda m: m.resident_bytes)
+        return Moved(
+            larger.resident_bytes,
+            larger.here,
+            self.inward_bytes + other.inward_bytes * times,
+            self.outward_bytes + other.outward_bytes * times,
+        )
 
 
 class Weights:
@@ -65,7 +76,7 @@ class Weights:
         self._staying = sum(
             c.weight_bytes for c in workload.components if c.name not in self._hooked
         )
-        self._moved = dict(self._follow())  # by the identity of the run, which may call twice
+        self._moved = self._follow()
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
@@ -80,6 +91,15 @@ class Weights:
         if execution.placement == "group_offload":
             at_once = _groups_at_once(component, run, _group(execution))
         return int(at_once * _widening(component, run)) + self._staying
+
+    def companions(self, run: ComponentRun, execution: Execution) -> frozenset[str]:
+        """Other components that are on the device as a whole while this run computes."""
+        here = frozenset(self._components)
+        if execution.placement != "device":
+            here -= self._hooked
+        if execution.placement == "model_offload":
+            here |= self._moved[id(run)].here
+        return here - {run.component}
 
     def rounding_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """What PyTorch's allocator counts for resident weights beyond their own bytes."""
@@ -189,27 +209,54 @@ class Weights:
             )
         return self._machine.link
 
-    def _follow(self) -> Iterator[tuple[int, Moved]]:
-        """Follow accelerate's hooks through a generation, as diffusers chains them.
-
-        A component that is called sends the one before it *in the pipeline's offload order* back to
-        the host, wherever that was called. What is hooked apart stays until the end.
-        """
-        order = self._workload.offload_order
-        before = dict(zip(order[1:], order, strict=False))
-        here: dict[str, int] = {}
+    def _follow(self) -> dict[int, Moved]:
+        """Each run's moves, its calls together, by its identity."""
+        hooks = _Hooks(self._workload, self._staying)
         runs = [run for phase in self._workload.phases for run in phase.runs]
-        for index, run in enumerate(runs):
-            name = run.component
-            outward = here.pop(before[name], 0) if name in before else 0
-            inward = 0
-            if name in self._hooked and name not in here:
-                here[name] = self._components[name].weight_bytes
-                inward = here[name] + run.upcast_bytes
-            resident = sum(here.values()) + self._staying + run.upcast_bytes
-            if index == len(runs) - 1:  # diffusers takes everything off after the image
-                outward += sum(here.values())
-            yield id(run), Moved(resident, inward, outward)
+        total = {id(run): Moved() for run in runs}
+        last = runs[-1]
+        for phase in self._workload.phases:
+            for repeat in phase.sequence:
+                # After a pattern has come once, it finds the same there every time it comes back.
+                for times in (1, repeat.times - 1)[: repeat.times]:
+                    for index in repeat.runs:
+                        last = phase.runs[index]
+                        total[id(last)] = total[id(last)].plus(hooks.call(last), times)
+        total[id(last)] = total[id(last)].plus(hooks.after_image())
+        return total
+
+
+class _Hooks:
+    """accelerate's hooks, as diffusers chains them for model offload.
+
+    A component that is called sends the one before it *in the pipeline's offload order* back to
+    the host, wherever that was called. What is hooked apart stays until the end.
+    """
+
+    def __init__(self, workload: Workload, staying_bytes: int) -> None:
+        order = workload.offload_order
+        self._before = dict(zip(order[1:], order, strict=False))
+        self._sizes = {
+            name: workload.component(name).weight_bytes
+            for name in (*order, *workload.offload_apart)
+        }
+        self._staying = staying_bytes
+        self._here: dict[str, int] = {}
+
+    def call(self, run: ComponentRun) -> Moved:
+        """One call of a component."""
+        name = run.component
+        outward = self._here.pop(self._before.get(name, ""), 0)
+        inward = 0
+        if name in self._sizes and name not in self._here:
+            self._here[name] = self._sizes[name]
+            inward = self._sizes[name] + run.upcast_bytes
+        resident = sum(self._here.values()) + self._staying + run.upcast_bytes
+        return Moved(resident, frozenset(self._here), inward, outward)
+
+    def after_image(self) -> Moved:
+        """diffusers takes everything off."""
+        return Moved(outward_bytes=sum(self._here.values()))
 
 
 @functools.lru_cache(maxsize=64)

@@ -71,7 +71,7 @@ class Predictor:
             OptimizationError: the execution needs a code path that was not traced.
         """
         phases = tuple(self._phase(phase, execution) for phase in self.workload.phases)
-        weights = self._weights(execution)
+        weights = self.weights(execution)
         load = weights.load(execution)
         return Prediction(
             peak_bytes=max(p.peak_bytes for p in phases),
@@ -84,7 +84,7 @@ class Predictor:
             images=self.images,
         )
 
-    def _weights(self, execution: Execution) -> Weights:
+    def weights(self, execution: Execution) -> Weights:
         """The weights as this execution stores them."""
         storage = storage_of(execution)
         if storage not in self._stored:
@@ -110,7 +110,7 @@ class Predictor:
         return self._phases[key]
 
     def _predict_phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
-        runs = [self._run(phase.name, run, execution) for run in phase.runs]
+        runs = [self.run(phase.name, run, execution) for run in phase.runs]
         if len(runs) == 1:
             return runs[0]
         largest = max(runs, key=lambda r: r.needed_bytes)
@@ -134,9 +134,10 @@ class Predictor:
             once_s=sum(r.once_s for r in runs),
         )
 
-    def _run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
+    def run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
+        """All calls of one run of the workload, as if they were the whole of their phase."""
         forward = self._forward(run, execution)
-        weights = self._weights(execution)
+        weights = self.weights(execution)
         resident = weights.resident_bytes(run, execution)
         forward = self._with_hooks(forward, run, execution)
         forward = self._with_effects(forward, run, execution)

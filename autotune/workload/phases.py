@@ -24,9 +24,10 @@ from autotune.workload.estimate import estimated_call
 from autotune.workload.groups import take_apart
 from autotune.workload.live import is_denoiser, modules_of
 from autotune.workload.rehearsal import Call, rehearse
+from autotune.workload.sequence import repeats_in
 from autotune.workload.stage import RehearsalError, meta_pipeline, pipeline_class
 from autotune.workload.variants import switched, variants_of
-from autotune.workload.workload import ComponentRun, Phase, Request, Role, Trace, Workload
+from autotune.workload.workload import ComponentRun, Phase, Repeat, Request, Role, Trace, Workload
 
 _SLICES_TRACED = 2
 """A sliced decode repeats itself: so many images are traced, the others are counted."""
@@ -160,7 +161,7 @@ def _latent_tokens(call: Call) -> int:
 
 
 def _phases(calls: list[Key], traced: _Runs) -> tuple[Phase, ...]:
-    """Runs by phase, in the order of their first call, with how often each was called."""
+    """Runs by phase, with how often and in what order they were called."""
     order = list(dict.fromkeys(calls))
     runs = dict(zip(order, traced.found, strict=True))
     if not any(run.role == "denoiser" for run in runs.values()):
@@ -169,7 +170,7 @@ def _phases(calls: list[Key], traced: _Runs) -> tuple[Phase, ...]:
     denoising = [i for i, key in enumerate(calls) if runs[key].role == "denoiser"]
     first, last = denoising[0], denoising[-1] + 1
     parts = {"encode": calls[:first], "denoise": calls[first:last], "decode": calls[last:]}
-    return tuple(Phase(name, tuple(_counted(part, runs))) for name, part in parts.items() if part)
+    return tuple(_phase(name, part, runs) for name, part in parts.items() if part)
 
 
 def _busiest(calls: list[Key], runs: dict[Key, ComponentRun]) -> Key:
@@ -180,10 +181,14 @@ def _busiest(calls: list[Key], runs: dict[Key, ComponentRun]) -> Key:
     return max(counts, key=lambda key: (counts[key], runs[key].trace.flops))
 
 
-def _counted(calls: list[Key], runs: dict[Key, ComponentRun]) -> Iterator[ComponentRun]:
+def _phase(name: str, calls: list[Key], runs: dict[Key, ComponentRun]) -> Phase:
     counts = Counter(calls)
-    for key in counts:
-        yield msgspec.structs.replace(runs[key], calls=counts[key])
+    indices = {key: index for index, key in enumerate(counts)}
+    return Phase(
+        name,
+        tuple(msgspec.structs.replace(runs[key], calls=counts[key]) for key in counts),
+        tuple(Repeat(*repeat) for repeat in repeats_in([indices[key] for key in calls])),
+    )
 
 
 _PHASE_OF: dict[Role, str] = {"encoder": "encode", "denoiser": "denoise", "autoencoder": "decode"}

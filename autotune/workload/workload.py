@@ -207,11 +207,33 @@ class ComponentRun(Value, frozen=True):
         return next((self.variants[n] for n in names if n in self.variants), self.trace)
 
 
+class Repeat(Value, frozen=True):
+    """Calls that follow one another, so many times over.
+
+    ``runs`` are indices into the phase's: (0, 1) fifty times for a ControlNet and its UNet.
+    """
+
+    times: int
+    runs: tuple[int, ...]
+
+
 class Phase(Value, frozen=True):
-    """``"encode"``, ``"denoise"`` or ``"decode"``; its runs in the order of their first call."""
+    """One part of a generation.
+
+    Attributes:
+        name: ``"encode"``, ``"denoise"`` or ``"decode"``.
+        runs: In the order of their first call.
+        order: All calls in their order; where it is not known, all of one run, then of the next.
+    """
 
     name: str
     runs: tuple[ComponentRun, ...]
+    order: tuple[Repeat, ...] = ()
+
+    @property
+    def sequence(self) -> tuple[Repeat, ...]:
+        """The order, known or not."""
+        return self.order or tuple(Repeat(r.calls, (i,)) for i, r in enumerate(self.runs))
 
 
 class Workload(Value, frozen=True):

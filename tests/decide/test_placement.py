@@ -145,19 +145,7 @@ def runs_of(workload: Workload) -> list[ComponentRun]:
     return [run for phase in workload.phases for run in phase.runs]
 
 
-TAKES_TURNS = pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="A workload counts calls and does not say in which order they come back: SD3 encodes "
-    "its second prompt with the T5 of the first still there, and a ControlNet's second call "
-    "finds the UNet",
-)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=TAKES_TURNS) if k in ("sd3", "sd-controlnet") else k for k in BUILDERS],
-)
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_what_is_on_the_device_while_each_component_runs(kind: str) -> None:
     watched, workload = observed(kind)
     machine = load_machine("rtx-3080-10gb")

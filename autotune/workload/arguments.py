@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,6 +59,24 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
             f"it takes: {', '.join(parameters)}",
         )
     return {k: v for k, v in (wanted | options).items() if k in parameters}
+
+
+def require_steps(pipe: Any, request: Request) -> None:
+    """Where a picture is given, only the share ``strength`` of the steps is taken.
+
+    Raises:
+        RequestError: that is less than one step.
+    """
+    parameter = call_parameters(type(pipe)).get("strength")
+    default = None if parameter is None else parameter.default
+    strength, steps = request.options.get("strength", default), request.steps
+    if not isinstance(strength, (int, float)) or int(steps * strength) >= 1:
+        return
+    more = f"ask for at least {math.ceil(1 / strength)} steps, or for" if strength else "ask for"
+    raise RequestError(
+        f"strength {strength:g} times {steps} steps leaves {type(pipe).__name__} less than one step",
+        f"{more} a strength of {math.ceil(100 / steps) / 100:g} or more",
+    )
 
 
 def call_parameters(cls: type) -> dict[str, inspect.Parameter]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from autotune.errors import ModelError, first_line
+from autotune.errors import ModelError, RequestError, first_line
 from autotune.units import format_bytes
 from autotune.workload.architecture import Architecture
+from autotune.workload.arguments import require_steps
 from autotune.workload.assumed import ASSUMED, usual_calls
 from autotune.workload.components import describe, is_packed, meta_module, weight_bytes
 from autotune.workload.estimate import estimated_call
@@ -59,7 +60,7 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
         rehearsed = meta_pipeline(architecture, cls, modules, pipe)
         modules = modules_of(rehearsed)  # AnimateDiff's constructor makes another UNet
         runs = _Runs(modules, request)
-        phases = _phases(rehearse(rehearsed, request, runs.trace), runs)
+        phases = _phases(_calls(rehearsed, request, runs), runs)
     except RehearsalError as error:
         runs = _Runs(modules, request)
         phases = _usual_phases(usual_calls(architecture, modules, request), runs)
@@ -158,6 +159,23 @@ def _latent_tokens(call: Call) -> int:
     """Height times width of what a UNet is given."""
     latents = next((t for t in call.tensors if t.dim() >= 4), None)
     return 0 if latents is None else latents.shape[-1] * latents.shape[-2]
+
+
+def _calls(pipe: Any, request: Request, traced: _Runs) -> list[Key]:
+    """Every call of a rehearsal, in order.
+
+    Raises:
+        RequestError: the pipeline refuses the request, or has no step to draw it in.
+        RehearsalError: it cannot be rehearsed.
+    """
+    try:
+        calls = rehearse(pipe, request, traced.trace)
+    except RequestError:
+        require_steps(pipe, request)  # names the arguments by which it would work
+        raise
+    if not any(run.role == "denoiser" for run in traced.found):
+        require_steps(pipe, request)
+    return calls
 
 
 def _phases(calls: list[Key], traced: _Runs) -> tuple[Phase, ...]:

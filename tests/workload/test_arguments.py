@@ -12,7 +12,9 @@ from PIL import Image
 
 from autotune.errors import RequestError
 from autotune.testing.pipelines import BUILDERS, build_word_tokenizer
+from autotune.workload.architecture import describe_pipeline
 from autotune.workload.arguments import PROMPT, call_arguments, call_parameters
+from autotune.workload.phases import trace_workload
 from autotune.workload.standins import StandInProcessor, StandInTokenizer
 from autotune.workload.workload import Request
 
@@ -94,6 +96,28 @@ def test_a_subclass_takes_what_it_passes_on() -> None:
 
     assert set(call_parameters(PassesOn)) == set(call_parameters(base)) | {"wings"}
     assert set(call_parameters(Closed)) == {"prompt", "wings"}
+
+
+@pytest.mark.parametrize("kind", ["sd-img2img", "sd-inpaint", "sdxl-img2img"])
+def test_a_picture_that_no_step_changes_is_refused(kind: str, request_of: RequestOf) -> None:
+    architecture = describe_pipeline(BUILDERS[kind]())
+
+    def calls(steps: int, strength: float) -> int:
+        request = request_of(steps=steps, options={"strength": strength})
+        return trace_workload(architecture, request).phases[1].runs[0].calls
+
+    with pytest.raises(RequestError, match=r"strength 0\.3 times 2 steps leaves .* less than one"):
+        calls(2, 0.3)
+    with pytest.raises(RequestError) as caught:
+        calls(1, 0.9)
+    assert caught.value.hint == "ask for at least 2 steps, or for a strength of 1 or more"
+    assert calls(4, 0.3) == calls(2, 0.5) == 1  # as the first error's remedy says
+
+
+def test_pipelines_that_round_steps_up_are_left_alone(request_of: RequestOf) -> None:
+    architecture = describe_pipeline(BUILDERS["flux-img2img"]())
+    workload = trace_workload(architecture, request_of(steps=2, options={"strength": 0.3}))
+    assert workload.phases[1].runs[0].calls == 1
 
 
 # ---- stand-ins ----------------------------------------------------------------------------------

@@ -277,8 +277,9 @@ class ForwardModel:
         kernels = self._machine.kernels
         if operator.kind != "convolution":
             return _rate(kernels.matmul_flops_per_s, operator.dtype)
-        if channels_last and operator.dtype in kernels.convolution_channels_last_flops_per_s:
-            return kernels.convolution_channels_last_flops_per_s[operator.dtype].value
+        in_layout = kernels.convolution_channels_last_flops_per_s
+        if channels_last and operator.dtype in in_layout and operator.is_over_images:
+            return in_layout[operator.dtype].value
         return _rate(kernels.convolution_flops_per_s, operator.dtype)
 
 

@@ -46,7 +46,9 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
     only input and filter are, as SDXL's float32 decode does on an A100
     (Hugging Face's simple_sdxl_optimizations).
     """
-    if operator.kind != "convolution" or machine.device.kind != "cuda" or channels_last:
+    if operator.kind != "convolution" or machine.device.kind != "cuda":
+        return 0
+    if channels_last and operator.is_over_images:
         return 0
     replayed = machine.operators.get(operator.key)
     if replayed is not None and replayed.workspace_bytes is not None:

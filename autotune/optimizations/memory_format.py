@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -28,9 +27,9 @@ class ChannelsLast(Optimization):
         if machine.device.kind == "cpu":
             return "on the CPU, oneDNN packs convolution weights in a layout of its own anyway"
         flops = _convolution_flops(workload)
-        if not flops.get(2):
+        if not flops[True]:
             return "no component of this pipeline has two-dimensional convolutions"
-        if flops[2] < sum(flops.values()) / 2:
+        if flops[True] < flops[False]:
             return "most of its convolutions run over frames, and this layout is one of images"
         rates = machine.kernels.convolution_channels_last_flops_per_s
         if workload.request.dtype not in rates:
@@ -62,17 +61,15 @@ class ChannelsLast(Optimization):
         return {} if any(map(_is_set, diffusers_modules(pipe))) else None
 
 
-def _convolution_flops(workload: Workload) -> dict[int, float]:
-    """Dimensions of convolutions → work that they do, in the networks that are diffusers' own."""
-    flops: dict[int, float] = {}
+def _convolution_flops(workload: Workload) -> dict[bool, float]:
+    """Work of the convolutions over images, and of others, in the networks that are diffusers'."""
+    flops = {True: 0.0, False: 0.0}
     runs = [r for p in workload.phases for r in p.runs if r.role != "encoder"]
     for run in runs:
         for operator in run.trace.operators:
             if operator.kind == "convolution":
-                image = json.loads(operator.signature)[1][0]
-                dimensions = len(image["s"]) - 2
                 work = operator.flops * operator.count * run.calls
-                flops[dimensions] = flops.get(dimensions, 0.0) + work
+                flops[operator.is_over_images] += work
     return flops
 
 

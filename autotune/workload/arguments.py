@@ -74,7 +74,7 @@ def require_steps(pipe: Any, request: Request) -> None:
         return
     more = f"ask for at least {math.ceil(1 / strength)} steps, or for" if strength else "ask for"
     raise RequestError(
-        f"strength {strength:g} times {steps} steps leaves {type(pipe).__name__} less than one step",
+        f"strength {strength:g} times {steps} steps leaves less than one step to draw in",
         f"{more} a strength of {math.ceil(100 / steps) / 100:g} or more",
     )
 

@@ -7,6 +7,7 @@ a list of operators. Nothing here imports torch: a workload can be stored and pl
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Literal
 
 from autotune.probe.machine import Value
@@ -100,6 +101,14 @@ class Operator(Value, frozen=True):
     def weight_bytes(self) -> int:
         """Bytes of weights that one call reads."""
         return max(0, self.bytes - self.in_bytes - self.out_bytes)
+
+    @property
+    def is_over_images(self) -> bool:
+        """Whether it is a convolution over height and width, and not over frames besides."""
+        if self.kind != "convolution":
+            return False
+        image = json.loads(self.signature)[1][0]
+        return len(image["s"]) == 4
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ def convolution(dtype: str = "float16", in_bytes: int = IN, kind: str = "convolu
     return Operator(
         name="aten.convolution.default",
         kind=kind,
-        signature="[]",
+        signature='["aten.convolution.default",[{"t":"float16","s":[1,128,1024,1024]}],{}]',
         dtype=dtype,
         count=1,
         flops=1e12,

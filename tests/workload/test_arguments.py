@@ -106,7 +106,7 @@ def test_a_picture_that_no_step_changes_is_refused(kind: str, request_of: Reques
         request = request_of(steps=steps, options={"strength": strength})
         return trace_workload(architecture, request).phases[1].runs[0].calls
 
-    with pytest.raises(RequestError, match=r"strength 0\.3 times 2 steps leaves .* less than one"):
+    with pytest.raises(RequestError, match=r"strength 0\.3 times 2 steps leaves less than"):
         calls(2, 0.3)
     with pytest.raises(RequestError) as caught:
         calls(1, 0.9)

@@ -83,9 +83,9 @@ def _without_data(tensor: Tensor) -> Tensor:
 def _take_dtypes(made: nn.Module, loaded: nn.Module, dtype: torch.dtype) -> None:
     """The loaded module's own dtype becomes ``dtype``; what was left wider stays that wide."""
     own = dtype_of(loaded)
-    mine = dict(made.named_parameters())
-    for name, theirs in loaded.named_parameters():
-        if not is_packed(theirs):
+    mine = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+    for name, theirs in (*loaded.named_parameters(), *loaded.named_buffers()):
+        if name in mine and not is_packed(theirs):
             is_usual = str(theirs.dtype) == f"torch.{own}"
             mine[name].data = mine[name].data.to(dtype if is_usual else theirs.dtype)
 
@@ -98,7 +98,7 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
     """
     cls = _find_class(name, component)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _default_dtype(dtype):
             module = _instantiate(cls, component)
     except Exception as error:  # whatever the third-party constructor raises on odd values
         raise ModelError(
@@ -108,10 +108,29 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
         ) from error
     # nn.Module.to, since ModelMixin.to logs a warning meant for real weights. A few buffers are
     # made on the CPU whatever the default device is (torch.Tensor([...])).
-    nn.Module.to(module, device="meta", dtype=dtype)
-    for kept in _kept_in_float32(module, dtype):
-        kept.float()
+    nn.Module.to(module, device="meta")
+    _cast_as_loaded(module, dtype)
     return module.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As ``from_pretrained`` does it: buffers that no file holds keep what they are made in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast_as_loaded(module: nn.Module, dtype: torch.dtype) -> None:
+    """What a file holds comes in ``dtype``, but for layers that must stay in float32."""
+    kept = _kept_in_float32(module, dtype)
+    for path, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            is_kept = not kept.isdisjoint(path.split("."))
+            tensor.data = tensor.data.to(torch.float32 if is_kept else dtype)
 
 
 def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> Component:
@@ -177,11 +196,15 @@ def _instantiate(cls: Any, component: ComponentConfig) -> nn.Module:
     return cls.from_config(config)  # type: ignore[no-any-return]
 
 
-def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Submodules that from_pretrained leaves in float32 (T5's output projections in float16)."""
-    names = list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
-    if dtype == torch.float16:
-        names += list(getattr(module, "_keep_in_fp32_modules", None) or [])
-    for path, child in module.named_modules():
-        if path and path.split(".")[-1] in names:
-            yield child
+def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names on the paths of what ``from_pretrained`` leaves in float32.
+
+    diffusers does so in every dtype (Wan's norms), transformers in float16 alone (T5's output
+    projections), unless a class is strict about it.
+    """
+    import diffusers
+
+    names = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16 or isinstance(module, diffusers.ModelMixin):
+        names |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return names

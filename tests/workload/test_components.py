@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from autotune.testing.pipelines import BUILDERS
 from autotune.workload.architecture import ComponentConfig, find_architecture
 from autotune.workload.components import build_on_meta, describe, meta_module, weight_bytes
-from tests.pipelines import BUILDERS
 
 HALVES = (torch.float16, torch.bfloat16)
 

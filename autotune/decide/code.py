@@ -81,7 +81,7 @@ def _optimizing(plan: Plan) -> Iterator[str]:
 
 
 def _expanded(lines: tuple[str, ...], workload: WorkloadSummary) -> Iterator[str]:
-    """The lines once for each component that they name by its role, or with all of them in a row."""
+    """The lines for each component that they name by its role, or with all of them in a row."""
     lists = {
         "{denoisers}": ", ".join(map(_quoted, workload.denoisers)),
         "{encoders}": ", ".join(f"pipe.{name}" for name in workload.encoders),

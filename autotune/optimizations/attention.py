@@ -11,7 +11,12 @@ import msgspec
 from autotune.errors import OptimizationError, first_line
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import classes_of, denoisers, diffusers_modules
+from autotune.optimizations.modules import (
+    classes_of,
+    denoisers,
+    diffusers_modules,
+    random_state_kept,
+)
 from autotune.probe.machine import Machine
 from autotune.workload.workload import AttentionShape, Workload
 
@@ -126,12 +131,12 @@ class XFormers(Optimization):
 
 @contextmanager
 def _trying_out_on(device: str) -> Iterator[None]:
-    """diffusers tries the kernel on random data, of the current GPU: ours, and its state kept."""
+    """diffusers tries the kernel on random data of the current GPU: ours."""
     import torch
 
     where = torch.device(device)
-    gpus = [where.index or 0] if where.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), torch.cuda.device(gpus[0] if gpus else -1):
+    current = (where.index or 0) if where.type == "cuda" else -1
+    with random_state_kept(device), torch.cuda.device(current):
         yield
 
 

@@ -64,7 +64,7 @@ class Compile(Optimization):
         def undo() -> None:
             for module in targets:
                 for child in module.modules():
-                    child._compiled_call_impl = None
+                    vars(child).pop("_compiled_call_impl", None)
 
         with undone_on_failure(undo):
             for module in targets:

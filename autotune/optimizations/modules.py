@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from autotune.workload.live import is_denoiser
@@ -32,6 +33,20 @@ def encoders(pipe: Any) -> list[Any]:
     others = [*denoisers(pipe), *autoencoders(pipe)]
     modules = [m for n, m in modules_of(pipe).items() if "encoder" in n]
     return [m for m in modules if not any(m is other for other in others)]
+
+
+@contextmanager
+def random_state_kept(device: str) -> Iterator[None]:
+    """What is drawn inside, on the CPU and on that device, is not missed afterwards.
+
+    New layers start with random weights, and diffusers tries kernels on random data.
+    """
+    import torch
+
+    where = torch.device(device)
+    gpus = [where.index or 0] if where.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        yield
 
 
 def device_of(module: Any) -> Any:

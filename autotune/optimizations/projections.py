@@ -8,7 +8,7 @@ import msgspec
 
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of
+from autotune.optimizations.modules import denoisers, names_of, random_state_kept
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -43,7 +43,7 @@ class FuseQkv(Optimization):
                 layer._modules.update(children)
                 vars(layer).update(attributes)
 
-        with undone_on_failure(undo):
+        with undone_on_failure(undo), random_state_kept(device):
             for module in modules:
                 module.fuse_qkv_projections()
         return undo

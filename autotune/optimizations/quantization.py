@@ -10,7 +10,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of
+from autotune.optimizations.modules import denoisers, names_of, random_state_kept
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -107,7 +107,7 @@ class Quantization(Optimization):
                 where = next(getattr(parent, name).parameters()).device
                 setattr(parent, name, layer.to(where))
 
-        with undone_on_failure(undo):
+        with undone_on_failure(undo), random_state_kept(device):
             for module in denoisers(pipe):
                 for parent, name in _linear_layers(module):
                     layer = getattr(parent, name)

@@ -119,26 +119,28 @@ def _measure(
     allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
     planned = int(allowance * _PLANNED_SHARE)
     timer = Timer(device, _QUICK_FIGURE_S if quick else _FIGURE_S, deadline, watch)
+    has_link = device.type == "cuda" and not facts.unified_memory
+    parts = _parts(quick, has_link)
     with at_most(device, allowance):
-        within = timer.within(_share_s("kernels", deadline, quick))
+        within = timer.within(_share_s("kernels", deadline, parts))
         kernels = measure_kernels(within, memory_bytes=planned, quick=quick, progress=say)
         link = None
-        if not facts.unified_memory:
+        if has_link:
             say("transfers")
             # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
             buffer = min(planned, host.ram_available_bytes // (2 * _MEMORY_SHARE))
-            within = timer.within(_share_s("link", deadline, quick))
+            within = timer.within(_share_s("link", deadline, parts))
             link = measure_link(within, memory_bytes=buffer, uuid=facts.uuid, quick=quick)
         say("attention")
         attention = measure_attention(
-            timer.within(_share_s("attention", deadline, quick)),
+            timer.within(_share_s("attention", deadline, parts)),
             memory_bytes=planned,
             flops_per_s=_widely_used_rate(kernels),
             quick=quick,
         )
         facts = _still_warm(facts, device)
         if not quick:
-            within = timer.within(_share_s("host", deadline, quick))
+            within = timer.within(_share_s("host", deadline, parts))
             kernels = measure_host_costs(within, kernels, link, say)
     noise = watch.noise()
     empty_cache(device)
@@ -168,9 +170,14 @@ def _measure(
     return structs.replace(machine, findings=(*machine.findings, QUICK)) if quick else machine
 
 
-def _share_s(part: str, deadline: Deadline, quick: bool) -> float:
+def _parts(quick: bool, has_link: bool) -> tuple[str, ...]:
+    """What is measured, in order."""
+    parts = tuple(_NEEDS_S)[:3] if quick else tuple(_NEEDS_S)
+    return tuple(part for part in parts if has_link or part != "link")
+
+
+def _share_s(part: str, deadline: Deadline, parts: tuple[str, ...]) -> float:
     """Seconds for a part: what the ones before it left, less what the ones after it need."""
-    parts = list(_NEEDS_S)[:3] if quick else list(_NEEDS_S)
     still = sum(_NEEDS_S[name] for name in parts[parts.index(part) :])
     return deadline.left_s * _NEEDS_S[part] / still
 

@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""What optimizations that change the image do to it: measured on the demo pipeline.
+
+Every optimization of the catalogue that is not exact is applied, with every parameter set that the
+search would try, and draws the same digits from the same seeds as the pipeline does without it.
+
+    scripts/measure_quality.py                      # a table
+    scripts/measure_quality.py --json               # {"images", "steps", "recognised", "rows", …}
+    scripts/measure_quality.py --markdown           # the table of docs/quality.md
+    scripts/measure_quality.py --images 20 tome     # fewer digits; these optimizations alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import msgspec  # noqa: E402
+import numpy  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from autotune.demo.judge import DIGIT_WORDS, DigitJudge  # noqa: E402
+from autotune.errors import AutotuneError  # noqa: E402
+from autotune.optimizations import CATALOGUE, find  # noqa: E402
+from autotune.optimizations.base import Optimization, Setting  # noqa: E402
+from autotune.probe.machine import Machine  # noqa: E402
+from autotune.tuner import Ask, device_name, machine_here, make_plan  # noqa: E402
+from autotune.workload.workload import Workload  # noqa: E402
+
+DOCUMENT = ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- written by scripts/measure_quality.py -->", "<!-- end -->"
+
+BATCH = 20
+"""Images drawn at once."""
+
+Images = NDArray[numpy.float32]
+"""Shape (count, height, width, 3), from 0 to 1."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One optimization with its parameters, against the exact images.
+
+    Attributes:
+        setting: It.
+        quality: The strictest ``--quality`` that allows it.
+        psnr_db: Of all images together; ``None`` where they are identical.
+        ssim: Mean over the images; 1 is identical.
+        worst_ssim: Of the image that changed most.
+        recognised: Share of the digits that the judge recognises.
+    """
+
+    setting: Setting
+    quality: str
+    psnr_db: float | None
+    ssim: float
+    worst_ssim: float
+    recognised: float
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The ``--json`` contract.
+
+    Attributes:
+        device: Where it was drawn.
+        images: How many digits, the ten kinds in turn.
+        steps: Denoise steps of each.
+        recognised: Share of the exact images' digits that the judge recognises.
+        rows: What was measured.
+        left_out: Optimization → why it cannot be applied.
+    """
+
+    device: str
+    images: int
+    steps: int
+    recognised: float
+    rows: tuple[Row, ...]
+    left_out: dict[str, str]
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+def changing(
+    names: Iterable[str], machine: Machine, workload: Workload
+) -> tuple[list[Setting], dict[str, str]]:
+    """The settings that may change the image, and why others cannot be had here."""
+    settings, left_out = [], {}
+    for optimization in map(find, names):
+        reason = optimization.unavailable(machine, workload)
+        if reason is None:
+            tried = optimization.worth_trying(machine, workload)
+            settings += [optimization.setting(p) for p in tried if not is_exact(optimization, p)]
+        else:
+            left_out[optimization.name] = reason
+    return settings, left_out
+
+
+def inexact_names() -> list[str]:
+    """The optimizations of the catalogue that may change the image."""
+    return [o.name for o in CATALOGUE.values() if o.exactness != "exact"]
+
+
+def is_exact(optimization: Optimization, parameters: dict[str, Any]) -> bool:
+    """Whether it leaves the image alone with these parameters."""
+    return optimization.quality(parameters) == "exact"
+
+
+class Studio:
+    """Draws the same digits again and again.
+
+    Args:
+        images: How many, the ten kinds in turn.
+        steps: Denoise steps.
+        device: PyTorch's name of it.
+    """
+
+    def __init__(self, images: int, steps: int, device: str) -> None:
+        import torch
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils.logging import disable_progress_bar
+
+        from autotune.demo import model_path
+
+        torch.set_num_threads(1)  # more only wait for each other where anything else runs
+
+        disable_progress_bar()
+        self.digits = [place % len(DIGIT_WORDS) for place in range(images)]
+        self.pipe = StableDiffusionPipeline.from_pretrained(model_path()).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self._steps, self._device = steps, device
+
+    def draw(self) -> Images:
+        """With the pipeline as it is."""
+        return self._draw(())
+
+    def draw_with(self, setting: Setting) -> Images:
+        """With an optimization, which is taken off again.
+
+        Raises:
+            AutotuneError: it cannot be applied.
+        """
+        undo = find(setting.name).apply(self.pipe, setting.parameters, self._device)
+        try:
+            return self._draw((setting,))
+        finally:
+            undo()
+
+    def _draw(self, settings: tuple[Setting, ...]) -> Images:
+        import torch
+
+        drawn = []
+        for start in range(0, len(self.digits), BATCH):
+            part = self.digits[start : start + BATCH]
+            for setting in settings:
+                find(setting.name).before_image(self.pipe, setting.parameters, start)
+            output = self.pipe(
+                [f"a handwritten {DIGIT_WORDS[digit]}" for digit in part],
+                num_inference_steps=self._steps,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
+                output_type="np",
+            )
+            drawn.append(output.images)
+        return numpy.concatenate(drawn)
+
+
+def measure(names: list[str], images: int, steps: int) -> Report:
+    """Draw everything and compare; what cannot be applied is told with its reason."""
+    machine = machine_here().machine
+    workload = make_plan("demo", machine, Ask(batch=BATCH, steps=steps)).workload
+    settings, left_out = changing(names, machine, workload)
+    studio = Studio(images, steps, device_name(machine))
+    judge = DigitJudge()
+
+    def recognised(drawn: Images) -> float:
+        return judge.accuracy(studio.pipe.numpy_to_pil(drawn), studio.digits)
+
+    exact = studio.draw()
+    rows = []
+    for setting in settings:
+        print(setting, file=sys.stderr)
+        try:
+            drawn = studio.draw_with(setting)
+        except AutotuneError as error:
+            left_out[setting.name] = error.message
+            continue
+        similar = [ssim(a, b) for a, b in zip(exact, drawn, strict=True)]
+        rows.append(
+            Row(
+                setting=setting,
+                quality=find(setting.name).quality(setting.parameters),
+                psnr_db=psnr(exact, drawn),
+                ssim=float(numpy.mean(similar)),
+                worst_ssim=min(similar),
+                recognised=recognised(drawn),
+            )
+        )
+    device = machine.device.name
+    return Report(device, images, steps, recognised(exact), tuple(rows), left_out)
+
+
+# ---- how images are compared --------------------------------------------------------------------
+
+
+def psnr(one: Images, other: Images) -> float | None:
+    """Peak signal-to-noise ratio in dB, of values from 0 to 1; ``None`` where all are the same."""
+    error = float(numpy.mean(numpy.square(one.astype(float) - other)))
+    return -10 * math.log10(error) if error else None
+
+
+def ssim(one: Images, other: Images) -> float:
+    """Mean structural similarity of two images' brightness.
+
+    Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural
+    similarity" (2004): a Gaussian window of 11 x 11 pixels with a deviation of 1.5, only where it
+    lies wholly inside the image.
+
+    Args:
+        one: Shape (height, width, 3), from 0 to 1, at least 11 pixels each way.
+        other: Of the same shape.
+    """
+    x, y = (image.astype(float).mean(axis=-1) for image in (one, other))
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    variance_x = _windowed(x * x) - mean_x**2
+    variance_y = _windowed(y * y) - mean_y**2
+    covariance = _windowed(x * y) - mean_x * mean_y
+    luminance, contrast = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + luminance) * (2 * covariance + contrast)
+    similarity /= (mean_x**2 + mean_y**2 + luminance) * (variance_x + variance_y + contrast)
+    return float(similarity.mean())
+
+
+def _windowed(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+    """Gaussian-weighted mean round each pixel, shape (height - 10, width - 10)."""
+    from scipy.ndimage import gaussian_filter
+
+    radius = 5
+    inner = slice(radius, -radius)
+    return gaussian_filter(values, sigma=1.5, radius=radius)[inner, inner]
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def table(report: Report) -> str:
+    """The rows and what was left out, in Markdown."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    share = f"{report.recognised:.1%}"
+    yield (
+        f"{report.images} digits of {report.steps} steps each, drawn on {report.device}; "
+        f"without any optimization {share} are recognised."
+    )
+    yield ""
+    yield "| optimization | allowed by `--quality` | PSNR | SSIM | worst SSIM | recognised |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for row in report.rows:
+        ratio = "identical" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+        yield (
+            f"| `{row.setting}` | {row.quality} | {ratio} | {row.ssim:.4f} | "
+            f"{row.worst_ssim:.4f} | {row.recognised:.1%} |"
+        )
+    if report.left_out:
+        yield ""
+        yield "Not applicable to the demo pipeline on this device:"
+        yield ""
+        yield from (f"- `{name}`: {reason}" for name, reason in report.left_out.items())
+
+
+def write(text: str) -> None:
+    """Put the table where the document has it."""
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    """Measure and print; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="these optimizations alone")
+    parser.add_argument("--images", type=int, default=200, help="digits to draw (200)")
+    parser.add_argument("--steps", type=int, default=20, help="denoise steps of each (20)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", action="store_true", help=f"rewrite {DOCUMENT.name}'s table")
+    options = parser.parse_args()
+    try:
+        report = measure(options.names or inexact_names(), options.images, options.steps)
+    except AutotuneError as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps(msgspec.to_builtins(report), indent=2))
+        return 0
+    print(table(report))
+    if options.markdown:
+        write(table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

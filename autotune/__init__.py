@@ -39,9 +39,12 @@ def configure(
     steps: int | None = None,
     guidance_scale: float | None = None,
     quality: str = "exact",
+    priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    ram_limit: int | str | None = None,
+    reserve: int | str = 0,
     call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
 ) -> Tuned:
@@ -55,10 +58,15 @@ def configure(
         frames: Of a video; the model's native number by default.
         steps: Denoise steps; the pipeline's default when left out.
         guidance_scale: The pipeline's default when left out.
-        quality: ``"exact"``, ``"high"``, ``"balanced"`` or ``"fast"``: what may change the image.
+        quality: ``"exact"``, ``"high"``, ``"balanced"`` or ``"fast"``: what may change the image;
+            or names of the optimizations that may, ``"vae_tiling,tome"``.
+        priority: ``"speed"``; ``"memory"``: the least device memory that at most doubles the time;
+            or ``"balanced"``: the least that costs at most a quarter more time.
         only: Names of the only optimizations to consider.
         without: Names of optimizations to leave out.
         vram_limit: Most device memory to use, in bytes or as ``"5GiB"``.
+        ram_limit: Most host RAM to use, likewise.
+        reserve: Device memory to leave free for others, likewise.
         call: Further arguments of the pipeline that decide what runs, such as
             ``{"strength": 0.5, "max_sequence_length": 256}``; they are passed on when you draw.
         device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory.
@@ -72,7 +80,7 @@ def configure(
     """
     from autotune.tuner import configure_pipeline
 
-    limits = _limits(quality, only, without, vram_limit)
+    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, "auto", limits, call)
     return configure_pipeline(pipe, ask, device)  # type: ignore[no-any-return]
 
@@ -88,9 +96,12 @@ def load(
     guidance_scale: float | None = None,
     dtype: str = "auto",
     quality: str = "exact",
+    priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    ram_limit: int | str | None = None,
+    reserve: int | str = 0,
     call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
 ) -> Tuned:
@@ -107,7 +118,7 @@ def load(
     """
     from autotune.tuner import load_tuned
 
-    limits = _limits(quality, only, without, vram_limit)
+    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     return load_tuned(model, ask, device)  # type: ignore[no-any-return]
 
@@ -124,9 +135,12 @@ def plan(
     guidance_scale: float | None = None,
     dtype: str = "auto",
     quality: str = "exact",
+    priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
     vram_limit: int | str | None = None,
+    ram_limit: int | str | None = None,
+    reserve: int | str = 0,
     call: Mapping[str, bool | int | float | str] | None = None,
 ) -> Plan:
     """Decide for a model on this machine, or on another one that was recorded.
@@ -142,7 +156,7 @@ def plan(
     """
     from autotune.tuner import machine_here, make_plan
 
-    limits = _limits(quality, only, without, vram_limit)
+    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     if machine is None:
         machine = machine_here().machine
@@ -175,13 +189,31 @@ def profiles() -> tuple[Profile, ...]:
 
 
 def _limits(
-    quality: str, only: Iterable[str], without: Iterable[str], vram_limit: int | str | None
+    quality: str,
+    priority: str,
+    only: Iterable[str],
+    without: Iterable[str],
+    vram_limit: int | str | None,
+    ram_limit: int | str | None,
+    reserve: int | str,
 ) -> Limits:
     from autotune.decide.choose import Limits
+
+    return Limits(
+        quality=quality,
+        priority=priority,
+        only=tuple(only),
+        without=tuple(without),
+        vram_limit=_bytes(vram_limit),
+        ram_limit=_bytes(ram_limit),
+        reserve=_bytes(reserve) or 0,
+    )
+
+
+def _bytes(size: int | str | None) -> int | None:
     from autotune.units import parse_bytes
 
-    limit = parse_bytes(vram_limit) if isinstance(vram_limit, str) else vram_limit
-    return Limits(quality=quality, only=tuple(only), without=tuple(without), vram_limit=limit)
+    return parse_bytes(size) if isinstance(size, str) else size
 
 
 def _ask(

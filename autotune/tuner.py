@@ -185,7 +185,7 @@ def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
         ModelError, RequestError, OptimizationError: see the stages.
     """
     architecture, workload = work_out(model, machine, ask)
-    return Planned(architecture, machine, workload, choose(machine, workload, ask.limits))
+    return _decided(architecture, machine, workload, ask.limits)
 
 
 def plan_here(
@@ -204,7 +204,23 @@ def plan_here(
     if progress is not None:
         progress("the model's operators")
     machine = replayed(measured, workload, REPLAY_S).machine
-    return Planned(architecture, machine, workload, choose(machine, workload, ask.limits))
+    return _decided(architecture, machine, workload, ask.limits, pipe)
+
+
+def _decided(
+    architecture: Architecture,
+    machine: Machine,
+    workload: Workload,
+    limits: Limits,
+    pipe: Any = None,
+) -> Planned:
+    """Where nothing fits, other requests of the same model are traced as ways out."""
+
+    def rework(request: Request) -> Workload:
+        return workload_of(architecture, request, pipe)
+
+    plan = choose(machine, workload, limits, rework=rework)
+    return Planned(architecture, machine, workload, plan)
 
 
 def work_out(

@@ -16,6 +16,7 @@ import msgspec
 from autotune.cli.memory import MemoryAccount
 from autotune.cli.models import ModelAccount, ModelList
 from autotune.cli.run import RunReport
+from autotune.cli.whatif import Comparison
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.probe.machine import Machine
 from autotune.profile.profile import Profile
@@ -23,6 +24,7 @@ from autotune.profile.profile import Profile
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 
 SCHEMAS: dict[str, type[msgspec.Struct]] = {
+    "comparison.json": Comparison,
     "machine.json": Machine,
     "memory.json": MemoryAccount,
     "model.json": ModelAccount,

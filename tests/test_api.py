@@ -111,6 +111,15 @@ def test_plan_for_another_machine():
     assert plan.fits
 
 
+def test_limits_are_those_of_the_command_line():
+    plain = autotune.plan("sd15", machine="t4-16gb")
+    held = autotune.plan(
+        "sd15", machine="t4-16gb", priority="memory", reserve="1GiB", ram_limit=8 << 30
+    )
+    assert (held.priority, held.host_budget_bytes) == ("memory", 8 << 30)
+    assert held.budget_bytes == plain.budget_bytes - (1 << 30)
+
+
 def test_probe_and_profiles():
     machine = autotune.probe("cpu")
     assert machine.device.kind == "cpu"
@@ -131,6 +140,8 @@ def test_submodule_does_not_hide_the_function():
         (lambda: autotune.load("no-such-model"), ModelError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", height=1001), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", vram_limit="lots"), RequestError),
+        (lambda: autotune.plan("sdxl", machine="t4-16gb", reserve="lots"), RequestError),
+        (lambda: autotune.plan("sdxl", machine="t4-16gb", priority="x"), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", frames=8), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"width": 512}), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"sigmas": [1]}), RequestError),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autotune.cli.output import console
+from autotune.cli.output import console, table_of
 from autotune.decide.breakdown import ComponentPrediction
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Budget, PhasePrediction, Prediction
@@ -95,7 +95,7 @@ def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
 
 def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
     """Memory and time per phase, and per component where a phase has several."""
-    table = _table("phase", "weights", "active", "needed", "seconds", "bound by")
+    table = table_of(("phase", "weights", "active", "needed", "seconds", "bound by"), left=(0, 5))
     binding = prediction.binding_phase.name
     for phase in prediction.phases:
         within = [p for p in parts if p.prediction.name == phase.name]
@@ -174,7 +174,7 @@ def _reason_table(plan: Plan) -> Table:
 
 
 def _comparison(prediction: Prediction, measured: tuple[PhaseMeasurement, ...]) -> Table:
-    table = _table("phase", "predicted", "measured", "predicted peak", "measured peak")
+    table = table_of(("phase", "predicted", "measured", "predicted peak", "measured peak"))
     for row in compare(prediction, measured):
         table.add_row(*row)
     total = sum(m.seconds for m in measured)
@@ -197,13 +197,3 @@ def _grid() -> Table:
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column()
     return grid
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in (0, 5) else "right")
-    return table

@@ -23,6 +23,9 @@ from autotune.tuner import (
 from autotune.workload.architecture import Architecture, find_architecture
 from autotune.workload.workload import Workload
 
+HERE = "here"
+"""What this machine is called where machines are named."""
+
 ANY_MACHINE = "a100-80gb"
 """A reference machine that computes every dtype, where it does not matter which it is."""
 
@@ -87,8 +90,15 @@ def check_request(architecture: Architecture, ask: Ask) -> None:
     completed(architecture, load_machine(ANY_MACHINE), ask)
 
 
+def is_machine(name: str) -> bool:
+    """Whether a name, of a machine or of a model, is a machine's."""
+    from autotune.probe.reference import reference_machines
+
+    return name == HERE or name.endswith(".json") or name in reference_machines()
+
+
 def _named(name: str | None) -> Machine | None:
-    if name is None:
+    if name in (None, HERE):
         return None
     from autotune.probe.reference import load_machine
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from autotune.cli.output import console
+from autotune.cli.output import console, table_of
 from autotune.decide.breakdown import (
     ComponentPrediction,
     PeakOperator,
@@ -170,13 +170,7 @@ def _legend(budget: int) -> Text:
 
 
 def _figures(phases: tuple[PhaseMemory, ...]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("phase")
-    for title in (*(title for title, *_ in _PARTS), "needed"):
-        table.add_column(title, justify="right")
+    table = table_of(("phase", *(title for title, *_ in _PARTS), "needed"))
     for phase in phases:
         figures = (*_bytes(phase), phase.needed_bytes)
         table.add_row(phase.phase, *map(format_bytes, figures))

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from autotune.cli.machine import ANY_MACHINE
-from autotune.cli.output import JsonFlag, console, print_json, progress
+from autotune.cli.output import JsonFlag, console, print_json, progress, table_of
 from autotune.decide.predict import Predictor
 from autotune.demo import model_path
 from autotune.errors import AutotuneError
@@ -381,7 +381,9 @@ def _facts(account: ModelAccount) -> Table:
 
 
 def _components(account: ModelAccount) -> Table:
-    table = _table("component", "class", "parameters", "float32", account.half_dtype, left=2)
+    table = table_of(
+        ("component", "class", "parameters", "float32", account.half_dtype), left=(0, 1)
+    )
     for c in account.components:
         table.add_row(c.name, c.class_name, *_sizes(c.parameters, c.weight_bytes))
     table.add_section()
@@ -395,7 +397,7 @@ def _sizes(parameters: int, weight_bytes: dict[str, int]) -> tuple[str, ...]:
 
 
 def _calls(account: ModelAccount) -> Table:
-    table = _table("phase", "component", "calls", "TFLOP a call", "activations", left=2)
+    table = table_of(("phase", "component", "calls", "TFLOP a call", "activations"), left=(0, 1))
     before = ""
     for c in account.calls:
         label = c.component if c.entry == "forward" else f"{c.component}.{c.entry}"
@@ -413,13 +415,3 @@ def _calls(account: ModelAccount) -> Table:
 def _tera(flops: float) -> str:
     tera = flops / 1e12
     return f"{tera:.0f}" if tera >= 100 else f"{tera:.3g}"
-
-
-def _table(*titles: str, left: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index < left else "right")
-    return table

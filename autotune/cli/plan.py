@@ -2,104 +2,110 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from autotune.cli.account import (
+    print_facts,
+    print_notes,
+    print_plan,
+    print_report,
+    print_report_facts,
+)
 from autotune.cli.machine import plan_on, work_out_on
 from autotune.cli.memory import MemoryAccount, memory_of, print_memory
 from autotune.cli.options import (
-    Batch,
-    Call,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
+    ChoiceOptions,
     MachineName,
-    Only,
-    Quality,
-    Steps,
-    VramLimit,
-    Width,
-    Without,
-    make_limits,
-    parse_call,
+    MemoryOptions,
+    RequestOptions,
+    make_ask,
+    spread,
 )
 from autotune.cli.output import JsonFlag, print_json
+from autotune.cli.whatif import (
+    Comparison,
+    cases_of,
+    plan_all,
+    print_comparison,
+    print_frontier,
+)
 from autotune.decide.breakdown import break_down
 from autotune.decide.choose import execution_of
 from autotune.decide.choose import predict as predict_set
+from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan, PredictionReport
+from autotune.decide.whatif import compare as compare_plans
+from autotune.decide.whatif import frontier as frontier_of
 from autotune.errors import RequestError
 from autotune.optimizations import parse_settings
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.tuner import Ask, Planned
+from autotune.runtime.account import shortage
+from autotune.tuner import Planned
 from autotune.workload.workload import Workload
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name such as sdxl.")]
 Explain = Annotated[
     str | None, typer.Option(metavar="memory", help="What fills the memory, phase by phase.")
 ]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B", help="Machines or models beside these, in one table; `here` is this machine."
+    ),
+]
+CodeFlag = Annotated[bool, typer.Option("--code", help="Print plain diffusers lines to paste.")]
+FrontierFlag = Annotated[
+    bool, typer.Option("--frontier", help="What less memory costs in time, set by set.")
+]
 
 
+@spread
 def plan(
     model: Model,
     machine: MachineName = None,
-    height: Height = None,
-    width: Width = None,
-    batch: Batch = 1,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    call: Call = None,
-    dtype: Dtype = "auto",
-    quality: Quality = "exact",
-    only: Only = "",
-    without: Without = "",
-    vram_limit: VramLimit = None,
+    compare: Compare = None,
+    *,
+    request: RequestOptions,
+    choice: ChoiceOptions,
+    memory: MemoryOptions,
     explain: Explain = None,
+    frontier: FrontierFlag = False,
+    code: CodeFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Decide how to run MODEL here or elsewhere, and say why.
 
-    MODEL is a hub id, a folder, or a name that `autotune models` lists.
+    MODEL is a hub id, a folder, or a name that `autotune models` lists. Several models or machines
+    are compared in one table: `autotune plan sdxl,sd15 --machine t4-16gb,rtx-4060-8gb`, or
+    `autotune plan sdxl --compare t4-16gb,rtx-4060-8gb`.
     """
-    _check_explain(explain)
-    limits = make_limits(quality, only, without, vram_limit)
-    options = parse_call(call)
-    ask = Ask(height, width, batch, steps, guidance, dtype, limits, frames, options)
-    planned = plan_on(machine, model, ask)
-    memory = None if explain is None else _plan_memory(planned)
+    view = _view(explain, frontier, code)
+    ask = make_ask(request, memory, choice)
+    cases = cases_of(model, machine, compare)
+    if len(cases) > 1:
+        _print_comparison(plan_all(cases, ask), view, json)
+        return
+    planned = plan_on(cases[0].machine, cases[0].model, ask)
+    shown = _shown(view, planned, ask.limits)
     if json:
-        _print(planned.plan, memory)
-        return
-    from autotune.cli import account
-
-    if memory is None:
-        parts = break_down(planned.machine, planned.workload, planned.plan.execution)
-        account.print_plan(planned.plan, parts)
-        return
-    account.print_facts(planned.plan)
-    print_memory(memory, ", ".join(map(str, planned.plan.optimizations)))
-    account.print_notes(planned.plan.notes)
+        print_json(planned.plan.to_dict() | shown)
+    else:
+        _print_plan(planned, shown)
 
 
+@spread
 def predict(
     model: Model,
     with_: Annotated[
         str, typer.Option("--with", help="The set: A,B,tome:ratio=0.3 (empty: none).")
     ] = "",
     machine: MachineName = None,
-    height: Height = None,
-    width: Width = None,
-    batch: Batch = 1,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    call: Call = None,
-    dtype: Dtype = "auto",
-    vram_limit: VramLimit = None,
+    *,
+    request: RequestOptions,
+    memory: MemoryOptions,
     explain: Explain = None,
     json: JsonFlag = False,
 ) -> None:
@@ -107,31 +113,75 @@ def predict(
 
     MODEL is a hub id, a folder, or a name that `autotune models` lists.
     """
-    _check_explain(explain)
+    view = _view(explain)
     settings = parse_settings(with_)
-    limits = make_limits("exact", "", "", vram_limit)
-    options = parse_call(call)
-    ask = Ask(height, width, batch, steps, guidance, dtype, limits, frames, options)
+    ask = make_ask(request, memory)
     here, workload = work_out_on(machine, model, ask)
-    report = predict_set(here, workload, settings, limits)
+    report = predict_set(here, workload, settings, ask.limits)
     execution = execution_of(settings)
-    memory = None if explain is None else _report_memory(here, workload, execution, report)
+    account = None if view is None else _report_memory(here, workload, execution, report)
     if json:
-        _print(report, memory)
+        print_json(report.to_dict() | ({} if account is None else {"memory": account}))
         return
-    from autotune.cli import account
-
-    if memory is None:
-        account.print_report(report, break_down(here, workload, execution))
+    if account is None:
+        print_report(report, break_down(here, workload, execution))
         return
-    account.print_report_facts(report)
-    print_memory(memory, ", ".join(map(str, settings)))
-    account.print_notes(report.notes)
+    print_report_facts(report)
+    print_memory(account, ", ".join(map(str, settings)))
+    print_notes(report.notes)
 
 
-def _check_explain(explain: str | None) -> None:
+# ---- what of a plan is shown --------------------------------------------------------------------
+
+
+def _view(explain: str | None, frontier: bool = False, code: bool = False) -> str | None:
+    """The one thing that is shown in place of the reasons; its name in ``--json`` too.
+
+    Raises:
+        RequestError: there are two, or it is unknown.
+    """
     if explain not in (None, "memory"):
         raise RequestError(f"--explain knows no {explain!r}", "use --explain memory")
+    asked = {"memory": explain is not None, "frontier": frontier, "code": code}
+    views = [name for name, is_asked in asked.items() if is_asked]
+    if len(views) > 1:
+        raise RequestError(f"{' and '.join(views)} are shown one at a time", "ask for one of them")
+    return views[0] if views else None
+
+
+def _shown(view: str | None, planned: Planned, limits: Limits) -> dict[str, Any]:
+    if view == "memory":
+        return {view: _plan_memory(planned)}
+    if view == "frontier":
+        return {view: frontier_of(planned.machine, planned.workload, limits)}
+    if view == "code":
+        return {view: planned.plan.code(planned.architecture)}
+    return {}
+
+
+def _print_plan(planned: Planned, shown: dict[str, Any]) -> None:
+    plan = planned.plan
+    if "code" in shown:
+        if not plan.fits:
+            typer.echo(f"warning: {shortage(plan)}", err=True)
+        typer.echo(shown["code"], nl=False)
+        return
+    if not shown:
+        print_plan(plan, break_down(planned.machine, planned.workload, plan.execution))
+        return
+    print_facts(plan)
+    if "memory" in shown:
+        print_memory(shown["memory"], ", ".join(map(str, plan.optimizations)))
+    else:
+        print_frontier(shown["frontier"], plan)
+    print_notes(plan.notes)
+
+
+def _print_comparison(plans: tuple[Plan, ...], view: str | None, json: bool) -> None:
+    if view is not None:
+        raise RequestError(f"{view} is shown for one plan, not {len(plans)}", "name one of each")
+    comparison = Comparison(compare_plans(plans))
+    print_json(comparison) if json else print_comparison(comparison)
 
 
 def _plan_memory(planned: Planned) -> MemoryAccount:
@@ -152,7 +202,3 @@ def _report_memory(
         prediction.binding_phase.name,
         prediction=memory_of(machine, workload, execution, prediction),
     )
-
-
-def _print(report: Plan | PredictionReport, memory: MemoryAccount | None) -> None:
-    print_json(report.to_dict() | ({} if memory is None else {"memory": memory}))

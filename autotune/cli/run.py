@@ -15,21 +15,12 @@ import typer
 
 from autotune.cli.machine import check_request, plan_on_this, this_machine
 from autotune.cli.options import (
-    Batch,
-    Call,
+    ChoiceOptions,
     Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Only,
-    Quality,
-    Steps,
-    VramLimit,
-    Width,
-    Without,
-    make_limits,
-    parse_call,
+    MemoryOptions,
+    RequestOptions,
+    make_ask,
+    spread,
 )
 from autotune.cli.output import JsonFlag, print_json, progress
 from autotune.cli.outputs import check_suffix, files_for, save
@@ -45,7 +36,6 @@ from autotune.decide.plan import Plan
 from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
 from autotune.tuner import (
-    Ask,
     Measured,
     Planned,
     loadable,
@@ -95,6 +85,7 @@ class Job(NamedTuple):
     is_video: bool
 
 
+@spread
 def run(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or a built-in name.")] = "demo",
     prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
@@ -111,20 +102,12 @@ def run(
             "--output", "-o", help="An image, .mp4, .webm or .gif; a folder for a video's frames."
         ),
     ] = None,
-    height: Height = None,
-    width: Width = None,
-    batch: Batch = 1,
-    frames: Frames = None,
     fps: Annotated[int, typer.Option(help="Frames per second of the video file.")] = 16,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    call: Call = None,
     seed: Annotated[int | None, typer.Option(help="Makes the image repeatable.")] = None,
-    dtype: Dtype = "auto",
-    quality: Quality = "exact",
-    only: Only = "",
-    without: Without = "",
-    vram_limit: VramLimit = None,
+    *,
+    request: RequestOptions,
+    choice: ChoiceOptions,
+    memory: MemoryOptions,
     device: Device = None,
     verify: Annotated[
         str,
@@ -136,17 +119,16 @@ def run(
 
     MODEL is a hub id, a folder, or a name that `autotune models` lists.
     """
-    limits = make_limits(quality, only, without, vram_limit)
-    options = parse_call(call)
+    ask = make_ask(request, memory, choice)
     _check_choice(verify, fps)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     check_suffix(output)
     pictures = _read_pictures(image, mask)
     architecture = find_architecture(model)
     with progress("Reading the pipeline"):
-        job = _job(architecture, prompt, negative_prompt, pictures, Size(height, width))
-        job = job._replace(files=files_for(output, job.is_video, batch))
-    ask = Ask(*job.size, batch, steps, guidance, dtype, limits, frames, options)
+        job = _job(architecture, prompt, negative_prompt, pictures, Size(ask.height, ask.width))
+        job = job._replace(files=files_for(output, job.is_video, ask.batch))
+    ask = msgspec.structs.replace(ask, height=job.size.height, width=job.size.width)
     check_request(job.architecture, ask)
     measured = this_machine(device)
     planned = plan_on_this(job.architecture, measured, ask)
@@ -155,8 +137,8 @@ def run(
     arguments = {"seed": seed, **job.arguments, **_repeated(tuned.pipe, planned, job.arguments)}
     result, phases = tuned.measure(**arguments)
     job = job._replace(files=save(result[0], job.files, fps))
-    if len(job.files) < batch:
-        typer.echo(f"warning: the pipeline drew {len(job.files)} of {batch}", err=True)
+    if len(job.files) < ask.batch:
+        typer.echo(f"warning: the pipeline drew {len(job.files)} of {ask.batch}", err=True)
     check = verify == "always" or (verify == "auto" and not was_verified(measured, planned))
     if check and measured.machine.device.kind == "cpu":
         phases = _add_peaks(tuned, phases, arguments)

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from autotune.decide.explain import RESOURCES
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
 from autotune.profile.profile import PhaseMeasurement
 from autotune.units import format_bytes, format_seconds
-
-_RESOURCES = {
-    "vram": "memory",
-    "ram": "host RAM",
-    "compute": "compute",
-    "memory_bandwidth": "memory bandwidth",
-    "transfer": "transfer over the link",
-    "launch": "launch overhead of the host",
-}
 
 
 def explain_plan(plan: Plan) -> str:
@@ -28,7 +20,7 @@ def describe_bottleneck(bottleneck: Bottleneck) -> str:
     """``"compute in denoise"``."""
     if bottleneck.resource == "ram":
         return "host RAM"
-    return f"{_RESOURCES[bottleneck.resource]} in {bottleneck.phase}"
+    return f"{RESOURCES[bottleneck.resource]} in {bottleneck.phase}"
 
 
 def describe_workload(plan: Plan | PredictionReport) -> str:

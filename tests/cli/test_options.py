@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
-from autotune.cli.options import make_limits, parse_call
+from autotune.cli.options import ChoiceOptions, MemoryOptions, make_limits, parse_call, spread
+from autotune.cli.output import JsonFlag
+from autotune.decide.limits import Limits
 from autotune.errors import RequestError
 from autotune.tuner import Ask, check_ask
 
@@ -47,5 +51,23 @@ def test_arguments_that_are_said_otherwise(options, said):
 
 
 def test_limits():
-    limits = make_limits("high", "tome, xformers", "", "5GiB")
+    choice = ChoiceOptions(quality="high", only="tome, xformers", priority="memory")
+    limits = make_limits(choice, MemoryOptions("5GiB", "16GiB", "512MiB"))
     assert (limits.only, limits.vram_limit) == (("tome", "xformers"), 5 << 30)
+    assert (limits.ram_limit, limits.reserve, limits.priority) == (16 << 30, 512 << 20, "memory")
+    assert make_limits(ChoiceOptions(), MemoryOptions()) == Limits()
+
+
+def test_groups_of_options_are_spread():
+    """In the place of the group, each option with its default and its help."""
+
+    def command(model: str, *, memory: MemoryOptions, json: JsonFlag = False) -> None:
+        seen.append((model, memory, json))
+
+    seen: list[object] = []
+    spread_out = spread(command)
+    parameters = inspect.signature(spread_out).parameters
+    assert list(parameters) == ["model", "vram_limit", "ram_limit", "reserve", "json"]
+    assert parameters["reserve"].default is None
+    spread_out(model="a", vram_limit="1GiB", ram_limit=None, reserve=None, json=True)
+    assert seen == [("a", MemoryOptions("1GiB"), True)]

@@ -17,6 +17,7 @@ from autotune.decide.code import code_of
 from autotune.decide.plan import Plan, WorkloadSummary
 from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.base import Setting
+from autotune.probe.reference import load_machine
 from autotune.workload.architecture import Architecture, builtin_names, find_architecture
 
 
@@ -121,6 +122,15 @@ def summary(architecture: Architecture) -> WorkloadSummary:
         denoisers=("transformer",),
         autoencoders=("vae",),
     )
+
+
+@pytest.mark.parametrize("name", ["rtx-3080-10gb-torch1", "laptop-rtx-3050-4gb", "t4-16gb"])
+def test_every_built_in_model_compiles(traced, name):
+    plan = choose(load_machine(name), traced("sdxl"), Limits(quality="fast"))
+    for model in builtin_names():
+        architecture = find_architecture(model)
+        text = code_of(msgspec.structs.replace(plan, workload=summary(architecture)), architecture)
+        compile(text, model, "exec")
 
 
 def test_every_built_in_pipeline_takes_the_arguments(plan):

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What optimizations that change the image do to it: measured on the demo pipeline.
 
-Every optimization of the catalogue that is not exact is applied, with every parameter set that the
-search would try, and draws the same digits from the same seeds as the pipeline does without it.
+Every optimization of the catalogue that is not exact is applied, with every parameter set that
+the search would try, and draws the same digits from the same seeds as the pipeline without it.
+What would gain nothing on this device is applied too, where that is possible.
 
     scripts/measure_quality.py                      # a table
     scripts/measure_quality.py --json               # {"images", "steps", "recognised", "rows", …}
@@ -19,7 +20,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -32,15 +32,19 @@ import numpy  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from autotune.demo.judge import DIGIT_WORDS, DigitJudge  # noqa: E402
-from autotune.errors import AutotuneError  # noqa: E402
+from autotune.errors import AutotuneError, first_line  # noqa: E402
 from autotune.optimizations import CATALOGUE, find  # noqa: E402
 from autotune.optimizations.base import Optimization, Setting  # noqa: E402
 from autotune.probe.machine import Machine  # noqa: E402
+from autotune.probe.reference import load_machine  # noqa: E402
 from autotune.tuner import Ask, device_name, machine_here, make_plan  # noqa: E402
 from autotune.workload.workload import Workload  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- written by scripts/measure_quality.py -->", "<!-- end -->"
+
+LARGE_GPU = "h100-80gb"
+"""A reference machine that computes everything."""
 
 BATCH = 20
 """Images drawn at once."""
@@ -78,7 +82,8 @@ class Report(msgspec.Struct, frozen=True):
         steps: Denoise steps of each.
         recognised: Share of the exact images' digits that the judge recognises.
         rows: What was measured.
-        left_out: Optimization → why it cannot be applied.
+        useless: Optimization in the rows → why the search would not take it here.
+        left_out: Optimization, alone or with its parameters → why it cannot be applied.
     """
 
     device: str
@@ -86,35 +91,26 @@ class Report(msgspec.Struct, frozen=True):
     steps: int
     recognised: float
     rows: tuple[Row, ...]
+    useless: dict[str, str]
     left_out: dict[str, str]
 
 
 # ---- what is measured ---------------------------------------------------------------------------
 
 
-def changing(
-    names: Iterable[str], machine: Machine, workload: Workload
-) -> tuple[list[Setting], dict[str, str]]:
-    """The settings that may change the image, and why others cannot be had here."""
-    settings, left_out = [], {}
-    for optimization in map(find, names):
-        reason = optimization.unavailable(machine, workload)
-        if reason is None:
-            tried = optimization.worth_trying(machine, workload)
-            settings += [optimization.setting(p) for p in tried if not is_exact(optimization, p)]
-        else:
-            left_out[optimization.name] = reason
-    return settings, left_out
+def changing(optimization: Optimization, machine: Machine, workload: Workload) -> list[Setting]:
+    """The settings that the search would try, here or on a large GPU, and that are not exact."""
+    tried = [
+        *optimization.worth_trying(machine, workload),
+        *optimization.worth_trying(load_machine(LARGE_GPU), workload),
+    ]
+    settings = {str(s): s for s in map(optimization.setting, tried or [optimization.defaults])}
+    return [s for s in settings.values() if optimization.quality(s.parameters) != "exact"]
 
 
 def inexact_names() -> list[str]:
-    """The optimizations of the catalogue that may change the image."""
+    """The optimizations of the catalogue that are declared to change the image."""
     return [o.name for o in CATALOGUE.values() if o.exactness != "exact"]
-
-
-def is_exact(optimization: Optimization, parameters: dict[str, Any]) -> bool:
-    """Whether it leaves the image alone with these parameters."""
-    return optimization.quality(parameters) == "exact"
 
 
 class Studio:
@@ -140,6 +136,7 @@ class Studio:
         self.pipe = StableDiffusionPipeline.from_pretrained(model_path()).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self._steps, self._device = steps, device
+        self._judge = DigitJudge()
 
     def draw(self) -> Images:
         """With the pipeline as it is."""
@@ -156,6 +153,45 @@ class Studio:
             return self._draw((setting,))
         finally:
             undo()
+
+    def compare(
+        self, exact: Images, settings: Iterable[Setting], reason: str | None
+    ) -> tuple[list[Row], dict[str, str]]:
+        """A row for each setting, or why there is none.
+
+        Args:
+            exact: The same digits without any.
+            settings: Of one optimization.
+            reason: Why it is not available here, if it is not.
+        """
+        rows, failed = [], {}
+        for setting in settings:
+            print(setting, file=sys.stderr)
+            try:
+                drawn = self.draw_with(setting)
+            except Exception as error:  # kernels raise all sorts
+                failed[str(setting)] = getattr(error, "message", first_line(error))
+                continue
+            if reason and numpy.array_equal(exact, drawn):
+                failed[str(setting)] = reason
+            else:
+                rows.append(self._row(setting, exact, drawn))
+        return rows, failed
+
+    def _row(self, setting: Setting, exact: Images, drawn: Images) -> Row:
+        similar = [ssim(a, b) for a, b in zip(exact, drawn, strict=True)]
+        return Row(
+            setting=setting,
+            quality=find(setting.name).quality(setting.parameters),
+            psnr_db=psnr(exact, drawn),
+            ssim=float(numpy.mean(similar)),
+            worst_ssim=min(similar),
+            recognised=self.recognised(drawn),
+        )
+
+    def recognised(self, drawn: Images) -> float:
+        """Share of the digits that are read as what was asked for."""
+        return self._judge.accuracy(self.pipe.numpy_to_pil(drawn), self.digits)
 
     def _draw(self, settings: tuple[Setting, ...]) -> Images:
         import torch
@@ -175,39 +211,33 @@ class Studio:
         return numpy.concatenate(drawn)
 
 
-def measure(names: list[str], images: int, steps: int) -> Report:
+def measure(names: Iterable[str], images: int, steps: int) -> Report:
     """Draw everything and compare; what cannot be applied is told with its reason."""
     machine = machine_here().machine
     workload = make_plan("demo", machine, Ask(batch=BATCH, steps=steps)).workload
-    settings, left_out = changing(names, machine, workload)
     studio = Studio(images, steps, device_name(machine))
-    judge = DigitJudge()
-
-    def recognised(drawn: Images) -> float:
-        return judge.accuracy(studio.pipe.numpy_to_pil(drawn), studio.digits)
-
     exact = studio.draw()
-    rows = []
-    for setting in settings:
-        print(setting, file=sys.stderr)
-        try:
-            drawn = studio.draw_with(setting)
-        except AutotuneError as error:
-            left_out[setting.name] = error.message
-            continue
-        similar = [ssim(a, b) for a, b in zip(exact, drawn, strict=True)]
-        rows.append(
-            Row(
-                setting=setting,
-                quality=find(setting.name).quality(setting.parameters),
-                psnr_db=psnr(exact, drawn),
-                ssim=float(numpy.mean(similar)),
-                worst_ssim=min(similar),
-                recognised=recognised(drawn),
-            )
-        )
-    device = machine.device.name
-    return Report(device, images, steps, recognised(exact), tuple(rows), left_out)
+    rows: list[Row] = []
+    useless: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for optimization in map(find, names):
+        reason = optimization.unavailable(machine, workload)
+        found, failed = studio.compare(exact, changing(optimization, machine, workload), reason)
+        rows += found
+        if found and reason:
+            useless[optimization.name] = reason
+        if failed and not found:
+            failed = {optimization.name: next(iter(failed.values()))}
+        left_out |= failed
+    return Report(
+        machine.device.name,
+        images,
+        steps,
+        studio.recognised(exact),
+        tuple(rows),
+        useless,
+        left_out,
+    )
 
 
 # ---- how images are compared --------------------------------------------------------------------
@@ -273,11 +303,14 @@ def _lines(report: Report) -> Iterator[str]:
             f"| `{row.setting}` | {row.quality} | {ratio} | {row.ssim:.4f} | "
             f"{row.worst_ssim:.4f} | {row.recognised:.1%} |"
         )
-    if report.left_out:
-        yield ""
-        yield "Not applicable to the demo pipeline on this device:"
-        yield ""
-        yield from (f"- `{name}`: {reason}" for name, reason in report.left_out.items())
+    yield from _listed("Applied although they gain nothing here:", report.useless)
+    yield from _listed("Not applicable to the demo pipeline here:", report.left_out)
+
+
+def _listed(title: str, reasons: dict[str, str]) -> Iterator[str]:
+    if reasons:
+        yield from ("", title, "")
+        yield from (f"- `{name}`: {reason}" for name, reason in reasons.items())
 
 
 def write(text: str) -> None:
@@ -299,7 +332,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help=f"rewrite {DOCUMENT.name}'s table")
     options = parser.parse_args()
     try:
-        report = measure(options.names or inexact_names(), options.images, options.steps)
+        report = measure(options.names or CATALOGUE, options.images, options.steps)
     except AutotuneError as error:
         parser.error(str(error))
     if options.json:

@@ -48,14 +48,14 @@ RULES: tuple[Rule, ...] = (
         "a network has one step cache: diffusers refuses a second",
         STEP_CACHES,
         STEP_CACHES,
-        "raises",
+        "overrides",
     ),
     Rule(
         "narrow-once",
         "both store the same weights in fewer bits",
         frozenset({"quantization"}),
         frozenset({"layerwise_casting"}),
-        "raises",
+        "hinders",
     ),
     Rule(
         "packed-weights-stay",
@@ -65,18 +65,25 @@ RULES: tuple[Rule, ...] = (
         "raises",
     ),
     Rule(
+        "packed-weights-apart",
+        "weights packed by quantization cannot be joined into one matrix",
+        frozenset({"quantization"}),
+        frozenset({"fuse_qkv"}),
+        "raises",
+    ),
+    Rule(
         "graph-in-pieces",
         "what runs between the layers cuts the compiled graph into pieces",
         frozenset({"compile"}),
-        LAYER_OFFLOADS | COMPUTE_SAVERS | {"layerwise_casting"},
-        "gains nothing",
+        LAYER_OFFLOADS | {"tome", "pyramid_attention_broadcast", "layerwise_casting"},
+        "hinders",
     ),
     Rule(
         "one-offload",
         "one offload strategy at a time: each moves the same weights",
         OFFLOADS,
         OFFLOADS,
-        "raises",
+        "overrides",
     ),
     Rule(
         "offload-or-merge",
@@ -95,17 +102,19 @@ RULES: tuple[Rule, ...] = (
         "gains nothing",
         while_transfer_dominates=True,
     ),
+    # In the other order these two pairs work; group offload does the same with less waiting.
     Rule(
         "casting-lost-in-offload",
-        "sequential offload loads the weights anew at every step, in the dtype they are stored in: "
-        "casting them has no effect",
+        "sequential offload loads the weights anew at every step, in the dtype they were stored "
+        "in: a later cast is lost",
         frozenset({"sequential_cpu_offload"}),
         frozenset({"layerwise_casting"}),
         "is lost",
     ),
     Rule(
         "layout-lost-in-offload",
-        "sequential offload loads the weights anew at every step, in the layout they are stored in",
+        "sequential offload loads the weights anew at every step, in the layout they were stored "
+        "in: a later one is lost",
         frozenset({"sequential_cpu_offload"}),
         frozenset({"channels_last"}),
         "is lost",

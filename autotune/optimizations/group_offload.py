@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -97,7 +98,10 @@ class GroupCpuOffload(Optimization):
                     # component's weights for another's.
                     folders.append(tempfile.mkdtemp(prefix="autotune-offload-"))
                     options["offload_to_disk_path"] = folders[-1]
-                apply_group_offloading(module, torch.device(device), **options)
+                # A group that is interrupted has freed its weights and is not known to its layer.
+                data = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
+                with undone_on_failure(partial(_put_back, data)):
+                    apply_group_offloading(module, torch.device(device), **options)
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
@@ -129,6 +133,11 @@ class GroupCpuOffload(Optimization):
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
             f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",
         )
+
+
+def _put_back(data: list[tuple[Any, Any]]) -> None:
+    for tensor, values in data:
+        tensor.data = values
 
 
 def _options(module: Any, parameters: Parameters, device: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Literal
 
 import msgspec
 
-Clash = Literal["raises", "overrides", "is lost", "spoils", "gains nothing"]
+Clash = Literal["raises", "overrides", "is lost", "spoils", "hinders", "gains nothing"]
 """What comes of a forbidden pair.
 
 raises: an error, when they are applied or at the first image. overrides: one silently switches the
 other off. is lost: one silently has no effect beside the other. spoils: another image is drawn than
-by either. gains nothing: they work, but the second is predicted to save nothing beside the first.
+by either. hinders: both work, but one takes from the other what it is for; tests of its own show
+it. gains nothing: both work, but the second is predicted to save no time beside the first.
 """
 
 
@@ -23,7 +24,7 @@ class Rule(msgspec.Struct, frozen=True):
         reason: One sentence.
         first: Names of optimizations.
         second: Names of optimizations; the same set means "at most one of them".
-        clash: What comes of such a pair; ``autotune.testing`` tries it.
+        clash: What comes of such a pair, in one of the two orders; ``autotune.testing`` tries it.
         while_transfer_dominates: The rule holds only where moving weights takes longer than
             computing, which the prediction tells.
     """

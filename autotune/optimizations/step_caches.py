@@ -10,7 +10,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, StepCache
-from autotune.optimizations.modules import denoisers
+from autotune.optimizations.modules import denoisers, drop_bound_forwards
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -71,7 +71,10 @@ class _Cache(Optimization):
 
         def undo() -> None:
             while done:
-                done.pop().disable_cache()
+                module = done.pop()
+                module.disable_cache()
+                vars(module).pop("_cache_config", None)
+                drop_bound_forwards(module)
 
         with undone_on_failure(undo):
             for module in targets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -70,9 +71,30 @@ def sequential_on_cpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """The kernels that PyTorch has for GPUs only are the one that it has for CPUs."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name = AttentionBackendName
+    known = _AttentionBackendRegistry._backends
+    gpu = (name._NATIVE_CUDNN, name._NATIVE_EFFICIENT)
+    with patch.dict(known, dict.fromkeys(gpu, known[name._NATIVE_FLASH])):
+        yield
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Compiling takes a minute and a compiler: what is compiled is called as it is."""
+    with patch.object(torch, "compile", lambda function, *_, **__: partial(function)):
+        yield
+
+
 StandIn = Callable[[], AbstractContextManager[object]]
 
 _NEEDED_BY: dict[str, StandIn] = {
+    "attention_backend": kernels_on_cpu,
+    "compile": nothing_compiled,
     "xformers": xformers_on_cpu,
     "sequential_cpu_offload": sequential_on_cpu,
 }

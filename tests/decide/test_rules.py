@@ -12,10 +12,13 @@ from autotune.decide.rules import RULES, broken_rule, require_coherent, transfer
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, find, parse_settings
 
+NOT_OFFERED_YET = {"text_encoder_offload"}
+"""Nothing predicts it."""
+
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.id)
 def test_rules_name_known_optimizations_and_give_a_reason(rule):
-    assert rule.first | rule.second <= set(CATALOGUE)
+    assert rule.first | rule.second <= set(CATALOGUE) | NOT_OFFERED_YET
     assert len(rule.reason) > 20
     assert not rule.reason.endswith(".")
 
@@ -28,11 +31,18 @@ def test_rule_ids_are_unique():
     "rule", [r for r in RULES if not r.while_transfer_dominates], ids=lambda r: r.id
 )
 def test_forbidden_pairs_are_refused(rule):
-    pairs = [(a, b) for a, b in itertools.product(rule.first, rule.second) if a != b]
+    known = (rule.first & set(CATALOGUE), rule.second & set(CATALOGUE))
+    pairs = [(a, b) for a, b in itertools.product(*known) if a != b]
     assert pairs
     for pair in pairs:
-        with pytest.raises(OptimizationError, match=rule.id):
+        assert rule.broken_by(frozenset(pair))
+        with pytest.raises(OptimizationError, match=r"do not go together: .+ \(rule "):
             require_coherent(tuple(find(n).setting() for n in pair))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.id)
+def test_a_rule_that_hangs_on_a_prediction_is_about_gain(rule):
+    assert not rule.while_transfer_dominates or rule.clash == "gains nothing"
 
 
 def test_single_optimizations_are_coherent():

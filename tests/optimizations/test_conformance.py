@@ -1,0 +1,59 @@
+"""Every member of the catalogue keeps to what the suite asks of any optimization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+
+from autotune.optimizations import CATALOGUE
+from autotune.optimizations.backends import KERNELS
+from autotune.probe.machine import Machine
+from autotune.probe.reference import load_machine
+from autotune.testing import OptimizationConformance
+from autotune.testing.pipelines import build_flux, build_sdxl
+
+
+def build_half_sdxl() -> Any:
+    """In float16, so that its decode is widened."""
+    return build_sdxl().to(torch.float16)
+
+
+def with_kernels(machine: Machine) -> Machine:
+    """A machine on which each of PyTorch's kernels was timed."""
+    timed = next(r for r in machine.attention if r.flops_per_s)
+    rates = [msgspec.structs.replace(timed, implementation=f"sdpa_{k}") for k in KERNELS]
+    return msgspec.structs.replace(machine, attention=(*machine.attention, *rates))
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "first_block_cache": {
+        "pipelines": (build_flux,),
+        "settings": ({"threshold": 0.5},),  # random weights let no step pass at less
+        "steps": 4,
+    },
+    "taylorseer_cache": {"pipelines": (build_flux,), "steps": 6},  # it computes the first three
+    "vae_bfloat16": {"pipelines": (build_half_sdxl,)},
+    "vae_tiling": {"side": 128},  # which tiles of 64 pixels cut
+}
+"""Attributes of the suite that are others for an optimization."""
+
+NEEDS_A_GPU = ("quantization",)
+"""Packages that pack weights need one; each has tests of its own."""
+
+
+def _suite(name: str, later: tuple[str, ...]) -> type[OptimizationConformance]:
+    """Each pair is tried once: by the member that the catalogue has first."""
+    attributes = {
+        "optimization": CATALOGUE[name],
+        "machine": with_kernels(load_machine("rtx-3080-10gb")),
+        "partners": tuple(CATALOGUE[n] for n in later if n not in NEEDS_A_GPU),
+        **CHANGES.get(name, {}),
+    }
+    return type(f"Test_{name}", (OptimizationConformance,), attributes)
+
+
+for _place, _name in enumerate(CATALOGUE):
+    if _name not in NEEDS_A_GPU:
+        globals()[f"Test_{_name}"] = _suite(_name, tuple(CATALOGUE)[_place + 1 :])

@@ -73,6 +73,14 @@ def _stored(
     )
 
 
+def copied_bytes(workload: Workload, storage: Storage) -> int:
+    """What of the denoisers' weights is copied before it is narrowed."""
+    named = (workload.component(n) for n, r in roles_of(workload).items() if "denoiser" in r)
+    if storage.dtype:
+        return sum(c.weight_bytes for c in named)
+    return sum(c.linear_bytes for c in named) if storage.quantization else 0
+
+
 def memory_s(machine: Machine, component: Component, dtype: str) -> float:
     """Seconds of memory traffic in one call.
 

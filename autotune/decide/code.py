@@ -82,12 +82,13 @@ def _optimizing(plan: Plan) -> Iterator[str]:
 
 def _expanded(lines: tuple[str, ...], workload: WorkloadSummary) -> Iterator[str]:
     """The lines for each component that they name by its role, or with all of them in a row."""
-    lists = {
-        "{denoisers}": ", ".join(map(_quoted, workload.denoisers)),
+    rows = {
+        "{denoiser names}": ", ".join(map(_quoted, workload.denoisers)),
+        "{denoisers}": ", ".join(f"pipe.{name}" for name in workload.denoisers),
         "{encoders}": ", ".join(f"pipe.{name}" for name in workload.encoders),
     }
-    for mark, row in lists.items():
-        lines = tuple(line.replace(mark, row) for line in lines)
+    for whole, row in rows.items():
+        lines = tuple(line.replace(whole, row) for line in lines)
     named = {
         "{denoiser}": workload.denoisers,
         "{autoencoder}": workload.autoencoders,

@@ -15,7 +15,7 @@ from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import storage_of, stored_in
-from autotune.decide.placement import Weights
+from autotune.decide.placement import WHOLE_COMPONENTS, Weights, hooks_of
 from autotune.decide.predict import Path, Predictor, budget_of
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
@@ -25,7 +25,7 @@ GENERATIONS, STEPS = 2, 2
 """What is replayed: by then the allocator has every segment that it will ever ask for."""
 
 
-_FOLLOWED: tuple[str, ...] = ("device", "model_offload", "sequential_offload")
+_FOLLOWED: tuple[str, ...] = ("device", "sequential_offload", *WHOLE_COMPONENTS)
 """Placements whose every tensor is followed."""
 
 
@@ -91,10 +91,8 @@ class _Pipeline:
         self.allocator = CachingAllocator(capacity_bytes)
         self._predictor, self._execution = predictor, execution
         self._components = {c.name: c for c in self.workload.components}
-        self._before = dict(
-            zip(self.workload.offload_order[1:], self.workload.offload_order, strict=False)
-        )
-        self._hooked = {*self.workload.offload_order, *self.workload.offload_apart}
+        self._moves = hooks_of(self.workload, execution.placement)
+        self._moves_whole = execution.placement in WHOLE_COMPONENTS
         self._weights = Weights(self.machine, self.workload)
         self._here: dict[str, list[Block]] = {}
 
@@ -114,31 +112,36 @@ class _Pipeline:
                     for index in repeat.runs:
                         self._run(phase.runs[index])
         if self._execution.placement == "model_offload":  # diffusers takes everything off
-            for name in list(self._here):
-                if name in self._hooked:
-                    self._take_away(name)
+            self._take_all_away()
 
     def _run(self, run: ComponentRun) -> None:
         component = self._components[run.component]
-        if self._execution.placement == "model_offload" and self._hooks(component):
-            if run.component in self._before:
-                self._take_away(self._before[run.component])
+        if self._moves_whole and run.role == self._moves.leave_before:
+            self._take_all_away()
+        if self._moves_whole and self._hooks(component):
+            if run.component in self._moves.before:
+                self._take_away(self._moves.before[run.component])
             if run.component not in self._here:
                 self._bring(component)
-        if run.upcast_bytes and run.component in self._here:
+        widens = run.upcast_bytes and not self._execution.decode_dtype
+        if widens and run.component in self._here:
             self._cast(component, 1 + run.upcast_bytes / component.weight_bytes)
         path = self._predictor.path(run, self._execution)
         streamed = self._streamed(run)
         replay(self.allocator, self.machine, path, self._leaf_bytes(component))
         if streamed is not None:
             self.allocator.free(streamed)
-        if run.upcast_bytes and run.component in self._here:
+        if widens and run.component in self._here:
             self._cast(component, 1.0)
 
     # ---- weights --------------------------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
         self._here[component.name] = [self.allocator.allocate(s) for s in _sizes(component)]
+
+    def _take_all_away(self) -> None:
+        for name in self._moves.hooked & self._here.keys():
+            self._take_away(name)
 
     def _take_away(self, name: str) -> None:
         for block in self._here.pop(name, ()):
@@ -164,7 +167,7 @@ class _Pipeline:
         return self.allocator.allocate(self._weights.resident_bytes(run, self._execution))
 
     def _hooks(self, component: Component) -> bool:
-        return component.name in self._hooked
+        return component.name in self._moves.hooked
 
 
 def replay(allocator: CachingAllocator, machine: Machine, path: Path, leaf_bytes: int = 0) -> None:

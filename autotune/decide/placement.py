@@ -12,7 +12,7 @@ from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution, GroupOffload
 from autotune.probe.machine import Link, Machine
 from autotune.units import GIB
-from autotune.workload.workload import Component, ComponentRun, Workload
+from autotune.workload.workload import Component, ComponentRun, Role, Workload
 
 PROCESS_BYTES = int(0.41 * GIB)
 """Resident size of a Python process that has imported torch, diffusers and transformers, without
@@ -32,6 +32,10 @@ def group_host_s(machine: Machine, component: Component, group: GroupOffload) ->
     """Seconds of the host that moving a component's groups takes in one call."""
     calls = GROUP_HOOK_CALLS[group.level] * (STREAM_CALLS if group.overlaps else 1)
     return calls * component.leaf_count * machine.kernels.dispatch_s.value
+
+
+WHOLE_COMPONENTS = ("model_offload", "encoder_offload")
+"""Placements that move components as a whole."""
 
 
 class Moved(NamedTuple):
@@ -72,33 +76,30 @@ class Weights:
         self._machine = machine
         self._workload = workload
         self._components = {c.name: c for c in workload.components}
-        self._hooked = {*workload.offload_order, *workload.offload_apart}
-        self._staying = sum(
-            c.weight_bytes for c in workload.components if c.name not in self._hooked
-        )
-        self._moved = self._follow()
+        self._all_moves: dict[str, _Moves] = {}
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
         if execution.placement == "device":
             return self._workload.weight_bytes + run.upcast_bytes
-        if execution.placement == "model_offload":
-            return self._moved[id(run)].resident_bytes
+        moves = self._moves(execution)
+        if execution.placement in WHOLE_COMPONENTS:
+            return moves.of_runs[id(run)].resident_bytes
         component = self._components[run.component]
-        if run.component not in self._hooked:
-            return self._staying
+        if run.component not in moves.hooked:
+            return moves.staying_bytes
         at_once = component.largest_leaf_bytes
         if execution.placement == "group_offload":
             at_once = _groups_at_once(component, run, _group(execution))
-        return int(at_once * _widening(component, run)) + self._staying
+        return int(at_once * _widening(component, run)) + moves.staying_bytes
 
     def companions(self, run: ComponentRun, execution: Execution) -> frozenset[str]:
         """Other components that are on the device as a whole while this run computes."""
         here = frozenset(self._components)
         if execution.placement != "device":
-            here -= self._hooked
-        if execution.placement == "model_offload":
-            here |= self._moved[id(run)].here
+            here -= self._moves(execution).hooked
+        if execution.placement in WHOLE_COMPONENTS:
+            here |= self._moves(execution).of_runs[id(run)].here
         return here - {run.component}
 
     def rounding_bytes(self, run: ComponentRun, execution: Execution) -> int:
@@ -106,9 +107,8 @@ class Weights:
         by_parts = execution.placement in ("sequential_offload", "group_offload")
         if self._machine.device.kind != "cuda" or by_parts:
             return 0  # one leaf at a time is a block or two
-        if execution.placement == "device":
-            return sum(self._rounding.values())
-        return self._rounding[run.component]
+        here = self.companions(run, execution) | {run.component}
+        return sum(self._rounding[name] for name in here)
 
     @functools.cached_property
     def _rounding(self) -> dict[str, int]:
@@ -126,13 +126,14 @@ class Weights:
         if execution.placement == "device":
             return 0.0
         link = self._require_link(execution)
-        if execution.placement == "model_offload":
-            moved = self._moved[id(run)]
+        moves = self._moves(execution)
+        if execution.placement in WHOLE_COMPONENTS:
+            moved = moves.of_runs[id(run)]
             return (
                 moved.inward_bytes / link.module_h2d_bytes_per_s.value
                 + moved.outward_bytes / link.module_d2h_bytes_per_s.value
             )
-        if run.component not in self._hooked:
+        if run.component not in moves.hooked:
             return 0.0
         if execution.placement == "group_offload":
             return self._group_transfer_s(link, run, _group(execution), forward) * run.calls
@@ -175,7 +176,7 @@ class Weights:
         """
         if execution.placement == "device":
             return PROCESS_BYTES
-        weights = self._workload.weight_bytes - self._staying
+        weights = self._workload.weight_bytes - self._moves(execution).staying_bytes
         if execution.placement == "group_offload" and _group(execution).from_disk:
             weights = sum(c.weight_bytes for c in self._autoencoders())
         return PROCESS_BYTES + weights
@@ -192,7 +193,8 @@ class Weights:
         tensors made from them count.
         """
         weights = self._workload.weight_bytes
-        on_device = weights if execution.placement == "device" else self._staying
+        is_whole = execution.placement == "device"
+        on_device = weights if is_whole else self._moves(execution).staying_bytes
         is_host = self._machine.device.kind == "cpu" or self._machine.device.unified_memory
         disk, link = self._machine.host.disk_read_bytes_per_s, self._machine.link
         seconds = None
@@ -209,37 +211,88 @@ class Weights:
             )
         return self._machine.link
 
-    def _follow(self) -> dict[int, Moved]:
-        """Each run's moves, its calls together, by its identity."""
-        hooks = _Hooks(self._workload, self._staying)
-        runs = [run for phase in self._workload.phases for run in phase.runs]
-        total = {id(run): Moved() for run in runs}
-        last = runs[-1]
-        for phase in self._workload.phases:
-            for repeat in phase.sequence:
-                # After a pattern has come once, it finds the same there every time it comes back.
-                for times in (1, repeat.times - 1)[: repeat.times]:
-                    for index in repeat.runs:
-                        last = phase.runs[index]
-                        total[id(last)] = total[id(last)].plus(hooks.call(last), times)
-        total[id(last)] = total[id(last)].plus(hooks.after_image())
-        return total
+    def _moves(self, execution: Execution) -> _Moves:
+        placement = execution.placement
+        if placement not in self._all_moves:
+            self._all_moves[placement] = _followed(self._workload, placement)
+        return self._all_moves[placement]
 
 
-class _Hooks:
-    """accelerate's hooks, as diffusers chains them for model offload.
+class Hooks(NamedTuple):
+    """Which components accelerate's hooks move, and when.
 
-    A component that is called sends the one before it *in the pipeline's offload order* back to
-    the host, wherever that was called. What is hooked apart stays until the end.
+    Attributes:
+        chain: Each that is called sends the one before it here back to the host, wherever in the
+            generation that was called.
+        apart: Come when they are called.
+        leave_before: With the first call of a component of that role, all leave; ``None`` where
+            they leave after the image.
     """
 
-    def __init__(self, workload: Workload, staying_bytes: int) -> None:
-        order = workload.offload_order
-        self._before = dict(zip(order[1:], order, strict=False))
-        self._sizes = {
-            name: workload.component(name).weight_bytes
-            for name in (*order, *workload.offload_apart)
-        }
+    chain: tuple[str, ...]
+    apart: tuple[str, ...]
+    leave_before: Role | None
+
+    @property
+    def hooked(self) -> frozenset[str]:
+        """All that are moved."""
+        return frozenset((*self.chain, *self.apart))
+
+    @property
+    def before(self) -> dict[str, str]:
+        """Component → the one before it in the chain."""
+        return dict(zip(self.chain[1:], self.chain, strict=False))
+
+
+def hooks_of(workload: Workload, placement: str) -> Hooks:
+    """The hooks of diffusers' model offload, or of text encoders alone."""
+    if placement != "encoder_offload":
+        return Hooks(workload.offload_order, workload.offload_apart, None)
+    runs = (r for phase in workload.phases for r in phase.runs)
+    reading = {r.component for r in runs if r.role == "encoder" and "encoder" in r.component}
+    return Hooks(tuple(c.name for c in workload.components if c.name in reading), (), "denoiser")
+
+
+class _Moves(NamedTuple):
+    """What a placement moves.
+
+    Attributes:
+        hooked: Components.
+        staying_bytes: Weights of the others.
+        of_runs: Each run's moves, its calls together, by its identity.
+    """
+
+    hooked: frozenset[str]
+    staying_bytes: int
+    of_runs: dict[int, Moved]
+
+
+def _followed(workload: Workload, placement: str) -> _Moves:
+    hooks = hooks_of(workload, placement)
+    hooked = hooks.hooked
+    staying = sum(c.weight_bytes for c in workload.components if c.name not in hooked)
+    followed = _Followed(workload, hooks, staying)
+    runs = [run for phase in workload.phases for run in phase.runs]
+    total = {id(run): Moved() for run in runs}
+    last = runs[-1]
+    for phase in workload.phases:
+        for repeat in phase.sequence:
+            # After a pattern has come once, it finds the same there every time it comes back.
+            for times in (1, repeat.times - 1)[: repeat.times]:
+                for index in repeat.runs:
+                    last = phase.runs[index]
+                    total[id(last)] = total[id(last)].plus(followed.call(last), times)
+    total[id(last)] = total[id(last)].plus(followed.after_image())
+    return _Moves(hooked, staying, total)
+
+
+class _Followed:
+    """The hooks through one generation."""
+
+    def __init__(self, workload: Workload, hooks: Hooks, staying_bytes: int) -> None:
+        self._hooks = hooks
+        self._before = hooks.before
+        self._sizes = {name: workload.component(name).weight_bytes for name in hooks.hooked}
         self._staying = staying_bytes
         self._here: dict[str, int] = {}
 
@@ -247,6 +300,8 @@ class _Hooks:
         """One call of a component."""
         name = run.component
         outward = self._here.pop(self._before.get(name, ""), 0)
+        if run.role == self._hooks.leave_before:
+            outward += self._all_leave()
         inward = 0
         if name in self._sizes and name not in self._here:
             self._here[name] = self._sizes[name]
@@ -256,7 +311,12 @@ class _Hooks:
 
     def after_image(self) -> Moved:
         """diffusers takes everything off."""
-        return Moved(outward_bytes=sum(self._here.values()))
+        return Moved(outward_bytes=self._all_leave())
+
+    def _all_leave(self) -> int:
+        outward = sum(self._here.values())
+        self._here.clear()
+        return outward
 
 
 @functools.lru_cache(maxsize=64)

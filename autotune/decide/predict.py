@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import msgspec
+
 from autotune.decide import casting, compiled, placement, recast, step_caches
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import Storage, storage_of, stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
-from autotune.decide.prediction import Budget, PhasePrediction, Prediction
+from autotune.decide.prediction import Budget, LoadPrediction, PhasePrediction, Prediction
 from autotune.decide.scope import reader
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
@@ -71,18 +73,30 @@ class Predictor:
             OptimizationError: the execution needs a code path that was not traced.
         """
         phases = tuple(self._phase(phase, execution) for phase in self.workload.phases)
-        weights = self.weights(execution)
-        load = weights.load(execution)
+        running = self.weights(execution).host_bytes(execution)
+        load = self._load(execution)
         return Prediction(
             peak_bytes=max(p.peak_bytes for p in phases),
             needed_bytes=max(load.peak_bytes, *(p.needed_bytes for p in phases)),
             seconds=sum(p.seconds for p in phases),
             phases=phases,
             load=load,
-            host_bytes=max(load.host_bytes, weights.host_bytes(execution)),
+            host_bytes=max(load.host_bytes, running + self._copies(execution)),
             first_image_extra_s=self._first_image_extra_s,
             images=self.images,
         )
+
+    def _load(self, execution: Execution) -> LoadPrediction:
+        """Weights are read as they are on the disk, whatever is made of them then."""
+        load = self.weights(execution).load(execution)
+        as_read = self.weights(Execution()).load(execution)
+        return msgspec.structs.replace(load, host_bytes=as_read.host_bytes)
+
+    def _copies(self, execution: Execution) -> int:
+        """Host RAM for the weights as they were, without which there would be no way back."""
+        if self.machine.device.kind == "cpu" or self.machine.device.unified_memory:
+            return 0
+        return casting.copied_bytes(self.workload, storage_of(execution))
 
     def weights(self, execution: Execution) -> Weights:
         """The weights as this execution stores them."""

@@ -12,7 +12,7 @@ from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.compilation import Compile
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
-from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload
+from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload, TextEncoderOffload
 from autotune.optimizations.plugins import Catalogue
 from autotune.optimizations.projections import FuseQkv
 from autotune.optimizations.quantization import Quantization
@@ -29,6 +29,7 @@ CATALOGUE = Catalogue(
         XFormers(),
         AttentionSlicing(),
         AttentionBackend(),
+        TextEncoderOffload(),
         ModelCpuOffload(),
         SequentialCpuOffload(),
         GroupCpuOffload(),

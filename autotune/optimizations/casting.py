@@ -23,6 +23,7 @@ class LayerwiseCasting(Optimization):
     summary = "the denoiser's weights rest in eight bits and are widened as they are used"
     relieves = "vram of denoise"
     exactness = "lossy"
+    before_moving = True
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if not any(c.casting_saves_bytes for c in _denoising(workload)):

@@ -131,8 +131,10 @@ class TextEncoderOffload(_Offload):
             "    if isinstance(module, torch.nn.Module) and module not in encoders:",
             '        module.to("cuda")',
             'hooks = [cpu_offload_with_hook(encoder, "cuda")[1] for encoder in encoders]',
-            "pipe.{denoiser}.register_forward_pre_hook("
-            "lambda *_: [hook.offload() for hook in hooks] and None)",
+            "for denoiser in [{denoisers}]:",
+            "    denoiser.register_forward_pre_hook(",
+            "        lambda *_: [hook.offload() for hook in hooks] and None",
+            "    )",
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

@@ -85,7 +85,8 @@ class Quantization(Optimization):
                 "from_pretrained: quantization_config=PipelineQuantizationConfig("
                 'quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_4bit": True, '
                 '"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, '
-                '"bnb_4bit_compute_dtype": torch.bfloat16}, components_to_quantize=[{denoisers}])',
+                '"bnb_4bit_compute_dtype": torch.bfloat16}, '
+                "components_to_quantize=[{denoiser names}])",
             )
         return (
             f"from torchao.quantization import {_CONFIGS[scheme]}, quantize_",

@@ -6,6 +6,7 @@ Nothing of a model's forward is timed for its prediction: only its distinct oper
 
     scripts/benchmark_replay.py             # a table
     scripts/benchmark_replay.py --json      # {"median_error", "worst_error", "rows"}
+    scripts/benchmark_replay.py --cpu-time  # on a busy machine: one thread, by its own CPU time
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -172,8 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", help="cuda:1, cpu, …")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="the CPU's, one thread, own time")
     options = parser.parse_args()
-    device = choose_device(options.device)
+    device = choose_device("cpu" if options.cpu_time else options.device)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        time.perf_counter = time.thread_time  # what all timing here reads
     neighbours = Neighbours()
     host = host_seconds_per_operator(Timer(device))
     if host is None:
@@ -187,6 +193,7 @@ def main() -> None:
     summary = {
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "clock": "cpu time" if options.cpu_time else "wall",
         "host_s_per_operator": host_s,
         "foreign_cores": neighbours.busy_cores(),
         "median_error": statistics.median(errors),
@@ -197,7 +204,7 @@ def main() -> None:
         print(json.dumps(summary, indent=2))
     else:
         print(f"median error {summary['median_error']:.1%}, worst {summary['worst_error']:.1%}")
-    if summary["foreign_cores"] > FOREIGN_SHARE * usable_cores():
+    if not options.cpu_time and summary["foreign_cores"] > FOREIGN_SHARE * usable_cores():
         print(
             f"Other processes kept {summary['foreign_cores']:.1f} of {usable_cores()} cores busy "
             "meanwhile: these errors are theirs as well. Run it again when it is quiet.",

@@ -42,6 +42,7 @@ def configure(
     priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
+    images: int = 1,
     vram_limit: int | str | None = None,
     ram_limit: int | str | None = None,
     reserve: int | str = 0,
@@ -64,6 +65,7 @@ def configure(
             or ``"balanced"``: the least that costs at most a quarter more time.
         only: Names of the only optimizations to consider.
         without: Names of optimizations to leave out.
+        images: How many you will draw: what costs time once, such as compiling, may pay for many.
         vram_limit: Most device memory to use, in bytes or as ``"5GiB"``.
         ram_limit: Most host RAM to use, likewise.
         reserve: Device memory to leave free for others, likewise.
@@ -80,7 +82,7 @@ def configure(
     """
     from autotune.tuner import configure_pipeline
 
-    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
+    limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, "auto", limits, call)
     return configure_pipeline(pipe, ask, device)  # type: ignore[no-any-return]
 
@@ -99,6 +101,7 @@ def load(
     priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
+    images: int = 1,
     vram_limit: int | str | None = None,
     ram_limit: int | str | None = None,
     reserve: int | str = 0,
@@ -118,7 +121,7 @@ def load(
     """
     from autotune.tuner import load_tuned
 
-    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
+    limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     return load_tuned(model, ask, device)  # type: ignore[no-any-return]
 
@@ -138,6 +141,7 @@ def plan(
     priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
+    images: int = 1,
     vram_limit: int | str | None = None,
     ram_limit: int | str | None = None,
     reserve: int | str = 0,
@@ -156,7 +160,7 @@ def plan(
     """
     from autotune.tuner import machine_here, make_plan
 
-    limits = _limits(quality, priority, only, without, vram_limit, ram_limit, reserve)
+    limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     if machine is None:
         machine = machine_here().machine
@@ -193,6 +197,7 @@ def _limits(
     priority: str,
     only: Iterable[str],
     without: Iterable[str],
+    images: int,
     vram_limit: int | str | None,
     ram_limit: int | str | None,
     reserve: int | str,
@@ -204,6 +209,7 @@ def _limits(
         priority=priority,
         only=tuple(only),
         without=tuple(without),
+        images=images,
         vram_limit=_bytes(vram_limit),
         ram_limit=_bytes(ram_limit),
         reserve=_bytes(reserve) or 0,

@@ -46,6 +46,9 @@ BEGIN, END = "<!-- written by scripts/measure_quality.py -->", "<!-- end -->"
 LARGE_GPU = "h100-80gb"
 """A reference machine that computes everything."""
 
+STEPS = 6
+"""Few, for it is a long way through the catalogue; all digits can be read after these."""
+
 BATCH = 20
 """Images drawn at once."""
 
@@ -327,7 +330,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", help="these optimizations alone")
     parser.add_argument("--images", type=int, default=200, help="digits to draw (200)")
-    parser.add_argument("--steps", type=int, default=20, help="denoise steps of each (20)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"denoise steps of each ({STEPS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help=f"rewrite {DOCUMENT.name}'s table")
     options = parser.parse_args()

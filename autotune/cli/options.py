@@ -29,6 +29,9 @@ Quality = Annotated[
 Only = Annotated[str, typer.Option(help="Consider these optimizations alone (comma-separated).")]
 Without = Annotated[str, typer.Option(help="Leave these optimizations out (comma-separated).")]
 Priority = Annotated[str, typer.Option(help="speed, balanced or memory: what comes first.")]
+Images = Annotated[
+    int, typer.Option(help="How many you will draw: what costs time once may pay for many.")
+]
 VramLimit = Annotated[str | None, typer.Option(help="Most device memory to use, such as 5GiB.")]
 RamLimit = Annotated[str | None, typer.Option(help="Most host RAM to use, such as 16GiB.")]
 Reserve = Annotated[str | None, typer.Option(help="Device memory to leave free, such as 1GiB.")]
@@ -65,6 +68,7 @@ class ChoiceOptions(NamedTuple):
     priority: Priority = "speed"
     only: Only = ""
     without: Without = ""
+    images: Images = 1
 
 
 class MemoryOptions(NamedTuple):
@@ -141,6 +145,7 @@ def make_limits(choice: ChoiceOptions, memory: MemoryOptions) -> Limits:
         vram_limit=_size("--vram-limit", memory.vram_limit),
         ram_limit=_size("--ram-limit", memory.ram_limit),
         reserve=_size("--reserve", memory.reserve) or 0,
+        images=choice.images,
     )
 
 

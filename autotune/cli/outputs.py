@@ -73,7 +73,7 @@ def _check_kind(output: Path, is_video: bool) -> None:
     if not _can_encode(suffix):
         raise RequestError(
             f"{suffix} files are written by imageio and imageio-ffmpeg, which are not installed",
-            "pip install imageio imageio-ffmpeg, or end the name in .gif, or give a folder",
+            "pip install 'diffusers-autotune[video]', or end the name in .gif, or give a folder",
         )
 
 

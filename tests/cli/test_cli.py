@@ -198,6 +198,7 @@ BAD = {
     "limit without a unit": ["plan", "sdxl", "--machine", "t4-16gb", "--vram-limit", "5"],
     "RAM limit without a unit": ["plan", "sdxl", "--machine", "t4-16gb", "--ram-limit", "5"],
     "bad reserve": ["run", "--reserve", "some"],
+    "no images": ["plan", "sdxl", "--machine", "t4-16gb", "--images", "0"],
     "unknown priority": ["plan", "sdxl", "--machine", "t4-16gb", "--priority", "colour"],
     "neither machine nor model": ["plan", "sdxl", "--compare", "t4-16gb,sdxxl"],
     "code of several": ["plan", "sdxl,sd15", "--machine", "t4-16gb", "--code"],

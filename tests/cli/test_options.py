@@ -51,9 +51,10 @@ def test_arguments_that_are_said_otherwise(options, said):
 
 
 def test_limits():
-    choice = ChoiceOptions(quality="high", only="tome, xformers", priority="memory")
+    choice = ChoiceOptions(quality="high", only="tome, xformers", priority="memory", images=9)
     limits = make_limits(choice, MemoryOptions("5GiB", "16GiB", "512MiB"))
     assert (limits.only, limits.vram_limit) == (("tome", "xformers"), 5 << 30)
+    assert limits.images == 9
     assert (limits.ram_limit, limits.reserve, limits.priority) == (16 << 30, 512 << 20, "memory")
     assert make_limits(ChoiceOptions(), MemoryOptions()) == Limits()
 

@@ -175,7 +175,7 @@ def test_a_missing_encoder_is_named_before_the_work(tmp_path, encoders, installe
     if can:
         assert files_for(target, True, 1) == [target]
         return
-    with pytest.raises(RequestError, match="pip install imageio imageio-ffmpeg"):
+    with pytest.raises(RequestError, match="diffusers-autotune\\[video\\]"):
         files_for(target, True, 1)
 
 

@@ -190,11 +190,14 @@ class Weights:
         """All weights are read into host RAM first, then go where the execution wants them.
 
         safetensors maps files: the pages read are cache that the system can drop, so that only the
-        tensors made from them count.
+        tensors made from them count. Of a pipeline that is loaded already, nothing is read again:
+        it may be on the device, with no copy in RAM.
         """
         weights = self._workload.weight_bytes
         is_whole = execution.placement == "device"
         on_device = weights if is_whole else self._moves(execution).staying_bytes
+        if self._workload.is_loaded:
+            return LoadPrediction(on_device, self.host_bytes(execution), None)
         is_host = self._machine.device.kind == "cpu" or self._machine.device.unified_memory
         disk, link = self._machine.host.disk_read_bytes_per_s, self._machine.link
         seconds = None

@@ -51,7 +51,7 @@ class LoadPrediction(msgspec.Struct, frozen=True):
         peak_bytes: Most device memory meanwhile.
         host_bytes: Most host RAM meanwhile, this process included.
         seconds: Reading from the disk and crossing the link; ``None`` where the disk's speed is
-            not known.
+            not known, or all has been read before.
     """
 
     peak_bytes: int

@@ -53,7 +53,8 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
         workload = trace_workload(architecture, request, pipe)
         if path:
             _write(path, workload)
-    return msgspec.structs.replace(workload, model=architecture.name)
+    is_loaded = pipe is not None
+    return msgspec.structs.replace(workload, model=architecture.name, is_loaded=is_loaded)
 
 
 def _path(architecture: Architecture, request: Request) -> Path | None:

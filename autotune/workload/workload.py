@@ -260,6 +260,7 @@ class Workload(Value, frozen=True):
             back only at the end (a ControlNet); those in neither tuple stay on the device.
         latent_tokens: Height times width of the latent: what token merging compares a block with.
         notes: What is estimated rather than traced, one sentence each.
+        is_loaded: Its weights were read before it was planned for.
     """
 
     model: str
@@ -271,6 +272,7 @@ class Workload(Value, frozen=True):
     latent_tokens: int
     offload_apart: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_loaded: bool = False
 
     @property
     def weight_bytes(self) -> int:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
-from autotune.decide.placement import Weights
+from autotune.decide.choose import choose
+from autotune.decide.placement import PROCESS_BYTES, Weights
 from autotune.optimizations import find
 from autotune.optimizations.execution import Execution
 from autotune.probe.reference import load_machine
@@ -169,3 +171,31 @@ def test_every_component_is_on_the_device_while_it_runs(kind: str) -> None:
     for (component, _), here in watched.during:
         assert component in here
     assert watched.here == set()  # and all are home after the image
+
+
+# ---- host RAM -----------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_takes_no_ram_for_loading() -> None:
+    """A pipeline that is on the GPU has no copy in RAM, and gets one only if it is offloaded."""
+    workload, machine = workload_of("sd"), load_machine("rtx-3080-10gb")
+    loaded = msgspec.structs.replace(workload, is_loaded=True)
+    for placement, in_ram in (("device", 0), ("model_offload", workload.weight_bytes)):
+        execution = Execution(placement=placement)  # type: ignore[arg-type]
+        before, after = (Weights(machine, w).load(execution) for w in (workload, loaded))
+        assert before.host_bytes == PROCESS_BYTES + workload.weight_bytes
+        assert after.host_bytes == PROCESS_BYTES + in_ram
+        assert after.peak_bytes == before.peak_bytes
+        assert after.seconds is None
+
+
+def test_a_loaded_pipeline_fits_where_it_could_not_be_loaded() -> None:
+    machine = load_machine("rtx-3080-10gb")
+    host = msgspec.structs.replace(machine.host, ram_available_bytes=PROCESS_BYTES + (1 << 20))
+    small = msgspec.structs.replace(machine, host=host)
+    workload = workload_of("sd")
+    assert workload.weight_bytes > 1 << 20
+    assert not choose(small, workload).fits
+    plan = choose(small, msgspec.structs.replace(workload, is_loaded=True))
+    assert plan.fits
+    assert plan.execution.placement == "device"

@@ -54,6 +54,14 @@ def test_the_second_call_reads_the_first_ones_file(
     assert len(traced) == len(files()) == 1
 
 
+def test_a_file_does_not_say_whether_the_pipeline_is_loaded(
+    sd_pipe: Any, architecture: Architecture, request_of: RequestOf, traced: list[Any]
+) -> None:
+    found = [workload_of(architecture, request_of(), p).is_loaded for p in (None, sd_pipe, None)]
+    assert found == [False, True, False]
+    assert len(traced) == 1
+
+
 def test_the_name_does_not_trace_again(
     architecture: Architecture, request_of: RequestOf, traced: list[Any]
 ) -> None:

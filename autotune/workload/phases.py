@@ -56,6 +56,7 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
         for name, component in architecture.components.items()
     }
     cls = pipeline_class(architecture, pipe)
+    assumed = []
     try:
         rehearsed = meta_pipeline(architecture, cls, modules, pipe)
         modules = modules_of(rehearsed)  # AnimateDiff's constructor makes another UNet
@@ -69,7 +70,7 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
                 f"cannot rehearse {cls.__name__} ({error}), and it has nothing like a denoiser",
                 "give a diffusion pipeline",
             ) from error
-        runs.notes.insert(0, f"{cls.__name__} cannot be rehearsed ({error}); {ASSUMED}")
+        assumed = [f"{cls.__name__} cannot be rehearsed ({error}); {ASSUMED}"]
     denoisers = {r.component for p in phases for r in p.runs if r.role == "denoiser"}
     components = tuple(
         take_apart(describe(n, m, live.get(n)), m, casts=n in denoisers) for n, m in modules.items()
@@ -84,7 +85,7 @@ def trace_workload(architecture: Architecture, request: Request, pipe: Any = Non
         offload_order=chained,
         offload_apart=apart,
         latent_tokens=runs.latent_tokens,
-        notes=(*runs.notes, *_packed(live), *_never_called(components, phases)),
+        notes=(*assumed, *runs.notes(phases), *_packed(live), *_never_called(components, phases)),
     )
 
 
@@ -100,7 +101,7 @@ class _Runs:
         self._request = request
         self.found: list[ComponentRun] = []
         self.latent_tokens = 0
-        self.notes: list[str] = []
+        self._notes: dict[tuple[str, str], str] = {}
 
     def trace(self, call: Call) -> Any:
         """Add the run of a call that is new, and return what the call returns."""
@@ -117,8 +118,8 @@ class _Runs:
         except Exception as error:  # any operator, any control flow that asks for values
             trace, out = estimated_call(call, role)
             note = _guessed(call, error)
-        if note and note not in self.notes:
-            self.notes.append(note)
+        if note:
+            self._notes.setdefault((call.component, call.entry), note)
         self.found.append(
             ComponentRun(
                 component=call.component,
@@ -133,6 +134,13 @@ class _Runs:
             )
         )
         return out
+
+    def notes(self, phases: tuple[Phase, ...]) -> Iterator[str]:
+        """What is estimated, in which phase and why; each component once."""
+        for phase in phases:
+            for key in dict.fromkeys((r.component, r.entry) for r in phase.runs if r.is_estimated):
+                if key in self._notes:
+                    yield f"{phase.name}: {self._notes[key]}"
 
 
 def _guessed(call: Call, error: Exception) -> str:

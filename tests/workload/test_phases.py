@@ -179,7 +179,9 @@ def test_a_forward_that_fails_is_estimated_and_said(sd_pipe: Any, request_of: Re
     architecture = replaced(describe_pipeline(sd_pipe), "unet", class_embed_type="timestep")
     workload = trace_workload(architecture, request_of())
     (note,) = workload.notes
-    assert note.startswith("unet (UNet2DConditionModel) cannot be traced: class_labels should be")
+    assert note.startswith(
+        "denoise: unet (UNet2DConditionModel) cannot be traced: class_labels should be"
+    )
     assert "\n" not in note
     assert [(p.name, r.is_estimated) for p in workload.phases for r in p.runs] == [
         ("encode", False),

@@ -40,7 +40,8 @@ class Catalogue(Mapping[str, Optimization]):
 
     @functools.cached_property
     def _members(self) -> dict[str, _Member]:
-        members = dict(self._built_in)
+        # What another package finds here while it is imported.
+        members = vars(self)["_members"] = dict(self._built_in)
         for member in _installed(members):
             members[member.optimization.name] = member
         return members

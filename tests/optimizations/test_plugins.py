@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from autotune.cli.app import app
 from autotune.decide.rules import all_rules, require_coherent
 from autotune.errors import OptimizationError
-from autotune.optimizations import CATALOGUE, find, parse_settings
+from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.plugins import BUILT_IN, GROUP, Catalogue
+from autotune.optimizations.tome import ToMe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "chunked-feed-forward"
@@ -40,7 +41,9 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         monkeypatch.syspath_prepend(site)
         return site
 
+    forget_what_was_found()
     yield add
+    forget_what_was_found()
 
 
 @pytest.fixture
@@ -50,9 +53,7 @@ def example(register: Register, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     site = register(**project["entry-points"][GROUP])
     monkeypatch.syspath_prepend(EXAMPLE)
-    forget_what_was_found()
     yield os.pathsep.join(map(str, (site, EXAMPLE, REPOSITORY)))
-    forget_what_was_found()
 
 
 def forget_what_was_found() -> None:
@@ -134,10 +135,8 @@ def test_its_own_conformance_test_passes(example: str) -> None:
 # ---- what is wrong is said and left out ---------------------------------------------------------
 
 WRONG = """
-from autotune.optimizations import find
 from autotune.optimizations.rule import Rule
-
-Good = type(find("vae_slicing"))
+from autotune.optimizations.vae import VaeSlicing as Good
 
 class Fine(Good):
     name = "fine"
@@ -199,7 +198,7 @@ def test_a_wrong_one_is_one_warning(
     site = register(a_wrong_one=value, fine="wrong:Fine")
     (site / "wrong.py").write_text(WRONG)
     (site / "leaves.py").write_text("raise SystemExit('bye')")
-    catalogue = Catalogue((find("tome"),))
+    catalogue = Catalogue((ToMe(),))
     assert list(catalogue) == ["tome", "fine"]
     [said] = [r.getMessage() for r in caplog.records if r.name == "autotune"]
     assert said.startswith("optimization a_wrong_one of some-package 1.2 is left out: ")
@@ -216,8 +215,21 @@ def test_the_second_of_a_name_is_left_out(
     assert "there is an optimization 'fine' already" in caplog.text
 
 
+def test_a_package_may_read_the_catalogue_while_it_is_imported(
+    register: Register, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = register(fine="nosy:Fine")
+    (site / "nosy.py").write_text(
+        "from autotune.optimizations import find\n"
+        "class Fine(type(find('vae_slicing'))):\n"
+        "    name = 'fine'\n"
+    )
+    assert list(CATALOGUE)[-1] == "fine"
+    assert not caplog.records
+
+
 def test_packages_are_looked_for_when_the_catalogue_is_read(register: Register) -> None:
-    catalogue = Catalogue((find("tome"),))
+    catalogue = Catalogue((ToMe(),))
     site = register(fine="wrong:Fine")
     (site / "wrong.py").write_text(WRONG)
     assert "fine" in catalogue

@@ -55,13 +55,16 @@ class _Offload(Optimization):
         """Why the pipeline itself does not allow it."""
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
+        from accelerate.hooks import remove_hook_from_module
+
         modules = modules_of(pipe).values()
         before = [(m, device_of(m)) for m in modules]
         tensors = [place for m in modules for place in _tensors(m)]
         notes = {n: pipe.__dict__[n] for n in _NOTES if n in pipe.__dict__}
 
         def undo() -> None:
-            pipe.remove_all_hooks()
+            for module in modules:  # pipe.remove_all_hooks() passes those half put on
+                remove_hook_from_module(module, recurse=True)
             for name in _NOTES:
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(notes)

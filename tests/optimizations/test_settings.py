@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, find, parse_setting, parse_settings
+from autotune.optimizations.backends import KERNELS
 from autotune.optimizations.base import Optimization, Setting
+from autotune.optimizations.compilation import SCOPES
+from autotune.optimizations.quantization import PACKAGES
 
 PARAMETERS: dict[str, st.SearchStrategy[dict[str, bool | int | float | str]]] = {
     "tome": st.fixed_dictionaries(
@@ -18,6 +21,12 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, bool | int | float | str]]] = 
         }
     ),
     "attention_slicing": st.fixed_dictionaries({"slices": st.sampled_from(("auto", "max"))}),
+    "attention_backend": st.fixed_dictionaries({"kernel": st.sampled_from(sorted(KERNELS))}),
+    "compile": st.fixed_dictionaries({"scope": st.sampled_from(SCOPES)}),
+    "quantization": st.fixed_dictionaries({"scheme": st.sampled_from(sorted(PACKAGES))}),
+    "first_block_cache": st.fixed_dictionaries({"threshold": st.floats(0.01, 0.5)}),
+    "taylorseer_cache": st.fixed_dictionaries({"interval": st.integers(2, 10)}),
+    "pyramid_attention_broadcast": st.fixed_dictionaries({"range": st.integers(2, 8)}),
     "vae_tiling": st.fixed_dictionaries({"tile": st.integers(1, 64).map(lambda n: 64 * n)}),
     "group_offload": st.fixed_dictionaries(
         {

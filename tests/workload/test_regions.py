@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autotune.testing.pipelines import BUILDERS
 from autotune.workload.components import describe, weight_bytes
 from autotune.workload.groups import take_apart
 from autotune.workload.trace import trace
 from autotune.workload.workload import Operator
-from tests.pipelines import BUILDERS
 from tests.workloads import workload_of
 
 SIZE = 1000

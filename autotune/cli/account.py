@@ -16,6 +16,7 @@ from autotune.runtime.account import (
     describe_prediction,
     describe_start,
     describe_workload,
+    left_out,
     shortage,
     ways_out,
 )
@@ -167,9 +168,8 @@ def _reason_table(plan: Plan) -> Table:
     grid = _grid()
     for reason in plan.reasons:
         grid.add_row(f"[green]+ {reason.optimization}[/]", escape(reason.text))
-    for rejection in plan.rejected:
-        text = escape(rejection.text)
-        grid.add_row(f"[dim]- {rejection.optimization}[/]", f"[dim]{text}[/]")
+    for text, names in left_out(plan).items():
+        grid.add_row("- " + "\n  ".join(names), escape(text), style="dim")
     return grid
 
 

@@ -24,7 +24,10 @@ Steps = Annotated[int | None, typer.Option(help="Denoise steps; the pipeline's d
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Quality = Annotated[
-    str, typer.Option(help="exact, high, balanced or fast: what may change the image.")
+    str,
+    typer.Option(
+        help="What may change the image: exact, high, balanced or fast, or optimizations by name."
+    ),
 ]
 Only = Annotated[str, typer.Option(help="Consider these optimizations alone (comma-separated).")]
 Without = Annotated[str, typer.Option(help="Leave these optimizations out (comma-separated).")]

@@ -277,7 +277,7 @@ def _total(phases: Sequence[PhaseMeasurement]) -> str:
         return "-"
     seconds = format_seconds(sum(phase.seconds for phase in phases))
     peaks = [phase.peak_bytes for phase in phases if phase.peak_bytes is not None]
-    return f"{seconds}, {format_bytes(max(peaks))}" if peaks else seconds
+    return f"{seconds}\n{format_bytes(max(peaks))}" if peaks else seconds
 
 
 def _profile_table(profiles: Sequence[StoredProfile]) -> Table:

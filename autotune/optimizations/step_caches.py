@@ -46,7 +46,7 @@ class _Cache(Optimization):
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if workload.pipeline not in self.pipelines:
-            return f"{self.name} has not been tried with {workload.pipeline}"
+            return f"it has not been tried with {workload.pipeline}"
         if workload.request.steps < 2:
             return "a single step has no earlier one to reuse"
         return None

@@ -82,8 +82,16 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"chosen      {chosen}"
     yield from (f"  + {r.optimization}: {r.text}" for r in plan.reasons)
     yield "left out"
-    yield from (f"  - {r.optimization}: {r.text}" for r in plan.rejected)
+    yield from (f"  - {', '.join(names)}: {text}" for text, names in left_out(plan).items())
     yield from (f"note        {n}" for n in plan.notes)
+
+
+def left_out(plan: Plan) -> dict[str, list[str]]:
+    """Reason → the optimizations that were left out for it."""
+    names: dict[str, list[str]] = {}
+    for rejection in plan.rejected:
+        names.setdefault(rejection.text, []).append(rejection.optimization)
+    return names
 
 
 def shortage(plan: Plan) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from autotune.cli.memory import MemoryAccount
-from autotune.cli.models import ModelAccount, ModelList
+from autotune.cli.model import ModelAccount
+from autotune.cli.models import ModelList
 from autotune.cli.run import RunReport
 from autotune.cli.whatif import Comparison
 from autotune.decide.plan import Plan, PredictionReport

@@ -60,14 +60,14 @@ def test_needs_are_traced_and_a_model_that_cannot_be_costs_its_line(monkeypatch)
     from autotune.errors import ModelError
 
     monkeypatch.setattr(models, "builtin_names", lambda: ("demo", "sd15"))
-    traced = models._native_workload
+    traced = models.native_workload
 
     def native_workload(architecture, machine):
         if architecture.name == "sd15":
             raise ModelError("cannot be traced", "upgrade")
         return traced(architecture, machine)
 
-    monkeypatch.setattr(models, "_native_workload", native_workload)
+    monkeypatch.setattr(models, "native_workload", native_workload)
     done = CliRunner().invoke(app, ["models", "--needs", "--json"], catch_exceptions=False)
     demo, sd15 = json.loads(done.stdout)["models"]
     assert sd15["needs"] is None

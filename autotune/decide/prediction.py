@@ -93,7 +93,7 @@ class Prediction(msgspec.Struct, frozen=True):
     @property
     def mean_seconds(self) -> float:
         """One generation with its share of what is done once: what a choice compares."""
-        return self.seconds + self.once_s / self.images
+        return sum(p.seconds + p.once_s / self.images for p in self.phases)
 
     @property
     def binding_phase(self) -> PhasePrediction:

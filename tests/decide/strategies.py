@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         variants += ["sliced", *(f"sliced+{v}" for v in variants)]
     return Workload(
         model="invented",
-        pipeline="StableDiffusionPipeline",
+        pipeline=draw(seldom("StableDiffusionPipeline", "FluxPipeline")),
         request=request,
         components=tuple(parts),
         phases=(
@@ -160,6 +161,11 @@ def workloads(draw: st.DrawFn) -> Workload:
         offload_order=("text_encoder", "unet", "vae"),
         latent_tokens=tokens,
     )
+
+
+def seldom(usual: Any, other: Any) -> st.SearchStrategy[Any]:
+    """What gives more to choose from makes the plain enumeration long."""
+    return st.sampled_from((usual, usual, usual, usual, other))
 
 
 @st.composite
@@ -178,6 +184,10 @@ def components(draw: st.DrawFn, name: str, class_name: str) -> Component:
         tensor_count=layers,
         block_bytes=(weights // (blocks + 1),) * blocks,
         casting_saves_bytes=draw(st.sampled_from((0, weights // 3))),
+        linear_bytes=draw(seldom(0, weights // 2)),
+        fusable_bytes=draw(seldom(0, weights // 8)),
+        fusable_products=layers,
+        abilities=draw(seldom((), ("repeated_blocks", "attention_backend"))),
     )
 
 
@@ -232,12 +242,13 @@ def operators(draw: st.DrawFn, dtype: str, tokens: int) -> Operator:
         kind = "matmul"
     flops = shape.flops if shape else 0.0 if kind == "memory" else draw(st.floats(1e8, 1e12))
     weights = 0 if kind in ("memory", "attention") else draw(st.integers(0, 100)) * MIB
+    count, fuses = draw(st.integers(1, 60)), kind == "memory" and draw(st.booleans())
     return Operator(
         name=f"aten.{kind}",
         kind=kind,
         signature=signature(kind, read // MIB, written // MIB, dtype),
         dtype=dtype,
-        count=draw(st.integers(1, 60)),
+        count=count,
         flops=flops,
         bytes=read + written + weights,
         live_bytes=read + written + draw(st.integers(0, 1500)) * MIB,
@@ -245,6 +256,9 @@ def operators(draw: st.DrawFn, dtype: str, tokens: int) -> Operator:
         out_bytes=written,
         attention=shape,
         block_tokens=block_tokens if shape else 0,
+        region=draw(st.sampled_from(("", "block", "attention"))),
+        fused_calls=count // 2 if fuses else count,
+        fused_bytes=count * (written if fuses else read + written + weights),
     )
 
 

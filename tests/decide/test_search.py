@@ -21,16 +21,21 @@ from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 from tests.decide.strategies import machines, workloads
 
-thorough = settings(max_examples=300, deadline=None)
+thorough = settings(max_examples=2000, deadline=None)
+
+some_optimizations = st.lists(st.sampled_from(tuple(CATALOGUE)), min_size=1, max_size=6).map(tuple)
+"""Few enough that every set of theirs can be enumerated, thousands of times."""
 
 
 def plainly(machine: Machine, workload: Workload, limits: Limits) -> Iterator[Candidate]:
     """Every coherent set, one after the other."""
-    predictor = Predictor(machine, workload)
+    predictor = Predictor(machine, workload, limits.images)
     judge = Judge(predictor, limits.keep)
     offered: list[list[Setting | None]] = []
     kept = {s.name for s in limits.keep}
     for optimization in CATALOGUE.values():
+        if limits.only and optimization.name not in limits.only:
+            continue
         if optimization.name in kept or optimization.unavailable(machine, workload):
             continue
         tried = optimization.worth_trying(machine, workload)
@@ -46,7 +51,7 @@ def plainly(machine: Machine, workload: Workload, limits: Limits) -> Iterator[Ca
         prediction = predictor.predict(execution_of((*limits.keep, *chosen)))
         yield Candidate(
             chosen,
-            prediction.seconds,
+            prediction.mean_seconds,
             prediction.needed_bytes,
             prediction.host_bytes,
             loss_of(chosen),
@@ -65,10 +70,14 @@ def rank(candidate: Candidate) -> tuple[object, ...]:
     workload=workloads(),
     quality=st.sampled_from((*QUALITIES, "tome", "vae_tiling")),
     priority=st.sampled_from(PRIORITIES),
+    only=some_optimizations,
+    images=st.sampled_from((1, 1000)),
 )
-def test_the_choice_is_that_of_the_plain_enumeration(machine, workload, quality, priority):
-    limits = Limits(quality=quality, priority=priority)
-    decision = decide(Predictor(machine, workload), limits, CATALOGUE)
+def test_the_choice_is_that_of_the_plain_enumeration(
+    machine, workload, quality, priority, only, images
+):
+    limits = Limits(quality=quality, priority=priority, only=only, images=images)
+    decision = decide(Predictor(machine, workload, images), limits, CATALOGUE)
     everything = list(plainly(machine, workload, limits))
     budget = budget_within(machine, limits)
     best = select(everything, budget, priority)
@@ -97,14 +106,15 @@ def test_it_is_so_beside_what_was_set_by_hand(machine, workload, data):
     by_hand = data.draw(st.sampled_from(usable))
     tried = by_hand.worth_trying(machine, workload)
     keep = (by_hand.setting(data.draw(st.sampled_from(tried))),)
-    limits = Limits(quality="balanced", keep=keep)
+    limits = Limits(quality="balanced", keep=keep, only=data.draw(some_optimizations))
     decision = decide(Predictor(machine, workload), limits, CATALOGUE)
     best = select(list(plainly(machine, workload, limits)), budget_within(machine, limits))
     assert rank(decision.chosen) == rank(best)
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl", "pixart-sigma"])
-@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize(
+    ("model", "quality"), [("sd15", "fast"), ("sdxl", "exact"), ("pixart-sigma", "balanced")]
+)
 def test_it_is_so_for_real_models(traced, rtx_3080_torch1, model, quality):
     workload, limits = traced(model), Limits(quality=quality)
     decision = decide(Predictor(rtx_3080_torch1, workload), limits, CATALOGUE)

@@ -34,7 +34,7 @@ def test_the_frontier_is_that_of_all_coherent_sets(machine, workload, quality):
     for point in points:
         prediction = predictor.predict(execution_of(point.optimizations))
         assert (point.seconds, point.needed_bytes, point.host_bytes) == (
-            *(prediction.seconds, prediction.needed_bytes, prediction.host_bytes),
+            *(prediction.mean_seconds, prediction.needed_bytes, prediction.host_bytes),
         )
         assert point.fits == budget.holds(prediction)
 

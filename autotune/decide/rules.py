@@ -102,14 +102,14 @@ RULES: tuple[Rule, ...] = (
         "gains nothing",
         while_transfer_dominates=True,
     ),
-    # In the other order these two pairs work; group offload does the same with less waiting.
     Rule(
         "casting-lost-in-offload",
-        "sequential offload loads the weights anew at every step, in the dtype they were stored "
-        "in: a later cast is lost",
-        frozenset({"sequential_cpu_offload"}),
+        "offload layer by layer loads the weights anew at every step, in the dtype they were "
+        "stored in: a later cast is lost",
+        LAYER_OFFLOADS,
         frozenset({"layerwise_casting"}),
         "is lost",
+        by_hand=True,
     ),
     Rule(
         "layout-lost-in-offload",
@@ -118,6 +118,22 @@ RULES: tuple[Rule, ...] = (
         frozenset({"sequential_cpu_offload"}),
         frozenset({"channels_last"}),
         "is lost",
+        by_hand=True,
+    ),
+    Rule(
+        "fused-from-nothing",
+        "of weights that sequential offload has moved away, the joined matrix would be random",
+        frozenset({"sequential_cpu_offload"}),
+        frozenset({"fuse_qkv"}),
+        "spoils",
+        by_hand=True,
+    ),
+    Rule(
+        "fused-in-eight-bits",
+        "weights stored in eight bits cannot be joined into one matrix",
+        frozenset({"layerwise_casting"}),
+        frozenset({"fuse_qkv"}),
+        "raises",
     ),
 )
 
@@ -128,17 +144,23 @@ def all_rules() -> tuple[Rule, ...]:
     return (*RULES, *(rule for o in CATALOGUE.values() for rule in o.rules))
 
 
-def broken_rule(names: Iterable[str], prediction: Prediction | None = None) -> Rule | None:
+def broken_rule(
+    names: Iterable[str], prediction: Prediction | None = None, kept: frozenset[str] = frozenset()
+) -> Rule | None:
     """The first rule that a set breaks, or ``None`` when it is coherent.
 
     Args:
         names: Optimizations of the set.
         prediction: Of the set; without it, rules that depend on it are left out.
+        kept: Those that are set by hand already.
     """
     chosen = frozenset(names)
     dominated = prediction is not None and transfer_dominates(prediction)
     for rule in all_rules():
-        if rule.broken_by(chosen) and (dominated or not rule.while_transfer_dominates):
+        holds = dominated or not rule.while_transfer_dominates
+        if rule.by_hand and not rule.first & kept:
+            holds = False
+        if holds and rule.broken_by(chosen):
             return rule
     return None
 

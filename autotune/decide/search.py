@@ -76,6 +76,7 @@ class Judge:
     def __init__(self, predictor: Predictor, kept: Sequence[Setting]) -> None:
         self._predictor = predictor
         self._base = execution_of(kept)
+        self._kept = frozenset(s.name for s in kept)
         self._by_names: dict[frozenset[str], tuple[Rule | None, bool]] = {}
 
     def rule_between(self, first: Setting, second: Setting) -> Rule | None:
@@ -83,12 +84,12 @@ class Judge:
         names = frozenset((first.name, second.name))
         if names not in self._by_names:
             depends = any(rule.broken_by(names) for rule in all_rules())
-            self._by_names[names] = (broken_rule(names), depends)
+            self._by_names[names] = (broken_rule(names, kept=self._kept), depends)
         rule, depends = self._by_names[names]
         if rule is not None or not depends:
             return rule
         both = execution_of((first, second), self._base)
-        return broken_rule(names, self._predictor.predict(both))
+        return broken_rule(names, self._predictor.predict(both), self._kept)
 
     def rule_with(self, others: Iterable[Setting], setting: Setting) -> Rule | None:
         """The first rule that a member breaks with any of the others."""

@@ -27,6 +27,8 @@ class Rule(msgspec.Struct, frozen=True):
         clash: What comes of such a pair, in one of the two orders; ``autotune.testing`` tries it.
         while_transfer_dominates: The rule holds only where moving weights takes longer than
             computing, which the prediction tells.
+        by_hand: The rule holds only where one of ``first`` was set by hand before: a plan's own
+            members are applied in an order that works.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Rule(msgspec.Struct, frozen=True):
     second: frozenset[str]
     clash: Clash
     while_transfer_dominates: bool = False
+    by_hand: bool = False
 
     def broken_by(self, names: frozenset[str]) -> bool:
         """Whether the set contains a forbidden pair."""

@@ -45,7 +45,7 @@ class Interruption:
             self.calls += 1
             if self.calls == self._at:
                 sys.setprofile(None)  # what puts things back is not to fail
-                raise OnPurpose if self._at % 2 else KeyboardInterrupt
+                raise OnPurpose if self._at.bit_length() % 2 else KeyboardInterrupt
 
 
 def places(calls: int) -> Iterator[int]:
@@ -53,6 +53,6 @@ def places(calls: int) -> Iterator[int]:
     place = 1
     while place < calls:
         yield place
-        place += 1 + place // 2
+        place *= 2
     if calls:
         yield calls

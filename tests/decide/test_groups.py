@@ -88,7 +88,6 @@ def test_casting_saves_memory_where_the_denoiser_is(traced, rtx_3080):
     [
         (("group_offload", "model_cpu_offload"), "one-offload"),
         (("group_offload", "sequential_cpu_offload"), "one-offload"),
-        (("sequential_cpu_offload", "layerwise_casting"), "casting-lost-in-offload"),
     ],
 )
 def test_what_does_not_go_together(names, rule):

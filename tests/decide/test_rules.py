@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from autotune.decide.choose import execution_of
+from autotune.decide.choose import Limits, choose, execution_of
 from autotune.decide.predict import Predictor
 from autotune.decide.rules import RULES, broken_rule, require_coherent, transfer_dominates
 from autotune.errors import OptimizationError
@@ -25,7 +25,9 @@ def test_rule_ids_are_unique():
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in RULES if not r.while_transfer_dominates], ids=lambda r: r.id
+    "rule",
+    [r for r in RULES if not r.while_transfer_dominates and not r.by_hand],
+    ids=lambda r: r.id,
 )
 def test_forbidden_pairs_are_refused(rule):
     pairs = [(a, b) for a, b in itertools.product(rule.first, rule.second) if a != b]
@@ -39,6 +41,32 @@ def test_forbidden_pairs_are_refused(rule):
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.id)
 def test_a_rule_that_hangs_on_a_prediction_is_about_gain(rule):
     assert not rule.while_transfer_dominates or rule.clash == "gains nothing"
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.by_hand], ids=lambda r: r.id)
+def test_what_only_the_order_forbids_is_refused_after_what_was_set_by_hand(rule, traced, rtx_3080):
+    """A plan puts its own members on in the order that works."""
+    for first, second in itertools.product(rule.first, rule.second):
+        names = (first, second)
+        assert broken_rule(names, kept=frozenset({first})) == rule
+        assert broken_rule(names) is None
+        assert broken_rule(names, kept=frozenset({second})) is None
+        plan = choose(
+            rtx_3080, traced("sd15"), Limits(quality="fast", keep=(find(first).setting(),))
+        )
+        assert second not in {s.name for s in plan.optimizations}
+        rejected = {r.optimization: r.rule for r in plan.rejected}
+        assert rejected[second] in (rule.id, "offload-or-tune")
+
+
+def test_faster_kernels_have_no_return_under_sequential_offload(traced, rtx_3080):
+    settings = parse_settings("sequential_cpu_offload,channels_last")
+    predictor = Predictor(rtx_3080, traced("sd15"))
+    both, alone = (predictor.predict(execution_of(s)) for s in (settings, settings[:1]))
+    assert both.seconds > 0.97 * alone.seconds
+    rule = broken_rule((s.name for s in settings), both)
+    assert rule is not None
+    assert rule.id == "offload-or-tune"
 
 
 def test_single_optimizations_are_coherent():

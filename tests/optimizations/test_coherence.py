@@ -101,6 +101,15 @@ def test_casting_lost_in_offload() -> None:
         assert torch.equal(call(pipe), plain)
 
 
+def test_casting_lost_in_offload_to_the_disk() -> None:
+    pipe = build_sd()
+    plain = call(pipe)
+    undo = apply(pipe, "group_offload", level="leaf", disk=True)
+    apply(pipe, "layerwise_casting")
+    torch.testing.assert_close(call(pipe), plain, rtol=0, atol=1e-4)
+    undo()
+
+
 def test_layout_lost_in_offload() -> None:
     pipe = build_sd()
     plain = call(pipe)
@@ -111,6 +120,22 @@ def test_layout_lost_in_offload() -> None:
         pipe.enable_sequential_cpu_offload(device="cpu")
         pipe.unet.to(memory_format=torch.channels_last)
         assert torch.equal(call(pipe), plain)
+
+
+def test_fused_from_nothing() -> None:
+    pipe = build_sd()
+    plain = call(pipe)
+    with sequential_on_cpu():
+        pipe.enable_sequential_cpu_offload(device="cpu")
+        pipe.unet.fuse_qkv_projections()
+        assert not torch.allclose(call(pipe), plain, rtol=0, atol=1e-3)
+
+
+def test_fused_in_eight_bits() -> None:
+    pipe = build_sd()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="Float8"):
+        pipe.fuse_qkv_projections()
 
 
 class Network(torch.nn.Module):

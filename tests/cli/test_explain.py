@@ -143,3 +143,13 @@ def test_a_plan_that_is_traced_already_imports_no_torch():
     )
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "diffusers", "transformers"}
+
+
+def test_one_reason_for_several_is_said_once():
+    plan = make_plan("sd15", load_machine("cpu-16-cores"), Ask()).plan
+    reasons = [r.text for r in plan.rejected]
+    (shared,) = {r.text for r in plan.rejected if r.optimization == "group_offload"}
+    assert reasons.count(shared) > 2
+    assert explain_plan(plan).count(shared) == 1
+    lines = said("plan", "sd15", "--machine", "cpu-16-cores").splitlines()
+    assert any(line.startswith("  group_offload") for line in lines)

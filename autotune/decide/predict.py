@@ -26,13 +26,25 @@ from autotune.probe.machine import Machine
 from autotune.units import MIB
 from autotune.workload.workload import ComponentRun, Phase, Trace, Workload
 
-FRAGMENTATION = 0.10
-"""Share of the activations that the caching allocator may lose in blocks it cannot reuse.
-Published runs reserve 1.02 to 1.75 times what they allocate, but under pressure the allocator gives
-unused blocks back before it fails, so only a part of that must be free."""
 
-SEGMENT_BYTES = 20 * MIB
-"""The allocator's segment for tensors of 1 to 10 MiB: the last one is half empty on average."""
+class Fragmentation(NamedTuple):
+    """What the caching allocator may lose: a share of the activations, and bytes besides."""
+
+    share: float
+    bytes: int
+
+
+FRAGMENTATION = {
+    "device": Fragmentation(0.55, 64 * MIB),
+    "encoder_offload": Fragmentation(0.55, 256 * MIB),
+    "model_offload": Fragmentation(0.30, 224 * MIB),
+    "sequential_offload": Fragmentation(0.30, 224 * MIB),
+    "group_offload": Fragmentation(0.30, 224 * MIB),
+}
+"""Memory that is free, but in pieces too small, though PyTorch gives unused segments back before it
+fails. Most of it where the cache is kept from call to call, with what is left of the last phase
+between what the next one needs; offload hooks empty it, but leave half-empty segments of 2 and 20
+MiB. ``scripts/simulate_fragmentation.py`` replays whole generations: no less suffices for any."""
 
 ESTIMATE_MARGIN = 1.0
 """Share of the activations to keep free on top, where they are a guess from the weights."""
@@ -162,7 +174,7 @@ class Predictor:
         fixed = library_bytes(self.machine) + weights.rounding_bytes(run, execution)
         workspace = forward.workspace_bytes + fixed
         resident += self._kept_bytes(run, execution)
-        margin = self._margin_bytes(activation)
+        margin = self._margin_bytes(activation, execution)
         if run.is_estimated:
             margin += int(ESTIMATE_MARGIN * activation)
         return PhasePrediction(
@@ -223,10 +235,11 @@ class Predictor:
             host += placement.group_host_s(self.machine, component, execution.group)
         return self._model.with_more(forward, memory_s=memory, host_s=host)
 
-    def _margin_bytes(self, activation_bytes: int) -> int:
+    def _margin_bytes(self, activation_bytes: int, execution: Execution) -> int:
         if self.machine.device.kind == "cpu":
             return 0  # malloc returns large blocks to the system
-        return int(FRAGMENTATION * activation_bytes) + SEGMENT_BYTES
+        lost = FRAGMENTATION[execution.placement]
+        return int(lost.share * activation_bytes) + lost.bytes
 
     # ---- one forward ----------------------------------------------------------------------------
 

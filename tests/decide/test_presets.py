@@ -53,7 +53,7 @@ def test_sd15_1024_slices_only_where_memory_asks_for_it(traced, rtx_3080_torch1)
 
 
 def test_sd15_1024_batch_takes_tome_when_quality_was_offered(traced, rtx_3080_torch1):
-    workload = traced("sd15", height=1024, width=1024, batch=4)
+    workload = traced("sd15", height=1024, width=1024, batch=2)
     assert names(classic(rtx_3080_torch1, workload)) == ["xformers"]
     offered = classic(rtx_3080_torch1, workload, "balanced")
     assert names(offered) == ["xformers", "tome"]

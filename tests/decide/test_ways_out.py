@@ -141,7 +141,7 @@ def test_smaller_images_and_batches_are_traced(traced, rtx_3080):
     def rework(request: Request) -> Workload:
         return traced("sdxl", batch=request.batch, height=request.height, width=request.width)
 
-    machine = small(rtx_3080, 8 * GIB)
+    machine = small(rtx_3080, 9 * GIB)
     plan = choose(machine, workload, Limits(without=("vae_slicing",)), rework=rework)
     assert not plan.fits
     assert [w.kind for w in plan.remedies] == ["limits", "batch", "quality"]

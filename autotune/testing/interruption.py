@@ -53,6 +53,6 @@ def places(calls: int) -> Iterator[int]:
     place = 1
     while place < calls:
         yield place
-        place *= 2
+        place *= 3
     if calls:
         yield calls

@@ -77,6 +77,7 @@ class Weights:
         self._workload = workload
         self._components = {c.name: c for c in workload.components}
         self._all_moves: dict[str, _Moves] = {}
+        self._rounded: dict[tuple[int, str], int] = {}
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
@@ -107,8 +108,11 @@ class Weights:
         by_parts = execution.placement in ("sequential_offload", "group_offload")
         if self._machine.device.kind != "cuda" or by_parts:
             return 0  # one leaf at a time is a block or two
-        here = self.companions(run, execution) | {run.component}
-        return sum(self._rounding[name] for name in here)
+        key = (id(run), execution.placement)
+        if key not in self._rounded:
+            here = self.companions(run, execution) | {run.component}
+            self._rounded[key] = sum(self._rounding[name] for name in here)
+        return self._rounded[key]
 
     @functools.cached_property
     def _rounding(self) -> dict[str, int]:

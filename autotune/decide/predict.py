@@ -71,6 +71,7 @@ class Predictor:
         self.machine = machine
         self.workload = workload
         self.images = images
+        self._components = {c.name: c for c in workload.components}
         self._stored: dict[Storage, Weights] = {}
         self._model = ForwardModel(machine, workload)
         self._recast: dict[tuple[int, str], Trace] = {}
@@ -160,6 +161,25 @@ class Predictor:
             once_s=sum(r.once_s for r in runs),
         )
 
+    def costs(self, index: int, execution: Execution) -> tuple[float, ...]:
+        """What a phase costs wherever its weights are: where none is higher, the phase is no worse.
+
+        Not in a unit: for each run, seconds of device and host, bytes, and what is done once.
+        """
+        found: list[float] = []
+        for run in self.workload.phases[index].runs:
+            forward = self._with_effects(self._forward(run, execution), run, execution)
+            found += (
+                forward.compute_s + forward.memory_s,
+                forward.host_s,
+                forward.activation_bytes,
+                forward.weight_reads,
+                forward.weight_reads_bytes,
+                self._kept_bytes(run, execution),
+                self._once_s(run, execution),
+            )
+        return tuple(found)
+
     def run(self, phase: str, run: ComponentRun, execution: Execution) -> PhasePrediction:
         """All calls of one run of the workload, as if they were the whole of their phase."""
         forward = self._forward(run, execution)
@@ -224,7 +244,7 @@ class Predictor:
         fuses = execution.fused_projections and run.role == "denoiser"
         if not (execution.storage_dtype or execution.group or fuses):
             return forward
-        component = self.workload.component(run.component)
+        component = self._components[run.component]
         if execution.storage_dtype and run.role == "denoiser":
             dtype = self.workload.request.dtype
             memory += casting.memory_s(self.machine, component, dtype)
@@ -267,7 +287,7 @@ class Predictor:
         """How much of a denoiser's blocks is computed."""
         if execution.step_cache is None or run.role != "denoiser":
             return ALL_COMPUTED
-        component = self.workload.component(run.component)
+        component = self._components[run.component]
         steps = self.workload.request.steps
         return step_caches.share_computed(execution.step_cache, steps, component)
 

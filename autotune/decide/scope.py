@@ -38,6 +38,10 @@ one is slower to search until it is listed, but never wrong."""
 FIELDS = tuple(f.name for f in msgspec.structs.fields(Execution))
 
 
+APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in ("placement", "group")))
+"""Reads those fields of an execution that change what is computed, not where weights wait."""
+
+
 def reach_of(execution: Execution) -> frozenset[Part]:
     """What an execution can change compared with the default one."""
     plain = Execution()

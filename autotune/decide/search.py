@@ -17,7 +17,7 @@ from autotune.decide.limits import QUALITIES, level_of
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction
 from autotune.decide.rules import all_rules, broken_rule
-from autotune.decide.scope import reach_of
+from autotune.decide.scope import APART_FROM_PLACE, reach_of
 from autotune.optimizations import find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
@@ -123,6 +123,14 @@ class _Part(NamedTuple):
     loss: Loss
 
 
+class _Costs(NamedTuple):
+    """A combination of what reaches one phase only, and what it costs wherever weights are."""
+
+    members: tuple[_Member, ...]
+    values: tuple[float, ...]
+    loss: Loss
+
+
 _Groups = tuple[tuple[_Member, ...], ...]
 """The members that each optimization offers; at most one of each is taken."""
 
@@ -147,6 +155,7 @@ class Space:
         self.judge = Judge(predictor, kept)
         groups = self._members(options, kept)
         self._shared, self._local = self._split(groups)
+        self._placeable: dict[tuple[object, ...], list[tuple[_Member, ...]]] = {}
 
     def predict(self, settings: Iterable[Setting]) -> Prediction:
         """A set on top of what is set by hand."""
@@ -224,24 +233,24 @@ class Space:
     def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
         """What reaches several phases being given: the combinations of each phase's own."""
         prediction = self._predictor.predict(execution)
-        taken = sum(m.bit for m in members)
+        taken, loss = sum(m.bit for m in members), _loss(members)
         fronts = [self._front(phase, taken, execution) for phase in range(len(prediction.phases))]
         for parts in itertools.product(*fronts):
             chosen = sorted((*members, *(m for p in parts for m in p.members)))
             yield Candidate(
                 settings=tuple(m.setting for m in chosen),
-                seconds=sum(p.seconds for p in parts),
-                needed_bytes=max(prediction.load.peak_bytes, *(p.needed_bytes for p in parts)),
+                seconds=sum([p.seconds for p in parts]),
+                needed_bytes=max(prediction.load.peak_bytes, *[p.needed_bytes for p in parts]),
                 host_bytes=prediction.host_bytes,
-                loss=_loss(chosen),
-                phases_bytes=sum(p.needed_bytes for p in parts),
+                loss=tuple(map(sum, zip(loss, *[p.loss for p in parts], strict=True))),
+                phases_bytes=sum([p.needed_bytes for p in parts]),
             )
 
     def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:
         """The phase's combinations that no other is at least as good as in every respect."""
         parts = [
-            self._part(phase, members, done)
-            for members, done in self._combinations(self._local[phase], taken, execution)
+            self._part(phase, members, execution_of((m.setting for m in members), execution))
+            for members in self._worth_placing(phase, taken, execution)
         ]
         # What another is better than comes after it.
         parts.sort(key=lambda p: (p.seconds, p.needed_bytes, len(p.members), p.loss))
@@ -250,6 +259,25 @@ class Space:
             if not any(_is_as_good(other, part) for other in front):
                 front.append(part)
         return front
+
+    def _worth_placing(
+        self, phase: int, taken: int, execution: Execution
+    ) -> list[tuple[_Member, ...]]:
+        """The phase's combinations that may be best wherever weights are: once for all places."""
+        clashing = sum(m.bit for g in self._local[phase] for m in g if m.clashes & taken)
+        key = (phase, clashing, APART_FROM_PLACE(execution))
+        if key not in self._placeable:
+            costs = [
+                _Costs(members, self._predictor.costs(phase, done), _loss(members))
+                for members, done in self._combinations(self._local[phase], taken, execution)
+            ]
+            costs.sort(key=lambda c: (c.values, len(c.members), c.loss))
+            kept: list[_Costs] = []
+            for one in costs:
+                if not any(_costs_no_more(other, one) for other in kept):
+                    kept.append(one)
+            self._placeable[key] = [c.members for c in kept]
+        return self._placeable[key]
 
     def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
         found = self._predictor.phase(phase, execution)
@@ -261,7 +289,15 @@ _NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)
 
 
 def _loss(members: Iterable[_Member]) -> Loss:
-    return tuple(map(sum, zip(_NO_LOSS, *(m.loss for m in members), strict=True)))
+    return tuple(map(sum, zip(_NO_LOSS, *[m.loss for m in members], strict=True)))
+
+
+def _costs_no_more(one: _Costs, other: _Costs) -> bool:
+    return (
+        len(one.members) <= len(other.members)
+        and all(a <= b for a, b in zip(one.values, other.values, strict=True))
+        and all(a <= b for a, b in zip(one.loss, other.loss, strict=True))
+    )
 
 
 def _is_as_good(one: _Part, other: _Part) -> bool:

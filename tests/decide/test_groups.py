@@ -65,7 +65,7 @@ def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
     workload = traced("sdxl")
     offloaded = predicted(rtx_3080, workload, "group_offload")
     assert offloaded.host_bytes == PROCESS_BYTES + workload.weight_bytes
-    weights = Predictor(rtx_3080, workload)._weights(execution_of(()))
+    weights = Predictor(rtx_3080, workload).weights(execution_of(()))
     disk = execution_of(parse_settings("group_offload:disk=True"))
     left = workload.component("vae").weight_bytes
     assert weights.host_bytes(disk) == PROCESS_BYTES + left

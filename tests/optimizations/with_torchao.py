@@ -1,0 +1,44 @@
+"""Quantization by torchao, which is installed apart: importing it slows every other test.
+
+Run by ``test_quantization.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autotune.errors import OptimizationError
+from autotune.optimizations import find
+from autotune.testing.pipelines import BUILDERS, call
+from autotune.testing.state import differences, whole_state
+from autotune.workload.components import weight_bytes
+
+ALIKE = {"int8": 0.01, "float8": 0.05}
+"""Scheme → largest difference of a pixel, of 1, in a network of random weights."""
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("scheme", ALIKE)
+def test_layers_are_packed_and_come_back(kind: str, scheme: str) -> None:
+    pipe, quantization = BUILDERS[kind](), find("quantization")
+    plain, before = call(pipe), whole_state(pipe)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    weighed = weight_bytes(denoiser)
+    undo = quantization.apply(pipe, {"scheme": scheme}, "cpu")
+    assert quantization.found(pipe) == {"scheme": scheme}
+    assert weight_bytes(denoiser) < weighed
+    drawn = call(pipe)
+    assert not torch.equal(drawn, plain)
+    torch.testing.assert_close(drawn, plain, atol=ALIKE[scheme], rtol=0)
+    undo()
+    assert differences(before, whole_state(pipe)) == {}
+    assert torch.equal(call(pipe), plain)
+
+
+def test_a_gpu_that_does_not_multiply_float8_is_said() -> None:
+    pipe, quantization = BUILDERS["flux"](), find("quantization")
+    before = whole_state(pipe)
+    with pytest.raises((OptimizationError, AssertionError), match=r"8\.9"):
+        quantization.apply(pipe, {"scheme": "float8_dynamic"}, "cpu")
+    assert differences(before, whole_state(pipe)) == {}

@@ -59,6 +59,9 @@ def describe_start(plan: Plan | PredictionReport) -> str:
     if prediction.first_image_extra_s is not None:
         what = "video" if plan.workload.frames > 1 else "image"
         facts.append(f"first {what} {format_seconds(prediction.first_image_extra_s)} more")
+    if prediction.once_s:
+        over = f", spread over {prediction.images}" if prediction.images > 1 else ""
+        facts.append(f"compiling {format_seconds(prediction.once_s)}{over}")
     if plan.host_budget_bytes is not None:  # else the device's memory is the host's
         facts.append(f"{format_bytes(prediction.host_bytes)} of host RAM")
     return "; ".join(facts)

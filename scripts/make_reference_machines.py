@@ -57,6 +57,8 @@ VANILLA_MATMUL, VANILLA_PASSES = 0.5, 4
 # SD 1.5 on the RTX 3060 at 6.0 s with PyTorch 1.13 and xFormers, 5.6 s with PyTorch 2 and SDPA.
 XFORMERS_TORCH1 = 0.85
 
+FLOAT8_CAPABILITY = 8.9
+
 PINNED, PAGEABLE = 0.80, 0.40
 DESKTOP_DISPATCH_S, SERVER_DISPATCH_S, HOOK_S = 25e-6, 40e-6, 1.7e-3
 
@@ -106,7 +108,7 @@ def machine_of(card: Card) -> Machine:
     memory = _peak(card.memory * 1e9, card.fractions.memory, card, "memory bandwidth", "GB/s", 1e9)
     dispatch_s = DESKTOP_DISPATCH_S if card.desktop else SERVER_DISPATCH_S
     kernels = Kernels(
-        matmul_flops_per_s=_by_dtype(card, _matmul),
+        matmul_flops_per_s=_by_dtype(card, _matmul) | _float8(card),
         convolution_flops_per_s=_by_dtype(card, _convolution),
         convolution_channels_last_flops_per_s=_by_dtype(card, _channels_last),
         memory_bytes_per_s=memory,
@@ -241,6 +243,15 @@ def _matmul(card: Card, dtype: str) -> Figure:
     if dtype == "float32":
         return _peak(card.plain * 1e12, card.fractions.plain, card, "float32", "TFLOP/s", 1e12)
     return _half(card, card.fractions.matmul)
+
+
+def _float8(card: Card) -> dict[str, Figure]:
+    """Ada, Hopper and Blackwell multiply float8 at twice the rate of float16."""
+    if card.half is None or not card.capability or float(card.capability) < FLOAT8_CAPABILITY:
+        return {}
+    what = "dense float8 tensor with float32 accumulation"
+    peak = 2 * card.half * 1e12
+    return {"float8_e4m3fn": _peak(peak, card.fractions.matmul, card, what, "TFLOP/s", 1e12)}
 
 
 def _convolution(card: Card, dtype: str) -> Figure:

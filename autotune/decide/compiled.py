@@ -7,13 +7,13 @@ import msgspec
 from autotune.optimizations.execution import Execution
 from autotune.workload.workload import Operator, Trace
 
-START_S = 7.5
+START_S = 8.6
 """Seconds to start the compiler and its worker processes, whatever it compiles."""
 
-PER_OPERATOR_S = 0.016
+PER_OPERATOR_S = 0.0157
 """Seconds to compile one operator. With ``START_S`` from the two published latencies of one model:
-Flux on an H100 takes 67.4 s as a whole, 3,738 operators, and 9.6 s for its two kinds of blocks,
-about 130 (PyTorch, "torch.compile and Diffusers", 2026)."""
+Flux on an H100 takes 67.4 s as a whole, 3,738 operators, and 9.6 s for its two kinds of blocks, 64
+different ones (PyTorch, "torch.compile and Diffusers", 2026)."""
 
 
 def fused(operator: Operator, execution: Execution) -> tuple[Operator, float]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from autotune.decide import casting, compiled, placement, recast, step_caches
+from autotune.decide import casting, compiled, placement, quantized, recast, step_caches
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import Storage, storage_of, stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
@@ -248,9 +248,12 @@ class Predictor:
         if execution.storage_dtype and run.role == "denoiser":
             dtype = self.workload.request.dtype
             memory += casting.memory_s(self.machine, component, dtype)
-            host += casting.host_s(self.machine, component)
+            host += casting.host_s(self.machine, run.trace)
         if fuses:
             host -= component.fusable_products * self.machine.kernels.dispatch_s.value
+            if not execution.compiled:
+                shared = quantized.shared_bytes(execution.quantization, run.trace)
+                memory -= shared / self.machine.kernels.memory_bytes_per_s.value
         if execution.group is not None:
             host += placement.group_host_s(self.machine, component, execution.group)
         return self._model.with_more(forward, memory_s=memory, host_s=host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from autotune.optimizations.execution import Execution
-from autotune.workload.workload import Operator
+from autotune.workload.workload import Operator, Trace
 
 
 class Scheme(NamedTuple):
@@ -66,6 +66,26 @@ def added_bytes(scheme: Scheme, operator: Operator, element_bytes: int) -> int:
     added += operator.out_bytes / element_bytes * scheme.result_bytes
     added += operator.in_bytes / element_bytes * scheme.argument_bytes
     return int(added)
+
+
+def shared_bytes(quantization: str, trace: Trace) -> int:
+    """Traffic of one call that is saved where queries, keys and values are one product.
+
+    Their input, as large as what self-attention computes of it, is quantized once and not three
+    times.
+    """
+    if not quantization:
+        return 0
+    values = sum(
+        o.count
+        * o.attention.batch
+        * o.attention.q_tokens
+        * o.attention.heads
+        * o.attention.head_dim
+        for o in trace.operators
+        if o.attention is not None and o.attention.q_tokens == o.attention.kv_tokens
+    )
+    return int(2 * values * SCHEMES[quantization].argument_bytes)
 
 
 def saved_bytes(quantization: str, linear_bytes: int, element_bytes: int) -> int:

@@ -17,10 +17,12 @@ from then on it computes one step in so many."""
 SKIPPABLE = (100, 800)
 """Timesteps of 1,000 between which pyramid attention broadcast skips (diffusers' default)."""
 
-FIRST_BLOCK_COMPUTED = ((0.0, 1.0), (0.06, 0.83), (0.08, 0.645), (0.10, 0.61), (0.12, 0.52))
-"""Threshold → share of the steps that are computed. Times of Flux at 28 steps on one GPU over that
-without a cache, 26.36 s (ParaAttention's documentation): what changes little from step to step
-depends on model, prompt and scheduler, so this is an estimate wherever it is used."""
+FIRST_BLOCK_COMPUTED = ((0.0, 1.0), (0.06, 0.82), (0.08, 0.63), (0.10, 0.59), (0.12, 0.50))
+"""Threshold → share of the steps that are computed: 23, 18, 16 or 17, and 14 of 28. From times of
+Flux on one GPU, 21.83, 17.01, 16.00 and 13.78 s over 26.36 s without a cache (ParaAttention's
+documentation), less the 4 % that no cache saves: one block of 57, encode and decode. What changes
+little from step to step depends on model, prompt and scheduler: this is an estimate wherever it is
+used, and a cautious one for video."""
 
 
 class Share(NamedTuple):

@@ -6,7 +6,7 @@ predicted on the datasheet machine of its GPU, and compared under the metric of 
 
     scripts/accuracy.py             # tables
     scripts/accuracy.py --json      # {"mape", "naive", "time", "changes", "rows", "inexpressible",
-                                    #  "compiled", "decodes", "steps"}
+                                    #  "ratios", "decodes", "steps"}
     scripts/accuracy.py --write     # the tables of docs/accuracy.md
     scripts/accuracy.py sdxl        # rows whose source or model contains the word
 """
@@ -202,8 +202,20 @@ def _execution(text: str) -> Execution:
     fields: dict[str, Any] = {}
     for part in text.split():
         name, _, value = part.partition("=")
-        fields[name] = value or True
+        fields[name] = _PARTS[name](value) if name in _PARTS else value or True
     return msgspec.convert(fields, Execution)
+
+
+_PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "group": lambda level: {"level": level},
+    "step_cache": lambda text: dict(zip(("method", "value"), _pair(text), strict=True)),
+}
+"""Fields of an ``Execution`` that have fields of their own: from their text."""
+
+
+def _pair(text: str) -> tuple[str, float]:
+    method, _, value = text.partition(":")
+    return method, float(value)
 
 
 def _workload(row: Row, machine: Machine) -> Workload:
@@ -291,15 +303,72 @@ def step_rates() -> Iterator[dict[str, Any]]:
         }
 
 
+def ratios(words: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """What an optimization makes of the time, where the GPU is not known well enough for seconds.
+
+    The machine stands for one of about that speed. Only models whose name contains a word, if any.
+    """
+    for row in _read(FOLDER / "published_ratios.csv"):
+        if words and not any(w in row["model"] for w in words):
+            continue
+        predictor = _predictor_of(row)
+        before, after = (
+            _seconds(predictor, _execution(text), row["measures"])
+            for text in (COMPARED_WITH.get(row["measures"], ""), row["execution"])
+        )
+        yield {
+            "source": row["source"].partition(",")[0].partition(" of ")[0],
+            "model": row["model"],
+            "what": row["what"],
+            "factor": after / before,
+            "published_factor": float(row["after_s"]) / float(row["before_s"]),
+            "evidence": row["evidence"],
+        }
+
+
+COMPARED_WITH = {"compiling": "compiled=whole"}
+"""What is measured → the execution before the change, where it is not the default one."""
+
+
+def _predictor_of(row: dict[str, str]) -> Predictor:
+    machine, architecture = load_machine(row["machine"]), find_architecture(row["model"])
+    if row["denoiser"]:
+        component = architecture.components["transformer"]
+        config = component.config | json.loads(row["denoiser"])
+        components = {**architecture.components, "transformer": replace(component, config=config)}
+        architecture = replace(architecture, components=components)
+    request = complete_request(
+        architecture,
+        machine,
+        height=int(row["height"]),
+        width=int(row["width"]),
+        frames=int(row["frames"]),
+        steps=int(row["steps"]),
+        guidance_scale=float(row["guidance"]),
+        dtype="bfloat16",
+        options={name: int(value) for name, _, value in [row["options"].partition("=")] if name},
+    )
+    return Predictor(machine, workload_of(architecture, request))
+
+
+def _seconds(predictor: Predictor, execution: Execution, measures: str) -> float:
+    """Of a denoise step, of a whole generation, or of the compiler."""
+    prediction = predictor.predict(execution)
+    if measures == "generation":
+        return prediction.seconds
+    denoise = next(p for p in prediction.phases if p.name == "denoise")
+    return denoise.once_s if measures == "compiling" else denoise.seconds
+
+
 def _read(path: Path) -> Iterator[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         yield from csv.DictReader(file)
 
 
-def evidence(rows: list[Row]) -> dict[str, Any]:
+def evidence() -> dict[str, Any]:
     """What else was published and can be predicted, beside the rows themselves."""
     return {
-        "compiled": [_as_dict(outcome_of(r)) for r in rows if r.inexpressible == "compilation"],
+        "ratios": list(ratios()),
         "decodes": list(decodes()),
         "steps": list(step_rates()),
     }
@@ -346,6 +415,19 @@ class Change(NamedTuple):
         return other.seconds / one.seconds, other.row.seconds / one.row.seconds
 
 
+def _torchao(scheme: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """One scheme: eager, compiled, and with fused projections."""
+    compiled = "+compile_max_autotune"
+    yield scheme, "none(SDPA)", name
+    yield f"{scheme} where both are compiled", compiled[1:], name + compiled
+    yield f"fused projections in {scheme}", name, f"{name}+fuse_qkv"
+    yield (
+        f"fused projections in {scheme} where both are compiled",
+        name + compiled,
+        f"{name}+fuse_qkv{compiled}",
+    )
+
+
 CHANGES = (
     ("float32 to float16", "none(default attn processor)", "default attn processor"),
     ("vanilla attention to SDPA", "default attn processor", "SDPA"),
@@ -364,6 +446,11 @@ CHANGES = (
     ),
     ("sequential offload", "none", "sequential_cpu_offload(accelerate)"),
     ("layerwise casting", "none", "layerwise_casting_fp8_e4m3(transformer)"),
+    ("compiled", "SDPA", "SDPA+compile_unet(reduce-overhead)"),
+    ("compiled", "none(SDPA)", "compile_max_autotune"),
+    *_torchao("int8", "torchao_int8wo(transformer)"),
+    *_torchao("float8", "torchao_fp8wo(transformer)"),
+    *_torchao("float8, inputs too", "torchao_fp8dq(transformer)"),
 )
 
 
@@ -372,7 +459,8 @@ def changes(outcomes: list[Outcome]) -> Iterator[Change]:
     for what, before, after in CHANGES:
         for one, other in itertools.permutations(outcomes, 2):
             names = (one.row.as_published, other.row.as_published)
-            if names == (before, after) and one.row.source == other.row.source:
+            alike = (one.row.source, one.row.batch) == (other.row.source, other.row.batch)
+            if names == (before, after) and alike:
                 yield Change(what, one, other)
 
 
@@ -418,6 +506,7 @@ def report(rows: list[Row]) -> dict[str, Any]:
             {
                 "what": c.what,
                 "source": c.before.row.source,
+                "batch": c.before.row.batch,
                 "predicted_gib": c.memory[0],
                 "published_gib": c.memory[1],
                 "predicted_factor": c.time[0] if c.before.is_timed else None,
@@ -500,7 +589,8 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
         ("change", "GiB predicted", "published", "time predicted", "published"),
         (
             (
-                f"{c['what']} ({c['source'].rpartition('/')[2]})",
+                f"{c['what']} ({c['source'].rpartition('/')[2].partition(' README')[0]}, "
+                f"batch {c['batch']})",
                 f"{c['predicted_gib']:+.2f}",
                 f"{c['published_gib']:+.2f}",
                 "" if c["predicted_factor"] is None else f"{c['predicted_factor']:.2f}x",
@@ -509,17 +599,19 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
             for c in found["changes"]
         ),
     )
-    yield "### Compiled, predicted as if they were not: memory alone\n"
+    yield "### What one change does to the time, where the GPU is not known\n"
     yield _table(
-        ("row", "predicted GiB", "published", "error"),
+        ("model", "change", "time predicted", "published", "evidence", "source"),
         (
             (
-                r["row"],
-                f"{r['predicted_gib']:.2f}",
-                f"{r['published_gib']:.2f}",
-                _percent(r["memory_error"]),
+                r["model"],
+                r["what"],
+                f"{r['factor']:.2f}x",
+                f"{r['published_factor']:.2f}x",
+                r["evidence"],
+                r["source"],
             )
-            for r in found["compiled"]
+            for r in found["ratios"]
         ),
     )
     yield "### Decodes of Qwen-Image's VAE alone (InvokeAI #9305, RTX 4090, float16)\n"
@@ -598,7 +690,7 @@ def main() -> int:
     options = parser.parse_args()
     words = options.words
     rows = [r for r in read_rows() if not words or any(w in f"{r.source} {r.model}" for w in words)]
-    found = report(rows) | evidence(rows)
+    found = report(rows) | evidence()
     if options.json:
         print(json.dumps(found, indent=2))
         return 0

@@ -31,11 +31,12 @@ def accuracy() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def found(accuracy: ModuleType, tmp_path_factory: TempPathFactory) -> dict[str, Any]:
-    """The report without FLUX.1's larger batches, whose traces take longest."""
-    rows = [r for r in accuracy.read_rows() if r.model != "flux-dev" or r.batch in (1, 4)]
+    """The report without FLUX.1's largest batch, and what is known of ratios alone."""
+    rows = [r for r in accuracy.read_rows() if r.model != "flux-dev" or r.batch < 16]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("traces")))
-        return accuracy.report(rows)  # type: ignore[no-any-return]
+        report: dict[str, Any] = accuracy.report(rows)
+        return report | {"ratios": list(accuracy.ratios(["flux", "sdxl"]))}
 
 
 def row(found: dict[str, Any], source: str, name: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def row(found: dict[str, Any], source: str, name: str) -> dict[str, Any]:
 
 def test_allocated_memory(found: dict[str, Any]) -> None:
     assert found["mape"]["by_metric"]["allocated"] <= 0.04
-    assert found["mape"]["by_source"][TORCHAO] <= 0.02
+    assert found["mape"]["by_source"][TORCHAO] <= 0.03
 
 
 def test_all_memory(found: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def test_all_but_one_allocated_row_is_met(found: dict[str, Any]) -> None:
     Its notebook leaves the UNet behind, as in the three rows before; what else it left is unknown.
     """
     allocated = [r for r in found["rows"] if r["metric"] == "allocated"]
-    off = [r for r in allocated if abs(r["memory_error"]) > 0.02]
+    off = [r for r in allocated if abs(r["memory_error"]) > 0.03]
     assert [r["row"].rpartition(" ")[2] for r in off] == ["SDPA+vae_slicing+sequential_cpu_offload"]
     assert abs(off[0]["memory_error"]) < 0.25
 
@@ -69,7 +70,7 @@ def test_all_but_one_allocated_row_is_met(found: dict[str, Any]) -> None:
 def test_better_than_naive_rules_by_far(found: dict[str, Any]) -> None:
     for rule in found["naive"].values():
         assert rule["all"] > 3 * found["mape"]["all"]
-        assert rule["by_metric"]["allocated"] > 8 * found["mape"]["by_metric"]["allocated"]
+        assert rule["by_metric"]["allocated"] > 7 * found["mape"]["by_metric"]["allocated"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_sdxl_to_two_digits(found: dict[str, Any], name: str, gib: float) -> Non
 
 
 def test_one_change_has_the_right_direction_and_size(found: dict[str, Any]) -> None:
-    assert len(found["changes"]) == 9
+    assert len(found["changes"]) == 25
     for change in found["changes"]:
         predicted, published = change["predicted_gib"], change["published_gib"]
         if abs(published) < 0.05:
@@ -98,7 +99,34 @@ def test_one_change_has_the_right_direction_and_size(found: dict[str, Any]) -> N
             assert 0.7 < predicted / published < 1.8, change["what"]
         if change["predicted_factor"] is not None:
             ratio = change["predicted_factor"] / change["published_factor"]
-            assert 0.85 < ratio < 1.15, change["what"]
+            assert 0.85 < ratio < 1.2, change["what"]
+
+
+def test_quantization_weighs_what_was_published(found: dict[str, Any]) -> None:
+    """11.05 to 11.08 GiB less; fused projections are kept beside their parts, in eight bits too."""
+    changes = [c for c in found["changes"] if c["source"] == TORCHAO and "float8" in c["what"]]
+    assert len(changes) == 8
+    for change in changes:
+        assert change["predicted_gib"] == pytest.approx(change["published_gib"], rel=0.01)
+
+
+def test_ratios_where_the_gpu_is_not_known(found: dict[str, Any]) -> None:
+    by_evidence: dict[str, list[float]] = {}
+    for ratio in found["ratios"]:
+        if (ratio["model"], ratio["what"]) != ("sdxl", "layerwise casting"):
+            off = ratio["factor"] / ratio["published_factor"]
+            by_evidence.setdefault(ratio["evidence"], []).append(off)
+    assert all(0.9 < off < 1.15 for off in by_evidence["independent"])
+    assert all(0.97 < off < 1.02 for off in by_evidence["by construction"])
+
+
+def test_casting_makes_small_unets_wait_for_the_host(found: dict[str, Any]) -> None:
+    """SDXL takes twice as long; how much exactly is a matter of the host, which is assumed."""
+    (ratio,) = (
+        r for r in found["ratios"] if (r["model"], r["what"]) == ("sdxl", "layerwise casting")
+    )
+    assert ratio["published_factor"] == pytest.approx(2.0, abs=0.02)
+    assert 1.7 < ratio["factor"] < 2.8
 
 
 def test_times(found: dict[str, Any]) -> None:
@@ -108,7 +136,8 @@ def test_times(found: dict[str, Any]) -> None:
 
 
 def test_what_is_not_predicted_is_said(found: dict[str, Any]) -> None:
-    assert set(found["inexpressible"]) >= {"compilation", "quantization", "tiny autoencoder"}
+    assert set(found["inexpressible"]) >= {"GGUF", "Quanto", "tiny autoencoder"}
+    assert not any("compil" in what for what in found["inexpressible"])
     assert {r["metric"] for r in found["rows"] if not r["counted"]} == {"searched"}
 
 

@@ -12,10 +12,11 @@ from autotune.optimizations.execution import Effect, Execution
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Component, Role, Trace, Workload
 
-HOST_CALLS_PER_LAYER = 4
+HOST_CALLS_PER_LAYER = 3
 """What a layer's hooks take of the host, in dispatched operators: weight and bias are converted
-before the call and back after it. 34 µs a layer, where an operator took 8 µs (UNet of 280 such
-layers, so narrow that there is nothing to convert, on one thread of a CPU)."""
+before the call and back after it. 34 µs a layer, where an operator took 8 µs of Python and 2 to 3
+of dispatch (UNet of 280 such layers, so narrow that there is nothing to convert, on one thread of
+a CPU)."""
 
 
 class Storage(NamedTuple):

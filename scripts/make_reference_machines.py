@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from msgspec import structs  # noqa: E402
-from reference_cards import CARDS, CPU, Card  # noqa: E402
+from reference_cards import CARDS, CPU, PAIRS, Card  # noqa: E402
 
 from autotune.probe.machine import (  # noqa: E402
     AttentionRate,
@@ -27,6 +27,7 @@ from autotune.probe.machine import (  # noqa: E402
     Kernels,
     Link,
     Machine,
+    OtherGpu,
 )
 from autotune.probe.pcie import line_rate  # noqa: E402
 from autotune.probe.reference import encode_machine  # noqa: E402
@@ -99,6 +100,8 @@ def machines() -> Iterator[Machine]:
     """Every reference machine of the table."""
     for card in CARDS:
         yield machine_of(card)
+    for card in PAIRS:
+        yield in_pairs(card)
     yield with_torch1(machine_of(CARDS[0]))
     yield cpu_machine()
 
@@ -126,6 +129,20 @@ def machine_of(card: Card) -> Machine:
         context_bytes=card.context_mib * MIB,
         findings=_findings(card),
     )
+
+
+def in_pairs(card: Card) -> Machine:
+    """Two of a card in one host."""
+    machine = machine_of(card)
+    device = machine.device
+    second = OtherGpu(
+        index=1,
+        name=device.name,
+        total_bytes=device.total_bytes,
+        free_bytes=device.free_bytes,
+        compute_capability=device.compute_capability,
+    )
+    return structs.replace(machine, others=(second,))
 
 
 def with_torch1(machine: Machine) -> Machine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -371,6 +371,27 @@ CARDS = (
         desktop=False,
     ),
 )
+
+_BY_NAME = {card.name: card for card in CARDS}
+
+PAIRS = (
+    replace(
+        _BY_NAME["t4-16gb"],
+        name="t4-16gb-x2",
+        host=(27, 4),
+        findings=(
+            *_BY_NAME["t4-16gb"].findings,
+            "Two of them, as in Kaggle's notebooks: 4 cores and 29 GB of RAM (Kaggle Notebooks, "
+            "technical specifications).",
+        ),
+    ),
+    replace(
+        _BY_NAME["rtx-4090-24gb"],
+        name="rtx-4090-24gb-x2",
+        findings=("Two of them; the second is assumed to be as full as the first.",),
+    ),
+)
+"""Two of a card in one host. How they reach one another is left out: it is not published."""
 
 CPU = Card(
     name="cpu-16-cores",

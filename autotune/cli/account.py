@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from autotune.cli.output import console, table_of
 from autotune.decide.breakdown import ComponentPrediction
 from autotune.decide.plan import Plan, PredictionReport
-from autotune.decide.prediction import Budget, PhasePrediction, Prediction
+from autotune.decide.prediction import Elsewhere, PhasePrediction, Prediction
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import (
     compare,
     describe_bottleneck,
     describe_machine,
+    describe_other_gpus,
     describe_prediction,
     describe_start,
     describe_workload,
@@ -101,6 +102,8 @@ def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
     for phase in prediction.phases:
         within = [p for p in parts if p.prediction.name == phase.name]
         _add_phase(table, phase.name, phase, "▶ " if phase.name == binding else "")
+        for other in phase.elsewhere:
+            _add_elsewhere(table, other)
         if len(within) > 1:
             for part in within:
                 _add_phase(table, f"  {part.label} ×{part.calls}", part.prediction, style="dim")
@@ -119,6 +122,11 @@ def _add_phase(
         _bound(phase.compute_s, phase.memory_s, phase.transfer_s, phase.launch_s),
         style=style,
     )
+
+
+def _add_elsewhere(table: Table, other: Elsewhere) -> None:
+    sizes = (other.resident_bytes, other.activation_bytes, other.needed_bytes)
+    table.add_row(f"  cuda:{other.gpu}", *map(format_bytes, sizes), "", "", style="dim")
 
 
 def _bound(*shares: float) -> str:
@@ -140,7 +148,7 @@ def _facts(plan: Plan) -> Table:
     grid.add_row("chosen", f"[bold green]{chosen}[/]")
     if plan.kept:
         grid.add_row("kept", ", ".join(map(str, plan.kept)))
-    plain_fits = Budget(plan.budget_bytes, plan.host_budget_bytes).holds(plan.baseline)
+    plain_fits = plan.budget.holds(plan.baseline)
     plain = describe_prediction(plan.baseline)
     grid.add_row("plain", plain if plain_fits else f"{plain}; does not fit")
     grid.add_row("planned", describe_prediction(plan.prediction))
@@ -152,6 +160,7 @@ def _facts(plan: Plan) -> Table:
 def _fit(plan: Plan | PredictionReport) -> str:
     needed, budget = plan.prediction.needed_bytes, plan.budget_bytes
     need = f"needs {format_bytes(needed)} of {format_bytes(budget)} available"
+    need += "".join(f", {text}" for text in describe_other_gpus(plan))
     host, available = plan.prediction.host_bytes, plan.host_budget_bytes
     if available is not None and host > available:
         need += f", {format_bytes(host)} of {format_bytes(available)} of host RAM"

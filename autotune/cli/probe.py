@@ -24,6 +24,7 @@ from autotune.probe.machine import (
     Kernels,
     Link,
     Machine,
+    OtherGpu,
 )
 from autotune.probe.pcie import line_rate
 from autotune.probe.peak import matmul_peak, memory_peak
@@ -222,6 +223,8 @@ def _grid(rows: Iterable[tuple[str, str]], label_width: int = _LABELS) -> Table:
 def _device_rows(machine: Machine) -> Iterator[tuple[str, str]]:
     device, host = machine.device, machine.host
     yield "memory", _memory(machine)
+    if machine.others:
+        yield "other GPUs", ", ".join(map(_other_gpu, machine.others))
     limits = ", ".join(_limits(device))
     if limits:
         yield "device", limits
@@ -229,6 +232,11 @@ def _device_rows(machine: Machine) -> Iterator[tuple[str, str]]:
         yield "host", f"{host.cores} cores, {host.os}"
     else:
         yield "host", f"{host.cpu}, {host.cores} cores, {_ram(machine)}"
+
+
+def _other_gpu(gpu: OtherGpu) -> str:
+    memory = f"{format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}"
+    return f"cuda:{gpu.index} {gpu.name}, {memory}"
 
 
 def _limits(device: Device) -> Iterator[str]:

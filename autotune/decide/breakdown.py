@@ -32,7 +32,8 @@ class PeakOperator(msgspec.Struct, frozen=True):
         name: PyTorch's, ``"aten.silu.default"``; ``"attention"`` for any implementation of it.
         shape: Of its first input; empty where it has none.
         dtype: Of its output.
-        live_bytes: Activations alive while it runs, its own memory included.
+        live_bytes: Activations alive on the device while it runs, its own memory included; 0 where
+            it runs on another GPU.
     """
 
     name: str
@@ -81,13 +82,16 @@ def break_down(
     for name, run in ((phase.name, run) for phase in workload.phases for run in phase.runs):
         prediction = predictor.run(name, run, execution)
         others = weights.companions(run, execution)
+        peak = _peak(machine, run, execution)
+        if weights.gpu_of(run, execution) is not None:
+            peak = msgspec.structs.replace(peak, live_bytes=0)
         part = ComponentPrediction(
             component=run.component,
             entry=run.entry,
             calls=run.calls,
             prediction=prediction,
             resident=_resident(stored, run, others, prediction.resident_bytes),
-            peak=_peak(machine, run, execution),
+            peak=peak,
         )
         key = (name, run.component, run.entry)
         found[key] = _joined(found[key], part) if key in found else part

@@ -95,6 +95,7 @@ def choose(
         priority=limits.priority,
         fastest_seconds=decision.pool.fastest_seconds,
         remedies=remedies,
+        elsewhere_budget_bytes=dict(decision.budget.elsewhere_bytes),
     )
 
 
@@ -127,6 +128,7 @@ def predict(
         budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
         notes=(*workload.notes, *_notes(predictor, settings, prediction)),
+        elsewhere_budget_bytes=dict(budget.elsewhere_bytes),
     )
 
 

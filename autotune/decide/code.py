@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from autotune.decide.plan import Plan, WorkloadSummary
-from autotune.decide.rules import OFFLOADS
+from autotune.decide.rules import PLACEMENTS
 from autotune.optimizations import find
 from autotune.workload.architecture import Architecture
 
@@ -74,9 +74,11 @@ def _call(function: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
 def _optimizing(plan: Plan) -> Iterator[str]:
     """The lines of every optimization; what moves weights comes last: its hooks wrap the rest."""
     settings = (*plan.kept, *plan.optimizations)
-    for setting in sorted(settings, key=lambda s: s.name in OFFLOADS):
-        yield from _expanded(find(setting.name).code(setting.parameters), plan.workload)
-    if not OFFLOADS & {s.name for s in settings} and plan.machine.device != "cpu":
+    for setting in sorted(settings, key=lambda s: s.name in PLACEMENTS):
+        lines = find(setting.name).code(setting.parameters)
+        lines = tuple(line.replace("{index}", str(plan.machine.index)) for line in lines)
+        yield from _expanded(lines, plan.workload)
+    if not PLACEMENTS & {s.name for s in settings} and plan.machine.device != "cpu":
         yield f'pipe.to("{plan.machine.device}")'
 
 
@@ -86,6 +88,7 @@ def _expanded(lines: tuple[str, ...], workload: WorkloadSummary) -> Iterator[str
         "{denoiser names}": ", ".join(map(_quoted, workload.denoisers)),
         "{denoisers}": ", ".join(f"pipe.{name}" for name in workload.denoisers),
         "{encoders}": ", ".join(f"pipe.{name}" for name in workload.encoders),
+        "{autoencoders}": ", ".join(f"pipe.{name}" for name in workload.autoencoders),
     }
     for whole, row in rows.items():
         lines = tuple(line.replace(whole, row) for line in lines)

@@ -7,7 +7,8 @@ Of the coherent sets that the quality allows:
    which takes at most twice the time of the fastest that fits (``memory``) or a quarter more
    (``balanced``);
 3. of these, those within 3 % of the fastest of them;
-4. of these, the least lossy, then the fewest members, then the least device memory.
+4. of these, the least lossy, then the fewest members, then the fewest GPUs, then the least device
+   memory.
 
 The tolerance is counted once, from the fastest set and not from the chosen one: without any of its
 members the choice would not fit or be more than 3 % behind the fastest; any other would gain less
@@ -152,6 +153,7 @@ def smallness(candidate: Candidate) -> tuple[object, ...]:
     return (
         candidate.loss,
         len(candidate.settings),
+        len(candidate.elsewhere_bytes),
         candidate.needed_bytes,
         candidate.phases_bytes,
         candidate.seconds,

@@ -53,6 +53,10 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
     memory = _change(format_bytes(without.needed_bytes), format_bytes(chosen.needed_bytes))
     if chosen.binding_phase.name != without.binding_phase.name:
         memory += f" ({chosen.binding_phase.name})"
+    elsewhere = chosen.elsewhere_bytes
+    if elsewhere and not without.elsewhere_bytes:
+        each = (f"{format_bytes(needed)} on cuda:{gpu}" for gpu, needed in elsewhere.items())
+        memory += f" and {' and '.join(each)}"
     time = _change(format_seconds(without.mean_seconds), format_seconds(chosen.mean_seconds))
     what = f"{RESOURCES[attacks.resource]} in {attacks.phase}"
     return Reason(
@@ -135,6 +139,9 @@ def _shortage(without: Prediction, terms: Terms) -> str:
     budget = terms.budget
     device = format_bytes(budget.device_bytes)
     if without.needed_bytes <= budget.device_bytes:
+        gpu = budget.short_gpu(without)
+        if gpu is not None:
+            return lack_elsewhere(without, budget, gpu)
         return _host_shortage(without, budget)
     if not budget.holds(terms.chosen):
         return f"even further from fitting in {device}"
@@ -146,6 +153,13 @@ def _host_shortage(needs: Prediction, budget: Budget) -> str:
         f"{format_bytes(needs.host_bytes)} of host RAM are needed of "
         f"{format_bytes(budget.host_bytes or 0)}"
     )
+
+
+def lack_elsewhere(needs: Prediction, budget: Budget, gpu: int) -> str:
+    """``"decode needs 10.1 GiB of 9.16 GiB on cuda:1"``."""
+    phase = needs.binding_phase_of(gpu)
+    needed, free = phase.elsewhere_bytes[gpu], budget.elsewhere_bytes.get(gpu, 0)
+    return f"{phase.name} needs {format_bytes(needed)} of {format_bytes(free)} on cuda:{gpu}"
 
 
 # ---- left out -----------------------------------------------------------------------------------
@@ -192,6 +206,9 @@ def _verdict(added: Prediction, terms: Terms) -> str:
         return f"would not fit: {added.binding_phase.name} needs {needed} of {free}"
     if not budget.host_holds(added):
         return f"would not fit: {_host_shortage(added, budget)}"
+    gpu = budget.short_gpu(added)
+    if gpu is not None:
+        return f"would not fit: {lack_elsewhere(added, budget, gpu)}"
     if added == chosen:
         needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.mean_seconds)
         return f"changes nothing: {seconds} and {needed} with and without it"

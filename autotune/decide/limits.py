@@ -25,8 +25,8 @@ class Limits(msgspec.Struct, frozen=True):
         only: Consider these alone; empty means all.
         without: Leave these out.
         keep: Set by hand already, as found: neither proposed nor touched.
-        vram_limit: Most bytes of device memory to use.
-        reserve: Bytes to leave free for others.
+        vram_limit: Most bytes of device memory to use; of each GPU where there are several.
+        reserve: Bytes to leave free for others; on each GPU.
         ram_limit: Most bytes of host RAM to use.
         priority: ``speed``; ``memory``: the least device memory that at most doubles the time; or
             ``balanced``: the least that costs at most a quarter more time.
@@ -110,4 +110,4 @@ def budget_within(machine: Machine, limits: Limits) -> Budget:
         return budget
     if budget.host_bytes is None:
         return Budget(min(budget.device_bytes, limits.ram_limit), None)
-    return Budget(budget.device_bytes, min(budget.host_bytes, limits.ram_limit))
+    return budget._replace(host_bytes=min(budget.host_bytes, limits.ram_limit))

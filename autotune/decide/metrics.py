@@ -25,7 +25,7 @@ GENERATIONS, STEPS = 2, 2
 """What is replayed: by then the allocator has every segment that it will ever ask for."""
 
 
-_FOLLOWED: tuple[str, ...] = ("device", "sequential_offload", *WHOLE_COMPONENTS)
+_FOLLOWED: tuple[str, ...] = ("device", "device_map", "sequential_offload", *WHOLE_COMPONENTS)
 """Placements whose every tensor is followed."""
 
 
@@ -98,9 +98,8 @@ class _Pipeline:
 
     def load(self) -> None:
         """Weights that stay, then cuBLAS's workspace."""
-        is_whole = self._execution.placement == "device"
         for component in self.workload.components:
-            if is_whole or not self._hooks(component):
+            if self._stays(component):
                 self._bring(component)
         self.allocator.allocate(workspace.library_bytes(self.machine))
 
@@ -115,6 +114,8 @@ class _Pipeline:
             self._take_all_away()
 
     def _run(self, run: ComponentRun) -> None:
+        if self._weights.gpu_of(run, self._execution) is not None:
+            return  # another GPU computes
         component = self._components[run.component]
         if self._moves_whole and run.role == self._moves.leave_before:
             self._take_all_away()
@@ -165,6 +166,12 @@ class _Pipeline:
         if self._execution.placement in _FOLLOWED:
             return None
         return self.allocator.allocate(self._weights.resident_bytes(run, self._execution))
+
+    def _stays(self, component: Component) -> bool:
+        """Whether it is on the device from the start to the end."""
+        if self._execution.placement == "device_map":
+            return component.name in self._weights.home(self._execution)
+        return self._execution.placement == "device" or not self._hooks(component)
 
     def _hooks(self, component: Component) -> bool:
         return component.name in self._moves.hooked

@@ -9,7 +9,7 @@ from autotune.decide.allocator import rounding_bytes
 from autotune.decide.forward import ForwardCost
 from autotune.decide.prediction import LoadPrediction
 from autotune.errors import OptimizationError
-from autotune.optimizations.execution import Execution, GroupOffload
+from autotune.optimizations.execution import DeviceMap, Execution, GroupOffload
 from autotune.probe.machine import Link, Machine
 from autotune.units import GIB
 from autotune.workload.workload import Component, ComponentRun, Role, Workload
@@ -64,6 +64,43 @@ class Moved(NamedTuple):
         )
 
 
+class Visit(NamedTuple):
+    """Another GPU while a component runs.
+
+    Attributes:
+        gpu: CUDA's index.
+        resident_bytes: Weights there.
+        rounding_bytes: What PyTorch's allocator counts for them beyond their own bytes.
+    """
+
+    gpu: int
+    resident_bytes: int
+    rounding_bytes: int
+
+
+_PIXEL_BYTES = 3 * 4
+"""Of one pixel: three channels, in float32 at the most. Latents are smaller."""
+
+
+def mapped_components(machine: Machine, workload: Workload, to: DeviceMap) -> dict[str, int]:
+    """Component → index of the GPU, for those on another GPU than the device.
+
+    Raises:
+        OptimizationError: the machine has no such GPU.
+    """
+    known = {machine.device.index, *(gpu.index for gpu in machine.others)}
+    missing = {to.encoders, to.autoencoder} - known
+    if missing:
+        raise OptimizationError(
+            f"there is no GPU cuda:{min(missing)} on {machine.name}",
+            f"known: {', '.join(f'cuda:{index}' for index in sorted(known))}",
+        )
+    mapped = dict.fromkeys(text_encoders(workload), to.encoders)
+    runs = (r for phase in workload.phases for r in phase.runs)
+    mapped |= {r.component: to.autoencoder for r in runs if r.role == "autoencoder"}
+    return {name: gpu for name, gpu in mapped.items() if gpu != machine.device.index}
+
+
 class Weights:
     """The weights of one workload on one machine, under each placement.
 
@@ -78,11 +115,14 @@ class Weights:
         self._components = {c.name: c for c in workload.components}
         self._all_moves: dict[str, _Moves] = {}
         self._rounded: dict[tuple[int, str], int] = {}
+        self._all_mapped: dict[DeviceMap, dict[str, int]] = {}
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
         if execution.placement == "device":
             return self._workload.weight_bytes + run.upcast_bytes
+        if execution.placement == "device_map":
+            return self._bytes_on(self.home(execution), run)
         moves = self._moves(execution)
         if execution.placement in WHOLE_COMPONENTS:
             return moves.of_runs[id(run)].resident_bytes
@@ -96,6 +136,8 @@ class Weights:
 
     def companions(self, run: ComponentRun, execution: Execution) -> frozenset[str]:
         """Other components that are on the device as a whole while this run computes."""
+        if execution.placement == "device_map":
+            return self.home(execution) - {run.component}
         here = frozenset(self._components)
         if execution.placement != "device":
             here -= self._moves(execution).hooked
@@ -108,11 +150,65 @@ class Weights:
         by_parts = execution.placement in ("sequential_offload", "group_offload")
         if self._machine.device.kind != "cuda" or by_parts:
             return 0  # one leaf at a time is a block or two
+        if execution.placement == "device_map":
+            return sum(self._rounding[name] for name in self.home(execution))
         key = (id(run), execution.placement)
         if key not in self._rounded:
             here = self.companions(run, execution) | {run.component}
             self._rounded[key] = sum(self._rounding[name] for name in here)
         return self._rounded[key]
+
+    # ---- several GPUs ---------------------------------------------------------------------------
+
+    def gpu_of(self, run: ComponentRun, execution: Execution) -> int | None:
+        """CUDA's index of another GPU than the device, where the run computes on one."""
+        return self._mapped(execution).get(run.component)
+
+    def home(self, execution: Execution) -> frozenset[str]:
+        """Components on the device itself, under a device map."""
+        return frozenset(self._components) - self._mapped(execution).keys()
+
+    def visits(self, run: ComponentRun, execution: Execution) -> tuple[Visit, ...]:
+        """The other GPUs while this run computes, wherever it does so."""
+        gpus = self._mapped(execution)
+        found = []
+        for gpu in sorted(set(gpus.values())):
+            names = frozenset(name for name in gpus if gpus[name] == gpu)
+            rounding = sum(self._rounding[name] for name in names)
+            found.append(Visit(gpu, self._bytes_on(names, run), rounding))
+        return tuple(found)
+
+    def _bytes_on(self, names: frozenset[str], run: ComponentRun) -> int:
+        """Weights of these components, as wide as they are while the run computes."""
+        wider = run.upcast_bytes if run.component in names else 0
+        return sum(self._components[name].weight_bytes for name in names) + wider
+
+    def _mapped(self, execution: Execution) -> dict[str, int]:
+        if execution.device_map is None:
+            return {}
+        if execution.device_map not in self._all_mapped:
+            mapped = mapped_components(self._machine, self._workload, execution.device_map)
+            self._all_mapped[execution.device_map] = mapped
+        return self._all_mapped[execution.device_map]
+
+    def _crossing_s(self, run: ComponentRun) -> float:
+        """Seconds that inputs and outputs of all calls take between two GPUs, weights staying.
+
+        At half the rate of a copy to the host: GPUs that cannot reach one another copy through it.
+        """
+        link = self._machine.link
+        if link is None:
+            return 0.0
+        rate = min(link.h2d_pinned_bytes_per_s.value, link.d2h_pinned_bytes_per_s.value) / 2
+        return run.calls * self._handed_on_bytes(run) / rate
+
+    def _handed_on_bytes(self, run: ComponentRun) -> int:
+        """At most what one call takes and gives: pixels, or the embeddings of every layer."""
+        if run.role == "autoencoder":
+            r = self._workload.request
+            return 2 * r.batch * r.frames * r.height * r.width * _PIXEL_BYTES
+        layers = len(self._components[run.component].block_bytes)
+        return run.trace.operators[-1].out_bytes * (1 + layers)
 
     @functools.cached_property
     def _rounding(self) -> dict[str, int]:
@@ -129,6 +225,9 @@ class Weights:
         """
         if execution.placement == "device":
             return 0.0
+        if execution.placement == "device_map":
+            is_home = self.gpu_of(run, execution) is None
+            return 0.0 if is_home else self._crossing_s(run)
         link = self._require_link(execution)
         moves = self._moves(execution)
         if execution.placement in WHOLE_COMPONENTS:
@@ -178,7 +277,7 @@ class Weights:
         Offloaded weights are all there between two generations; on a CPU the device's memory is
         the host's, and is counted as such.
         """
-        if execution.placement == "device":
+        if execution.placement in ("device", "device_map"):
             return PROCESS_BYTES
         weights = self._workload.weight_bytes - self._moves(execution).staying_bytes
         if execution.placement == "group_offload" and _group(execution).from_disk:
@@ -198,17 +297,25 @@ class Weights:
         it may be on the device, with no copy in RAM.
         """
         weights = self._workload.weight_bytes
-        is_whole = execution.placement == "device"
-        on_device = weights if is_whole else self._moves(execution).staying_bytes
+        on_device = self._loaded_bytes(execution)
         if self._workload.is_loaded:
             return LoadPrediction(on_device, self.host_bytes(execution), None)
         is_host = self._machine.device.kind == "cpu" or self._machine.device.unified_memory
         disk, link = self._machine.host.disk_read_bytes_per_s, self._machine.link
         seconds = None
         if disk is not None:
-            crossing = on_device / link.module_h2d_bytes_per_s.value if link else 0.0
+            leaving = weights if execution.placement == "device_map" else on_device
+            crossing = leaving / link.module_h2d_bytes_per_s.value if link else 0.0
             seconds = weights / disk.value + crossing
         return LoadPrediction(on_device, PROCESS_BYTES + (0 if is_host else weights), seconds)
+
+    def _loaded_bytes(self, execution: Execution) -> int:
+        """Weights on the device before the first image."""
+        if execution.placement == "device":
+            return self._workload.weight_bytes
+        if execution.placement == "device_map":
+            return sum(self._components[name].weight_bytes for name in self.home(execution))
+        return self._moves(execution).staying_bytes
 
     def _require_link(self, execution: Execution) -> Link:
         if self._machine.link is None:
@@ -255,9 +362,14 @@ def hooks_of(workload: Workload, placement: str) -> Hooks:
     """The hooks of diffusers' model offload, or of text encoders alone."""
     if placement != "encoder_offload":
         return Hooks(workload.offload_order, workload.offload_apart, None)
+    return Hooks(text_encoders(workload), (), "denoiser")
+
+
+def text_encoders(workload: Workload) -> tuple[str, ...]:
+    """What reads the prompt, and pictures beside it: called before the first step only."""
     runs = (r for phase in workload.phases for r in phase.runs)
     reading = {r.component for r in runs if r.role == "encoder" and "encoder" in r.component}
-    return Hooks(tuple(c.name for c in workload.components if c.name in reading), (), "denoiser")
+    return tuple(c.name for c in workload.components if c.name in reading)
 
 
 class _Moves(NamedTuple):

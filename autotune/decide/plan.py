@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from autotune.decide.prediction import Bottleneck, Prediction
+from autotune.decide.prediction import Bottleneck, Budget, Prediction
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
@@ -15,13 +15,17 @@ from autotune.workload.workload import Role, Workload
 
 
 class MachineSummary(msgspec.Struct, frozen=True):
-    """Which machine was planned for. ``source`` is ``"measured"`` or ``"datasheet"``."""
+    """Which machine was planned for. ``source`` is ``"measured"`` or ``"datasheet"``.
+
+    ``index`` is CUDA's, of the device.
+    """
 
     name: str
     source: str
     device: str
     total_bytes: int
     free_bytes: int
+    index: int = 0
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True):
@@ -159,6 +163,7 @@ class Plan(msgspec.Struct, frozen=True):
         priority: ``"speed"``, ``"balanced"`` or ``"memory"``.
         fastest_seconds: Of the fastest set in the choice: the tolerance counts from there.
         remedies: The ways out with their predictions.
+        elsewhere_budget_bytes: As ``budget_bytes``, of the other GPUs, by CUDA's index.
     """
 
     machine: MachineSummary
@@ -180,6 +185,12 @@ class Plan(msgspec.Struct, frozen=True):
     priority: str = "speed"
     fastest_seconds: float | None = None
     remedies: tuple[WayOut, ...] = ()
+    elsewhere_budget_bytes: dict[int, int] = {}
+
+    @property
+    def budget(self) -> Budget:
+        """What must hold the prediction."""
+        return Budget(self.budget_bytes, self.host_budget_bytes, self.elsewhere_budget_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""
@@ -207,6 +218,12 @@ class PredictionReport(msgspec.Struct, frozen=True):
     budget_bytes: int
     host_budget_bytes: int | None
     notes: tuple[str, ...]
+    elsewhere_budget_bytes: dict[int, int] = {}
+
+    @property
+    def budget(self) -> Budget:
+        """What must hold the prediction."""
+        return Budget(self.budget_bytes, self.host_budget_bytes, self.elsewhere_budget_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""
@@ -226,7 +243,12 @@ def summarize_machine(machine: Machine) -> MachineSummary:
     """The few facts of a machine that a plan repeats."""
     device = machine.device
     return MachineSummary(
-        machine.name, machine.source, device.kind, device.total_bytes, device.free_bytes
+        machine.name,
+        machine.source,
+        device.kind,
+        device.total_bytes,
+        device.free_bytes,
+        device.index,
     )
 
 

@@ -16,7 +16,13 @@ from autotune.decide.attention import Kernel
 from autotune.decide.casting import Storage, storage_of, stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.placement import Weights
-from autotune.decide.prediction import Budget, LoadPrediction, PhasePrediction, Prediction
+from autotune.decide.prediction import (
+    Budget,
+    Elsewhere,
+    LoadPrediction,
+    PhasePrediction,
+    Prediction,
+)
 from autotune.decide.scope import reader
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
@@ -36,6 +42,7 @@ class Fragmentation(NamedTuple):
 
 FRAGMENTATION = {
     "device": Fragmentation(0.55, 64 * MIB),
+    "device_map": Fragmentation(0.55, 64 * MIB),
     "encoder_offload": Fragmentation(0.55, 256 * MIB),
     "model_offload": Fragmentation(0.30, 224 * MIB),
     "sequential_offload": Fragmentation(0.30, 224 * MIB),
@@ -56,6 +63,29 @@ class Path(NamedTuple):
     trace: Trace
     kernel: Kernel
     channels_last: bool
+
+
+class _Memory(NamedTuple):
+    """Bytes on one GPU while a component runs; ``fixed`` is the workspace not done without."""
+
+    resident: int
+    activation: int
+    workspace: int
+    margin: int
+    fixed: int
+
+    @property
+    def needed(self) -> int:
+        """What must be free."""
+        return self.resident + self.activation + self.fixed + self.margin
+
+
+def _most_elsewhere(runs: list[PhasePrediction]) -> tuple[Elsewhere, ...]:
+    """Of each other GPU, the run that needs most of it; all runs know the same GPUs."""
+    return tuple(
+        max(of_gpu, key=lambda e: e.needed_bytes)
+        for of_gpu in zip(*(r.elsewhere for r in runs), strict=True)
+    )
 
 
 class Predictor:
@@ -159,6 +189,7 @@ class Predictor:
             transfer_s=transfer,
             launch_s=launch,
             once_s=sum(r.once_s for r in runs),
+            elsewhere=_most_elsewhere(runs),
         )
 
     def costs(self, index: int, execution: Execution) -> tuple[float, ...]:
@@ -184,34 +215,55 @@ class Predictor:
         """All calls of one run of the workload, as if they were the whole of their phase."""
         forward = self._forward(run, execution)
         weights = self.weights(execution)
-        resident = weights.resident_bytes(run, execution)
         forward = self._with_hooks(forward, run, execution)
         forward = self._with_effects(forward, run, execution)
         compute, memory = forward.compute_s * run.calls, forward.memory_s * run.calls
         launch = forward.launch_s * run.calls
         transfer = weights.transfer_s(run, execution, forward)
-        activation = forward.activation_bytes
-        fixed = library_bytes(self.machine) + weights.rounding_bytes(run, execution)
-        workspace = forward.workspace_bytes + fixed
-        resident += self._kept_bytes(run, execution)
-        margin = self._margin_bytes(activation, execution)
-        if run.is_estimated:
-            margin += int(ESTIMATE_MARGIN * activation)
+        resident = weights.resident_bytes(run, execution)
+        rounding = weights.rounding_bytes(run, execution)
+        gpu = weights.gpu_of(run, execution)
+        device = self._memory(run, execution, forward if gpu is None else None, resident, rounding)
+        elsewhere = []
+        for visit in weights.visits(run, execution):
+            computed = forward if gpu == visit.gpu else None
+            there = self._memory(run, execution, computed, *visit[1:])
+            elsewhere.append(Elsewhere(visit.gpu, there.resident, there.activation, there.needed))
         return PhasePrediction(
             name=phase,
-            resident_bytes=resident,
-            activation_bytes=activation,
-            workspace_bytes=workspace,
-            margin_bytes=margin,
-            peak_bytes=resident + activation + workspace,
-            needed_bytes=resident + activation + fixed + margin,
+            resident_bytes=device.resident,
+            activation_bytes=device.activation,
+            workspace_bytes=device.workspace,
+            margin_bytes=device.margin,
+            peak_bytes=device.resident + device.activation + device.workspace,
+            needed_bytes=device.needed,
             seconds=compute + memory + transfer + launch,
             compute_s=compute,
             memory_s=memory,
             transfer_s=transfer,
             launch_s=launch,
             once_s=self._once_s(run, execution),
+            elsewhere=tuple(elsewhere),
         )
+
+    def _memory(
+        self,
+        run: ComponentRun,
+        execution: Execution,
+        forward: ForwardCost | None,
+        resident: int,
+        rounding: int,
+    ) -> _Memory:
+        """Of one GPU, on which the run computes or, without ``forward``, waits."""
+        fixed = library_bytes(self.machine) + rounding
+        if forward is None:
+            return _Memory(resident, 0, fixed, self._margin_bytes(0, execution), fixed)
+        activation = forward.activation_bytes
+        margin = self._margin_bytes(activation, execution)
+        if run.is_estimated:
+            margin += int(ESTIMATE_MARGIN * activation)
+        resident += self._kept_bytes(run, execution)
+        return _Memory(resident, activation, forward.workspace_bytes + fixed, margin, fixed)
 
     def _once_s(self, run: ComponentRun, execution: Execution) -> float:
         """What is done before the first image, for this run of the workload."""
@@ -367,11 +419,15 @@ class Predictor:
 def budget_of(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> Budget:
     """What is free now, less context and reserve.
 
-    Where the device computes in host RAM, its budget is the host's too.
+    Limit and reserve are of each GPU. Where the device computes in host RAM, its budget is the
+    host's too.
     """
-    free = machine.device.free_bytes
-    if vram_limit is not None:
-        free = min(free, vram_limit)
+
+    def left(free: int) -> int:
+        within = free if vram_limit is None else min(free, vram_limit)
+        return max(0, within - machine.context_bytes - reserve)
+
     shares = machine.device.kind == "cpu" or machine.device.unified_memory
     host = None if shares else machine.host.ram_available_bytes
-    return Budget(max(0, free - machine.context_bytes - reserve), host)
+    elsewhere = {gpu.index: left(gpu.free_bytes) for gpu in machine.others}
+    return Budget(left(machine.device.free_bytes), host, elsewhere)

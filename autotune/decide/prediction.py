@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
 Resource = Literal["vram", "ram", "compute", "memory_bandwidth", "transfer", "launch"]
+
+
+class Elsewhere(msgspec.Struct, frozen=True):
+    """Memory on another GPU than the device, while a phase runs.
+
+    Attributes:
+        gpu: CUDA's index.
+        resident_bytes: Weights there.
+        activation_bytes: Peak of the activations there; 0 while nothing computes there.
+        needed_bytes: What must be free there, margin included.
+    """
+
+    gpu: int
+    resident_bytes: int
+    activation_bytes: int
+    needed_bytes: int
 
 
 class PhasePrediction(msgspec.Struct, frozen=True):
@@ -27,6 +45,7 @@ class PhasePrediction(msgspec.Struct, frozen=True):
         transfer_s: Weights crossing the link.
         launch_s: Time in which the host, not the device, sets the pace.
         once_s: What is done once, before the first image: compiling.
+        elsewhere: On other GPUs: all that is above is of the device.
     """
 
     name: str
@@ -42,6 +61,12 @@ class PhasePrediction(msgspec.Struct, frozen=True):
     transfer_s: float
     launch_s: float
     once_s: float = 0.0
+    elsewhere: tuple[Elsewhere, ...] = ()
+
+    @property
+    def elsewhere_bytes(self) -> dict[int, int]:
+        """Another GPU's index → what must be free there."""
+        return {e.gpu: e.needed_bytes for e in self.elsewhere}
 
 
 class LoadPrediction(msgspec.Struct, frozen=True):
@@ -62,7 +87,8 @@ class LoadPrediction(msgspec.Struct, frozen=True):
 class Prediction(msgspec.Struct, frozen=True):
     """One way to run a workload.
 
-    It fits when ``needed_bytes`` is within the device's budget, ``host_bytes`` within the host's.
+    It fits when ``needed_bytes`` is within the device's budget, ``host_bytes`` within the host's,
+    and ``elsewhere_bytes`` within the other GPUs'.
 
     Attributes:
         peak_bytes: Most device memory to expect, in steady state.
@@ -100,14 +126,31 @@ class Prediction(msgspec.Struct, frozen=True):
         """The phase that needs the most memory: shrinking another one changes nothing."""
         return max(self.phases, key=lambda p: p.needed_bytes)
 
+    def binding_phase_of(self, gpu: int) -> PhasePrediction:
+        """The phase that needs the most memory of another GPU, by its index."""
+        return max(self.phases, key=lambda p: p.elsewhere_bytes.get(gpu, 0))
+
+    @property
+    def elsewhere_bytes(self) -> dict[int, int]:
+        """Another GPU's index → what must be free there, in the phase that needs most there."""
+        return most_of_each(p.elsewhere_bytes for p in self.phases)
+
     @property
     def slowest_phase(self) -> PhasePrediction:
         """The phase that takes the most time."""
         return max(self.phases, key=lambda p: p.seconds)
 
 
+def most_of_each(needs: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    """The most that any needs of each GPU."""
+    most: dict[int, int] = {}
+    for gpu, needed in (item for need in needs for item in need.items()):
+        most[gpu] = max(needed, most.get(gpu, 0))
+    return most
+
+
 class Needs(Protocol):
-    """What must fit: a whole prediction, or just its two numbers."""
+    """What must fit: a whole prediction, or just its numbers."""
 
     @property
     def needed_bytes(self) -> int:
@@ -117,12 +160,20 @@ class Needs(Protocol):
     def host_bytes(self) -> int:
         """Of host RAM."""
 
+    @property
+    def elsewhere_bytes(self) -> dict[int, int]:
+        """Of other GPUs' memory, by their index."""
+
 
 class Budget(NamedTuple):
-    """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's."""
+    """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's.
+
+    ``elsewhere_bytes`` is that of other GPUs, by CUDA's index.
+    """
 
     device_bytes: int
     host_bytes: int | None
+    elsewhere_bytes: Mapping[int, int] = MappingProxyType({})
 
     def holds(self, needs: Needs) -> bool:
         """Whether it fits on device and host."""
@@ -134,10 +185,21 @@ class Budget(NamedTuple):
 
     def lacks(self, needs: Needs) -> float:
         """How far it is from fitting: needed over available, of the scarcer memory."""
-        device = needs.needed_bytes / max(self.device_bytes, 1)
-        if self.host_bytes is None:
-            return device
-        return max(device, needs.host_bytes / max(self.host_bytes, 1))
+        share = needs.needed_bytes / max(self.device_bytes, 1)
+        if self.host_bytes is not None:
+            share = max(share, needs.host_bytes / max(self.host_bytes, 1))
+        for gpu, needed in needs.elsewhere_bytes.items():
+            share = max(share, needed / max(self.elsewhere_bytes.get(gpu, 0), 1))
+        return share
+
+    def short_gpu(self, needs: Needs) -> int | None:
+        """The other GPU that lacks most, ``None`` where it fits on all of them."""
+        lacking = {
+            gpu: needed / max(self.elsewhere_bytes.get(gpu, 0), 1)
+            for gpu, needed in needs.elsewhere_bytes.items()
+        }
+        worst = max(lacking, key=lambda gpu: lacking[gpu], default=None)
+        return worst if worst is not None and lacking[worst] > 1 else None
 
 
 class Bottleneck(msgspec.Struct, frozen=True):
@@ -153,6 +215,9 @@ def find_bottleneck(prediction: Prediction, budget: Budget) -> Bottleneck:
         return Bottleneck("vram", prediction.binding_phase.name)
     if not budget.host_holds(prediction):
         return Bottleneck("ram", "load")
+    short = budget.short_gpu(prediction)
+    if short is not None:
+        return Bottleneck("vram", prediction.binding_phase_of(short).name)
     phase = prediction.slowest_phase
     shares: dict[Resource, float] = {
         "compute": phase.compute_s,

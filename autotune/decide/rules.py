@@ -14,6 +14,8 @@ from autotune.optimizations.rule import Rule
 LAYER_OFFLOADS = frozenset({"sequential_cpu_offload", "group_offload"})
 OFFLOADS = LAYER_OFFLOADS | {"model_cpu_offload", "text_encoder_offload"}
 STEP_CACHES = frozenset({"first_block_cache", "taylorseer_cache", "pyramid_attention_broadcast"})
+PLACEMENTS = OFFLOADS | {"device_map"}
+"""What decides where the weights are."""
 COMPUTE_SAVERS = STEP_CACHES | {"tome"}
 KERNEL_TUNING = frozenset({"channels_last", "fuse_qkv", "compile", "attention_backend"})
 PROCESSORS = frozenset({"xformers", "attention_slicing"})
@@ -81,8 +83,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "one-offload",
         "one offload strategy at a time: each moves the same weights",
-        OFFLOADS,
-        OFFLOADS,
+        PLACEMENTS,
+        PLACEMENTS,
         "overrides",
     ),
     Rule(

@@ -38,7 +38,7 @@ one is slower to search until it is listed, but never wrong."""
 FIELDS = tuple(f.name for f in msgspec.structs.fields(Execution))
 
 
-APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in ("placement", "group")))
+APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in ("placement", "group", "device_map")))
 """Reads those fields of an execution that change what is computed, not where weights wait."""
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from autotune.decide.limits import QUALITIES, level_of
 from autotune.decide.predict import Predictor
-from autotune.decide.prediction import Prediction
+from autotune.decide.prediction import Prediction, most_of_each
 from autotune.decide.rules import all_rules, broken_rule
 from autotune.decide.scope import APART_FROM_PLACE, reach_of
 from autotune.optimizations import find
@@ -38,6 +38,7 @@ class Candidate(NamedTuple):
         loss: What it takes of the quality.
         phases_bytes: The needs of all phases together: where the largest is the same, the others
             may still be smaller.
+        elsewhere_bytes: Of other GPUs' memory, by their index.
     """
 
     settings: tuple[Setting, ...]
@@ -46,6 +47,7 @@ class Candidate(NamedTuple):
     host_bytes: int
     loss: Loss
     phases_bytes: int
+    elsewhere_bytes: dict[int, int]
 
 
 def execution_of(settings: Iterable[Setting], base: Execution | None = None) -> Execution:
@@ -121,6 +123,7 @@ class _Part(NamedTuple):
     seconds: float
     needed_bytes: int
     loss: Loss
+    elsewhere_bytes: dict[int, int]
 
 
 class _Costs(NamedTuple):
@@ -244,6 +247,7 @@ class Space:
                 host_bytes=prediction.host_bytes,
                 loss=tuple(map(sum, zip(loss, *[p.loss for p in parts], strict=True))),
                 phases_bytes=sum([p.needed_bytes for p in parts]),
+                elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts),
             )
 
     def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:
@@ -253,7 +257,7 @@ class Space:
             for members in self._worth_placing(phase, taken, execution)
         ]
         # What another is better than comes after it.
-        parts.sort(key=lambda p: (p.seconds, p.needed_bytes, len(p.members), p.loss))
+        parts.sort(key=_cost)
         front: list[_Part] = []
         for part in parts:
             if not any(_is_as_good(other, part) for other in front):
@@ -282,7 +286,8 @@ class Space:
     def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
         found = self._predictor.phase(phase, execution)
         seconds = found.seconds + found.once_s / self._predictor.images
-        return _Part(members, seconds, found.needed_bytes, _loss(members))
+        loss = _loss(members)
+        return _Part(members, seconds, found.needed_bytes, loss, found.elsewhere_bytes)
 
 
 _NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)
@@ -300,10 +305,16 @@ def _costs_no_more(one: _Costs, other: _Costs) -> bool:
     )
 
 
+def _cost(part: _Part) -> tuple[object, ...]:
+    elsewhere = sum(part.elsewhere_bytes.values())
+    return part.seconds, part.needed_bytes, len(part.members), part.loss, elsewhere
+
+
 def _is_as_good(one: _Part, other: _Part) -> bool:
     return (
         one.needed_bytes <= other.needed_bytes
         and one.seconds <= other.seconds
         and len(one.members) <= len(other.members)
         and all(a <= b for a, b in zip(one.loss, other.loss, strict=True))
+        and all(b <= other.elsewhere_bytes[gpu] for gpu, b in one.elsewhere_bytes.items())
     )

@@ -127,18 +127,18 @@ class _Search(NamedTuple):
 
     def more_host_memory(self) -> Iterator[WayOut]:
         """The least that would do, where only host RAM is missing."""
-        (device, host), candidates = self.decision.budget, self.decision.candidates
+        (device, host, _), candidates = self.decision.budget, self._within_other_gpus()
         enough = [c.host_bytes for c in candidates if c.needed_bytes <= device]
         if host is None or not enough:
             return
-        budget = Budget(device, min(enough))
+        budget = self.decision.budget._replace(host_bytes=min(enough))
         chosen = select(candidates, budget, self.limits.priority)
         what = f"{format_bytes(min(enough))} of free host RAM instead of {format_bytes(host)}"
         yield _way("ram", what, {"host_bytes": min(enough) - host}, chosen, budget)
 
     def more_memory(self) -> Iterator[WayOut]:
         """What the nearest miss lacks, unless it is host RAM alone."""
-        (device, host), candidates = self.decision.budget, self.decision.candidates
+        (device, host, elsewhere), candidates = self.decision.budget, self._within_other_gpus()
         nearest = min(candidates, key=lambda c: (self.decision.budget.lacks(c), c.seconds))
         if nearest.needed_bytes <= device:
             return
@@ -148,9 +148,14 @@ class _Search(NamedTuple):
             change["host_bytes"] = nearest.host_bytes - host
             what += f" and {format_bytes(nearest.host_bytes - host)} more free host RAM"
             host = nearest.host_bytes
-        enough = Budget(nearest.needed_bytes, host)
+        enough = Budget(nearest.needed_bytes, host, elsewhere)
         chosen = select(candidates, enough, self.limits.priority)
         yield _way("vram", what, change, chosen, enough)
+
+    def _within_other_gpus(self) -> list[Candidate]:
+        """The sets that lack nothing of other GPUs' memory."""
+        budget = self.decision.budget
+        return [c for c in self.decision.candidates if budget.short_gpu(c) is None]
 
     # ---- other sets, or another request ---------------------------------------------------------
 

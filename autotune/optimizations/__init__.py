@@ -10,6 +10,7 @@ from autotune.optimizations.backends import AttentionBackend
 from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.compilation import Compile
+from autotune.optimizations.device_map import ComponentsOnGpus
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
 from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload, TextEncoderOffload
@@ -29,6 +30,7 @@ CATALOGUE = Catalogue(
         XFormers(),
         AttentionSlicing(),
         AttentionBackend(),
+        ComponentsOnGpus(),
         TextEncoderOffload(),
         ModelCpuOffload(),
         SequentialCpuOffload(),

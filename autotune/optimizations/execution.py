@@ -7,7 +7,12 @@ from typing import Literal
 from autotune.probe.machine import Value
 
 Placement = Literal[
-    "device", "encoder_offload", "model_offload", "sequential_offload", "group_offload"
+    "device",
+    "encoder_offload",
+    "model_offload",
+    "sequential_offload",
+    "group_offload",
+    "device_map",
 ]
 
 
@@ -32,6 +37,18 @@ class GroupOffload(Value, frozen=True):
     overlaps: bool = True
     pins: bool = True
     from_disk: bool = False
+
+
+class DeviceMap(Value, frozen=True):
+    """Components on other GPUs, by CUDA's index; what has the device's own index stays there.
+
+    Attributes:
+        encoders: Where the text encoders are.
+        autoencoder: Where the VAE is.
+    """
+
+    encoders: int
+    autoencoder: int
 
 
 class StepCache(Value, frozen=True):
@@ -86,6 +103,7 @@ class Execution(Value, frozen=True):
         channels_last: Convolution weights of denoiser and VAE in NHWC layout.
         placement: Where weights live while they are not used.
         group: How, under group offload.
+        device_map: Which components are on which GPU, where they are on several.
         storage_dtype: What the denoiser's layers rest in between their uses; ``""`` is what they
             compute in.
         compiled: The denoiser by ``torch.compile``: its repeated blocks, or all of it.
@@ -104,6 +122,7 @@ class Execution(Value, frozen=True):
     channels_last: bool = False
     placement: Placement = "device"
     group: GroupOffload | None = None
+    device_map: DeviceMap | None = None
     storage_dtype: str = ""
     compiled: Literal["", "regional", "whole"] = ""
     fused_projections: bool = False

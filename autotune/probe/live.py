@@ -15,7 +15,7 @@ from autotune.errors import MachineError
 from autotune.probe import nvml, software
 from autotune.probe.absence import why_no_gpu
 from autotune.probe.host import cpu_name, ram, usable_cores
-from autotune.probe.machine import Device, GpuProcess, Machine
+from autotune.probe.machine import Device, GpuProcess, Machine, OtherGpu
 
 # What a driver shows of itself: on Linux, on a Jetson, on Windows' Linux.
 _DRIVER_NODES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")))
@@ -31,7 +31,30 @@ def refresh(machine: Machine) -> Machine:
         return machine
     total, available = ram()
     host = replace(machine.host, ram_total_bytes=total, ram_available_bytes=available)
-    return replace(machine, host=host, device=_refresh_device(machine.device, total, available))
+    device = _refresh_device(machine.device, total, available)
+    return replace(machine, host=host, device=device, others=other_gpus(device))
+
+
+def other_gpus(device: Device) -> tuple[OtherGpu, ...]:
+    """The NVIDIA GPUs beside this one that the process sees, with what is free now.
+
+    Nothing is asked of CUDA where all are of one model: it would start a context on each.
+    """
+    if device.kind != "cuda" or device.uuid is None or device.unified_memory:
+        return ()
+    gpus = _visible_gpus(by_index=True) if len(nvml.visible_gpus()) > 1 else ()
+    return tuple(
+        OtherGpu(
+            index=index,
+            name=gpu.name,
+            total_bytes=gpu.total_bytes,
+            free_bytes=gpu.free_bytes,
+            uuid=gpu.uuid,
+            compute_capability=gpu.compute_capability,
+        )
+        for index, gpu in enumerate(gpus)
+        if gpu.uuid != device.uuid and gpu.total_bytes is not None and gpu.free_bytes is not None
+    )
 
 
 def identity(device: str | None = None) -> str:

@@ -75,6 +75,20 @@ class Device(Value, frozen=True):
     multiprocessors: int | None = None
 
 
+class OtherGpu(Value, frozen=True):
+    """A GPU beside the device, as this process sees it. ``free_bytes`` is a live fact, too.
+
+    ``index`` is CUDA's: PyTorch calls it ``cuda:index``.
+    """
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    uuid: str | None = None
+    compute_capability: str | None = None
+
+
 class TransferPoint(Value, frozen=True):
     """Copies of one size. *h2d* is host to device."""
 
@@ -193,6 +207,7 @@ class Machine(Value, frozen=True):
         operators: Replayed operators of the workloads seen so far, by ``Operator.key``.
         findings: What a person should know, one sentence each.
         left_out: What the probe's time did not suffice for, in words.
+        others: The other GPUs, in CUDA's order; read at every start, nothing of them is measured.
     """
 
     name: str
@@ -210,3 +225,14 @@ class Machine(Value, frozen=True):
     measured_in_s: float | None = None
     operators: dict[str, OperatorTime] = {}
     left_out: tuple[str, ...] = ()
+    others: tuple[OtherGpu, ...] = ()
+
+    @property
+    def twins(self) -> tuple[OtherGpu, ...]:
+        """The other GPUs of the device's own model, the one with most free memory first.
+
+        What was measured of the device holds for them.
+        """
+        mine = (self.device.name, self.device.compute_capability)
+        alike = [gpu for gpu in self.others if (gpu.name, gpu.compute_capability) == mine]
+        return tuple(sorted(alike, key=lambda gpu: (-gpu.free_bytes, gpu.index)))

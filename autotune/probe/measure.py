@@ -28,7 +28,7 @@ from autotune.probe.disk import measure_disk
 from autotune.probe.findings import find
 from autotune.probe.host import read_host
 from autotune.probe.kernels import measure_host_costs, measure_kernels
-from autotune.probe.live import slug
+from autotune.probe.live import other_gpus, slug
 from autotune.probe.machine import Device, Kernels, Machine
 from autotune.probe.noise import Watch
 from autotune.probe.samples import DISTURBED_SPREAD
@@ -160,6 +160,7 @@ def _measure(
         software=installed_versions(),
         measured_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         left_out=deadline.left_out,
+        others=other_gpus(facts),
     )
     machine = find(
         machine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autotune.decide.explain import RESOURCES
+from autotune.decide.explain import RESOURCES, lack_elsewhere
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
 from autotune.profile.profile import PhaseMeasurement
@@ -50,6 +50,15 @@ def describe_prediction(prediction: Prediction) -> str:
     return f"{format_seconds(prediction.seconds)}, {needed}"
 
 
+def describe_other_gpus(plan: Plan | PredictionReport) -> Iterator[str]:
+    """``"9.80 GiB of 14.4 GiB on cuda:1 (encode)"`` for each of the others that is used."""
+    prediction = plan.prediction
+    for gpu, needed in prediction.elsewhere_bytes.items():
+        free = format_bytes(plan.elsewhere_budget_bytes.get(gpu, 0))
+        phase = prediction.binding_phase_of(gpu).name
+        yield f"{format_bytes(needed)} of {free} on cuda:{gpu} ({phase})"
+
+
 def describe_start(plan: Plan | PredictionReport) -> str:
     """``"loading 12.0 s; first image 3.00 s more; 7.10 GiB of host RAM"``, as far as is known."""
     prediction = plan.prediction
@@ -74,6 +83,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"after       {describe_bottleneck(plan.bottleneck.after)}"
     yield f"plain       {describe_prediction(plan.baseline)}"
     yield f"planned     {describe_prediction(plan.prediction)}"
+    yield from (f"elsewhere   {text}" for text in describe_other_gpus(plan))
     start = describe_start(plan)
     if start:
         yield f"start       {start}"
@@ -105,6 +115,9 @@ def shortage(plan: Plan) -> str:
             f"does not fit: {format_bytes(host)} of host RAM are needed and "
             f"{format_bytes(available)} are available"
         )
+    elsewhere = plan.budget.short_gpu(plan.prediction)
+    if elsewhere is not None and plan.prediction.needed_bytes <= plan.budget_bytes:
+        return f"does not fit: {lack_elsewhere(plan.prediction, plan.budget, elsewhere)}"
     phase = plan.prediction.binding_phase
     return (
         f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from autotune.decide.plan import Plan
-from autotune.decide.rules import OFFLOADS
+from autotune.decide.rules import PLACEMENTS
 from autotune.errors import AutotuneError, OptimizationError, first_line
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting, Undo, undone_on_failure
@@ -41,7 +41,7 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     try:
         for setting in early:
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
-        if not _offloads(plan) and not _has_device_map(pipe):
+        if not _places(plan) and not _has_device_map(pipe):
             undos.append(_move(pipe, device))
         for setting in (s for s in settings if s not in early):
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
@@ -55,9 +55,9 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     return lambda: _undo_all(undos)
 
 
-def _offloads(plan: Plan) -> bool:
-    """Whether hooks, ours or the user's, decide where weights are."""
-    return bool(OFFLOADS & {s.name for s in (*plan.optimizations, *plan.kept)})
+def _places(plan: Plan) -> bool:
+    """Whether an optimization, chosen or set by hand, decides where weights are."""
+    return bool(PLACEMENTS & {s.name for s in (*plan.optimizations, *plan.kept)})
 
 
 def _has_device_map(pipe: Any) -> bool:
@@ -66,7 +66,7 @@ def _has_device_map(pipe: Any) -> bool:
 
 def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
     """Offload last: its hooks wrap modules as they are by then; some patches refuse hooked ones."""
-    return sorted(settings, key=lambda s: s.name in OFFLOADS)
+    return sorted(settings, key=lambda s: s.name in PLACEMENTS)
 
 
 def _move(pipe: Any, device: str) -> Undo:

@@ -11,7 +11,7 @@ import torch
 
 from autotune.decide.placement import PROCESS_BYTES
 from autotune.optimizations.modules import modules_of
-from autotune.probe.machine import Machine
+from autotune.probe.machine import Machine, OtherGpu
 
 _CPU = torch.device("cpu")
 
@@ -35,13 +35,24 @@ def with_own_memory(machine: Machine, device: str, pipe: Any = None) -> Machine:
         own += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
         own += machine.context_bytes
     free = min(machine.device.free_bytes + own, machine.device.total_bytes)
+    others = tuple(_with_own(gpu, pipe) for gpu in machine.others)
     held = min(in_ram + PROCESS_BYTES, _private_bytes())
     available = min(machine.host.ram_available_bytes + held, machine.host.ram_total_bytes)
     return msgspec.structs.replace(
         machine,
+        others=others,
         device=msgspec.structs.replace(machine.device, free_bytes=free),
         host=msgspec.structs.replace(machine.host, ram_available_bytes=available),
     )
+
+
+def _with_own(gpu: OtherGpu, pipe: Any) -> OtherGpu:
+    """The same for another GPU; whether it has a context already is not known, and not counted."""
+    where = torch.device("cuda", gpu.index)
+    own = _bytes_on(where, pipe)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        own += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    return msgspec.structs.replace(gpu, free_bytes=min(gpu.free_bytes + own, gpu.total_bytes))
 
 
 def _private_bytes() -> int:

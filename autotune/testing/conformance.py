@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from autotune.decide.predict import Predictor
-from autotune.decide.rules import OFFLOADS, all_rules, transfer_dominates
+from autotune.decide.rules import PLACEMENTS, all_rules, transfer_dominates
 from autotune.errors import AutotuneError
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import (
@@ -428,7 +428,7 @@ def _execution(active: Iterable[Active]) -> Execution:
 
 def _ordered(active: Iterable[Active]) -> tuple[Active, ...]:
     """As a plan is applied: first what shrinks weights, last what moves them."""
-    return tuple(sorted(active, key=lambda a: (not a[0].before_moving, a[1].name in OFFLOADS)))
+    return tuple(sorted(active, key=lambda a: (not a[0].before_moving, a[1].name in PLACEMENTS)))
 
 
 def _names(active: Iterable[Active]) -> str:

@@ -28,6 +28,7 @@ def with_kernels(machine: Machine) -> Machine:
 
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "device_map": {"machine": with_kernels(load_machine("rtx-4090-24gb-x2"))},
     "first_block_cache": {
         "pipelines": (build_flux,),
         "settings": ({"threshold": 0.5},),  # random weights let no step pass at less

@@ -16,6 +16,7 @@ from autotune.probe.machine import (
     Kernels,
     Link,
     Machine,
+    OtherGpu,
 )
 from autotune.units import GIB, MIB
 from autotune.workload.workload import (
@@ -63,7 +64,24 @@ def machines(draw: st.DrawFn) -> Machine:
         attention=tuple(draw(attention_rates())),
         context_bytes=draw(st.sampled_from((0, 400 * MIB))),
         default_attention=draw(st.sampled_from(("sdpa", "vanilla"))),
+        others=tuple(draw(other_gpus())) if kind == "cuda" else (),
     )
+
+
+@st.composite
+def other_gpus(draw: st.DrawFn) -> list[OtherGpu]:
+    """Mostly none; else of the device's model, or of another."""
+    count = draw(st.sampled_from((0, 0, 0, 1, 2)))
+    return [
+        OtherGpu(
+            index=index,
+            name=draw(st.sampled_from(("Invented", "Invented", "Another"))),
+            total_bytes=28_000 * MIB,
+            free_bytes=draw(st.integers(500, 24_000)) * MIB,
+            compute_capability=draw(st.sampled_from(("7.5", "8.6"))),
+        )
+        for index in range(1, count + 1)
+    ]
 
 
 processes = st.lists(

@@ -15,7 +15,7 @@ from autotune.decide.decision import SLACK, Pool, decide
 from autotune.decide.limits import PRIORITIES, allows
 from autotune.decide.plan import Plan, Reason, Rejection
 from autotune.decide.predict import Predictor
-from autotune.decide.prediction import Budget, Prediction
+from autotune.decide.prediction import Prediction
 from autotune.decide.search import Judge, execution_of, loss_of
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import Setting
@@ -44,8 +44,14 @@ def with_more(machine: Machine, device_bytes: int, host_bytes: int) -> Machine:
     )
 
 
-def budget_of(plan: Plan) -> Budget:
-    return Budget(plan.budget_bytes, plan.host_budget_bytes)
+def available(plan: Plan) -> tuple[int | None, ...]:
+    """Bytes of the device, of the host, and of the other GPUs."""
+    return (plan.budget_bytes, plan.host_budget_bytes, *plan.elsewhere_budget_bytes.values())
+
+
+def needed_elsewhere(prediction: Prediction) -> list[int]:
+    """Bytes of the other GPUs, in every phase."""
+    return [e.needed_bytes for p in prediction.phases for e in p.elsewhere]
 
 
 @often
@@ -97,7 +103,7 @@ def test_no_member_can_be_dropped(machine, workload, quality, priority):
         without = predictor.predict(execution_of(s for s in plan.optimizations if s != setting))
         assert reason.before_bytes == without.needed_bytes
         assert reason.before_seconds == without.mean_seconds
-        assert reason.fits_without == budget_of(plan).holds(without)
+        assert reason.fits_without == plan.budget.holds(without)
         assert (
             not reason.fits_without
             or without.mean_seconds
@@ -121,7 +127,7 @@ def test_none_can_be_added(machine, workload, quality):
         if len(set(names)) < len(names) or judge.rule_in(larger):
             continue
         added = predictor.predict(execution_of(larger))
-        if budget_of(plan).holds(added):
+        if plan.budget.holds(added):
             assert added.mean_seconds * (1 + TOLERANCE) >= plan.prediction.mean_seconds * (
                 1 - ROUNDING
             )
@@ -212,7 +218,8 @@ def check_reason(reason: Reason, plan: Plan, without: Prediction, pool: Pool) ->
     check_numbers(
         reason.text,
         [
-            *(without.needed_bytes, chosen.needed_bytes, without.host_bytes, *budget_of(plan)),
+            *(without.needed_bytes, chosen.needed_bytes, without.host_bytes, *available(plan)),
+            *(*needed_elsewhere(without), *needed_elsewhere(chosen)),
             pool.least_bytes,
         ],
         [without.mean_seconds, chosen.mean_seconds, fastest, pool.longest_seconds],
@@ -231,7 +238,7 @@ def check_rejection(rejection: Rejection, plan: Plan, added: Prediction) -> None
     chosen = plan.prediction
     assert rejection.seconds == added.mean_seconds
     assert rejection.needed_bytes == added.needed_bytes
-    assert rejection.fits == budget_of(plan).holds(added)
+    assert rejection.fits == plan.budget.holds(added)
     saved = {
         a.name: c.needed_bytes - a.needed_bytes
         for a, c in zip(added.phases, chosen.phases, strict=True)
@@ -241,7 +248,8 @@ def check_rejection(rejection: Rejection, plan: Plan, added: Prediction) -> None
         rejection.text,
         [
             *(added.needed_bytes, chosen.needed_bytes, added.needed_bytes - chosen.needed_bytes),
-            *(added.host_bytes, rejection.saved_bytes, *budget_of(plan)),
+            *(added.host_bytes, rejection.saved_bytes, *available(plan)),
+            *needed_elsewhere(added),
         ],
         [
             *(added.mean_seconds, chosen.mean_seconds),

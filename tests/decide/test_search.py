@@ -56,6 +56,7 @@ def plainly(machine: Machine, workload: Workload, limits: Limits) -> Iterator[Ca
             prediction.host_bytes,
             loss_of(chosen),
             sum(p.needed_bytes for p in prediction.phases),
+            prediction.elsewhere_bytes,
         )
 
 

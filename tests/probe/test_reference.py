@@ -53,8 +53,8 @@ def test_the_files_are_what_the_script_writes() -> None:
 
 def test_all_that_were_promised_are_there() -> None:
     promised = """a100-40gb a100-80gb cpu-16-cores gtx-1660-6gb h100-80gb laptop-rtx-3050-4gb
-    rtx-3060-12gb rtx-3080-10gb rtx-3080-10gb-torch1 rtx-4060-8gb rtx-4090-24gb rtx-5090-32gb
-    t4-16gb"""
+    rtx-3060-12gb rtx-3080-10gb rtx-3080-10gb-torch1 rtx-4060-8gb rtx-4090-24gb rtx-4090-24gb-x2
+    rtx-5090-32gb t4-16gb t4-16gb-x2"""
     assert set(promised.split()) <= set(NAMES)
 
 

@@ -79,8 +79,11 @@ class ComponentsOnGpus(Optimization):
             "    def __init__(self, there):",
             "        self.there = torch.device(there)",
             '        self.execution_device = torch.device("cuda:{index}")',
+            "    def brought(self, value):",
+            "        return value.to(self.there) if isinstance(value, torch.Tensor) else value",
             "    def pre_forward(self, module, *args, **kwargs):",
-            "        return send_to_device(args, self.there), send_to_device(kwargs, self.there)",
+            "        moved = tuple(self.brought(a) for a in args)",
+            "        return moved, {name: self.brought(a) for name, a in kwargs.items()}",
             "    def post_forward(self, module, output):",
             "        return send_to_device(output, self.execution_device)",
             "modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]",
@@ -158,6 +161,7 @@ def _hook(pipe: Any, encoders_on: Any, autoencoder_on: Any, home: Any) -> None:
 @functools.cache
 def _visiting_hook() -> Any:
     """The class of the hooks; made here, because plans are made without accelerate."""
+    import torch
     from accelerate.hooks import ModelHook
     from accelerate.utils import send_to_device
 
@@ -174,7 +178,12 @@ def _visiting_hook() -> Any:
             self.execution_device = pipeline
 
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            return send_to_device(args, self.there), send_to_device(kwargs, self.there)
+            # Containers are left as they are: video autoencoders keep what they cache in them.
+            moved = tuple(self._brought(a) for a in args)
+            return moved, {name: self._brought(a) for name, a in kwargs.items()}
+
+        def _brought(self, value: Any) -> Any:
+            return value.to(self.there) if isinstance(value, torch.Tensor) else value
 
         def post_forward(self, module: Any, output: Any) -> Any:
             return send_to_device(output, self.execution_device)

@@ -277,7 +277,8 @@ class Predictor:
         kept = -run.upcast_bytes if execution.decode_dtype else 0
         kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
         if execution.step_cache is not None and run.role == "denoiser":
-            kept += step_caches.kept_bytes(execution.step_cache, run.trace)
+            passes = self.workload.guided_passes
+            kept += step_caches.kept_bytes(execution.step_cache, run.trace, passes)
         return kept
 
     def _with_effects(

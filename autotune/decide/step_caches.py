@@ -64,20 +64,40 @@ def _interpolated(threshold: float) -> float:
     return points[-1][1]
 
 
-HIDDEN_STATES = {"first_block": 4, "taylor": 2}
-"""Tensors kept, each as large as the hidden states: of the first block its result and change, of
-the others their change, for image and text; of an extrapolation value and slope."""
+FIRST_BLOCK_KEPT = 3
+"""Tensors as large as the hidden states: what comes out of the first block, what it changed, and
+what the others did."""
+
+FACTORS_KEPT, FACTOR_BYTES = 2, 2
+"""Value and slope of what is extrapolated, in bfloat16 whatever the network computes in."""
 
 
-def kept_bytes(cache: StepCache, trace: Trace) -> int:
-    """Device memory of what is kept from step to step."""
-    sizes = [
-        (o.attention.batch * o.attention.q_tokens * o.attention.heads * o.attention.head_dim)
-        * BYTES.get(o.dtype, 4)
-        * (o.count if cache.method == "attention" else 1)
+def kept_bytes(cache: StepCache, trace: Trace, passes: int) -> int:
+    """Device memory of what is kept from step to step.
+
+    Args:
+        cache: Of the denoiser.
+        trace: One call of it.
+        passes: Calls in one step, each of which keeps its own, but for attention.
+    """
+    if cache.method == "taylor":
+        return passes * FACTORS_KEPT * FACTOR_BYTES * _result_values(trace)
+    states = [
+        (
+            o.attention.batch * o.attention.q_tokens * o.attention.heads * o.attention.head_dim,
+            BYTES.get(o.dtype, 4),
+            o.count,
+        )
         for o in trace.operators
         if o.attention is not None and o.region == "attention"
     ]
     if cache.method == "attention":
-        return sum(sizes)
-    return HIDDEN_STATES[cache.method] * max(sizes, default=0)
+        return sum(values * size * count for values, size, count in states)
+    largest = max((values * size for values, size, _ in states), default=0)
+    return passes * FIRST_BLOCK_KEPT * largest
+
+
+def _result_values(trace: Trace) -> int:
+    """Of the last linear layer, which follows the blocks: what is extrapolated is its result."""
+    layers = [o for o in trace.operators if o.kind == "matmul" and o.weight_bytes]
+    return layers[-1].out_bytes // BYTES.get(layers[-1].dtype, 4) if layers else 0

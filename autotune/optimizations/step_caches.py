@@ -172,6 +172,13 @@ class PyramidAttentionBroadcast(_Cache):
     defaults = {"range": 2}
     tried, least, most = (2, 3), 2, 8
 
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if reason := super().unavailable(machine, workload):
+            return reason
+        if workload.guided_passes > 1:
+            return "it would give the results of one guided pass to the other"
+        return None
+
     def quality(self, parameters: Parameters) -> str:
         return "balanced" if parameters["range"] == 2 else "fast"
 

@@ -280,6 +280,13 @@ class Workload(Value, frozen=True):
         return sum(c.weight_bytes for c in self.components)
 
     @property
+    def guided_passes(self) -> int:
+        """Calls of the denoiser in one step: two where guidance is a pass of its own."""
+        runs = (r for phase in self.phases for r in phase.runs)
+        calls = sum(r.calls for r in runs if r.role == "denoiser")
+        return max(1, round(calls / self.request.steps))
+
+    @property
     def key(self) -> str:
         """What was asked, in one line: names this workload in profiles."""
         r = self.request

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from msgspec.structs import replace
 
-from autotune.decide.step_caches import HIDDEN_STATES, kept_bytes, share_computed
-from autotune.optimizations.execution import StepCache
-from autotune.optimizations.step_caches import PyramidAttentionBroadcast, TaylorSeerCache
-from autotune.testing.pipelines import build_flux, call
+from autotune.decide.step_caches import kept_bytes, share_computed
+from autotune.optimizations.execution import Execution, StepCache
+from autotune.optimizations.modules import registries_of
+from autotune.optimizations.step_caches import (
+    FirstBlockCache,
+    PyramidAttentionBroadcast,
+    TaylorSeerCache,
+)
+from autotune.probe.reference import load_machine
+from autotune.testing.pipelines import build_chroma, build_flux, call
 from autotune.workload.workload import Component
 from tests.decide.operators import attention, linear, trace_of
+from tests.workloads import workload_of
 
 FIFTY_BLOCKS = Component("transformer", "T", 0, 0, 0, 0, 0, block_bytes=(1,) * 50)
 
@@ -66,12 +76,86 @@ def test_a_higher_threshold_computes_less() -> None:
     assert shares[-1] == shares[-2]  # beyond what was measured
 
 
-def test_what_is_kept_from_step_to_step() -> None:
-    """Hidden states of 6 tokens and 8 values in 16 bits; attention's result in each of 3 layers."""
-    trace = trace_of(attention(tokens=6, heads=2, head_dim=4, count=3), linear(6, 8, 8))
-    states = 6 * 8 * 2
-    assert (
-        kept_bytes(StepCache("first_block", 0.08), trace) == HIDDEN_STATES["first_block"] * states
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_is_kept_from_step_to_step(passes: int) -> None:
+    """Hidden states of 6 tokens and 8 values in 16 bits, in 3 layers; a result of 4 values."""
+    trace = trace_of(attention(tokens=6, heads=2, head_dim=4, count=3), linear(6, 8, 4))
+    kept = [
+        kept_bytes(StepCache(method, 3), trace, passes)
+        for method in ("first_block", "taylor", "attention")
+    ]
+    assert kept == [passes * 3 * 6 * 8 * 2, passes * 2 * 6 * 4 * 2, 3 * 6 * 8 * 2]
+
+
+@pytest.mark.parametrize(
+    ("cache", "parameters", "slack"),
+    [
+        # The first block's own change is kept of the image alone, a fifth less than of both.
+        (FirstBlockCache(), {"threshold": 0.5}, 0.08),
+        (TaylorSeerCache(), {"interval": 3}, 0.0),
+        (PyramidAttentionBroadcast(), {"range": 2}, 0.0),
+    ],
+)
+def test_as_much_is_kept_as_is_predicted(cache: Any, parameters: Any, slack: float) -> None:
+    workload = workload_of("flux")
+    runs = (run for phase in workload.phases for run in phase.runs)
+    trace = next(run.trace for run in runs if run.role == "denoiser")
+    method = cache.configure(Execution(), parameters).step_cache
+    pipe = build_flux()
+    cache.apply(pipe, parameters, "cpu")
+    predicted = kept_bytes(method, trace, workload.guided_passes)
+    assert predicted == pytest.approx(bytes_kept(pipe), rel=slack)
+
+
+def bytes_kept(pipe: Any) -> int:
+    """Of tensors that the hooks hold before the last step."""
+    found: dict[int, int] = {}
+    hooks = [h for r in registries_of(pipe.transformer) for h in r.hooks.values()]
+
+    def look(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        found.clear()
+        found.update((t.data_ptr(), t.nbytes) for hook in hooks for t in tensors(vars(hook)))
+        return kwargs
+
+    call(pipe, steps=3, callback_on_step_end=look)
+    return sum(found.values())
+
+
+def tensors(held: Any) -> Iterator[torch.Tensor]:
+    """In dictionaries, sequences, and the states of diffusers' hooks."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from tensors(value)
+    elif isinstance(held, (list, tuple)):
+        yield from tensors(dict(enumerate(held)))
+    elif type(held).__name__.endswith(("State", "StateManager")):
+        yield from tensors(vars(held))
+
+
+@pytest.mark.parametrize(("scale", "allowed"), [(1.0, True), (5.0, False)])
+def test_broadcast_attention_is_kept_from_guided_passes(scale: float, allowed: bool) -> None:
+    """Chroma calls its network twice a step: within the range, both get the first one's result."""
+    workload = workload_of("chroma")
+    denoise = next(p for p in workload.phases if p.name == "denoise")
+    (run,) = denoise.runs
+    assert run.calls == 2 * workload.request.steps
+    single = replace(denoise, runs=(replace(run, calls=workload.request.steps),), order=())
+    phases = tuple(single if scale == 1 and p is denoise else p for p in workload.phases)
+    machine = load_machine("h100-80gb")
+    reason = PyramidAttentionBroadcast().unavailable(machine, replace(workload, phases=phases))
+    assert (reason is None) == allowed
+
+
+def test_broadcast_attention_mixes_guided_passes() -> None:
+    pipe = build_chroma()
+    PyramidAttentionBroadcast().apply(pipe, {"range": 2}, "cpu")
+    results: list[torch.Tensor] = []
+    pipe.transformer.transformer_blocks[0].attn.register_forward_hook(
+        lambda _module, _args, result: results.append(result[0].clone())
     )
-    assert kept_bytes(StepCache("taylor", 3), trace) == HIDDEN_STATES["taylor"] * states
-    assert kept_bytes(StepCache("attention", 2), trace) == 3 * states
+    call(pipe, steps=6)
+    outside, inside = results[0:2], results[6:8]
+    assert not torch.equal(*outside)
+    assert torch.equal(*inside)

@@ -204,10 +204,15 @@ def test_the_lines_do_what_applying_the_plan_does(traced, cpu_machine):
         for parameters in optimization.worth_trying(cpu_machine, workload)[-1:]
     ]
     assert {"tome", "vae_slicing", "vae_tiling"} <= {s.name for s in usable}
+    usable.append(CATALOGUE["device_map"].setting())  # on "cpu:1", which is the CPU by name only
     plans = {str(s): with_settings(plan, s) for s in usable}
     plans["nothing"] = with_settings(plan)
     items = [
-        {"name": name, "code": p.code(architecture), "plan": msgspec.to_builtins(p)}
+        {
+            "name": name,
+            "code": p.code(architecture).replace("cuda:", "cpu:"),
+            "plan": msgspec.to_builtins(p),
+        }
         for name, p in plans.items()
     ]
     done = subprocess.run(

@@ -54,6 +54,27 @@ print(json.dumps([fresh.device.free_bytes, names, "torch" in sys.modules]))
     assert under_driver("gb10", code)[0] == 1, "what NVML does not say stays as it was"
 
 
+OTHERS = f"""
+import json, sys
+from msgspec.structs import replace
+from autotune.probe.live import refresh
+from autotune.probe.reference import load_machine
+machine = load_machine("t4-16gb-x2")
+device = replace(machine.device, uuid={SECOND!r}, index=1)
+fresh = refresh(replace(machine, source="measured", device=device))
+others = [[gpu.index, gpu.uuid, gpu.name, gpu.free_bytes] for gpu in fresh.others]
+print(json.dumps([others, "torch" in sys.modules]))
+"""
+
+
+def test_other_gpus_are_read_at_every_start(under_driver: Any) -> None:
+    others, has_torch = under_driver("two", OTHERS)
+    assert others == [[0, FIRST, "NVIDIA GeForce RTX 3080", 7 * GIB]]
+    assert not has_torch
+    assert under_driver("desktop", OTHERS) == [[], False], "what was there before is gone"
+    assert under_driver("two", OTHERS, CUDA_VISIBLE_DEVICES="1") == [[], False]
+
+
 IDENTITY = """
 import json
 from autotune.errors import MachineError

@@ -202,7 +202,8 @@ def _sentences(account: MemoryAccount) -> Iterator[tuple[str, str]]:
         if not stays:
             yield name, f"holds {_resident(phase.resident)}"
             name = ""
-        yield name, f"peaks at {_peak(phase)}"
+        computes = f"peaks at {_peak(phase)}" if phase.activation_bytes else "is on another GPU"
+        yield name, computes
 
 
 def _binding(phase: PhaseMemory, budget: int) -> str:

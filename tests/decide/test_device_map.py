@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from autotune.decide.choose import TOLERANCE, Limits, choose, predict
+from autotune.decide.metrics import expected
 from autotune.decide.predict import Predictor, budget_of
 from autotune.decide.prediction import Bottleneck
 from autotune.decide.search import execution_of
@@ -75,6 +76,15 @@ def test_no_weight_crosses_only_what_is_handed_on(traced, pair):
     assert 0 < mapped.seconds - plain.seconds < 0.01 * plain.seconds
     assert mapped.phases[1].transfer_s == 0
     assert mapped.host_bytes == plain.host_bytes
+
+
+def test_the_allocator_is_asked_for_what_is_on_the_device_alone(traced, pair):
+    workload = traced("flux-dev", dtype="bfloat16")
+    predictor, execution = Predictor(pair, workload), execution_of(BOTH)
+    prediction = predictor.predict(execution)
+    found = expected(predictor, execution)
+    assert found.allocated_bytes == pytest.approx(prediction.peak_bytes, rel=0.01)
+    assert found.reserved_bytes <= prediction.needed_bytes
 
 
 def test_what_stays_at_home_is_counted_there(traced, pair):

@@ -193,6 +193,12 @@ def test_a_gpu_in_trouble_is_shown_with_all_of_it(capsys: pytest.CaptureFixture[
     assert "• One [thing]. • Another." in text
 
 
+def test_other_gpus_are_one_line(wide: None, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(load_machine("t4-16gb-x2"), capsys)
+    assert "other GPUs cuda:1 Tesla T4, 14.7 GiB free of 15.0 GiB" in text
+    assert "other GPUs" not in shown(load_machine("t4-16gb"), capsys)
+
+
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")

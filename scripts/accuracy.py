@@ -74,7 +74,8 @@ class Row(msgspec.Struct, frozen=True):
             what it found fastest, whatever memory that takes. It is shown, but not counted.
         machine: The datasheet machine to predict on, and the PyTorch that it ran where that is not
             today's: ``torch1``, ``torch2.5``.
-        execution: ``field=value`` of the ``Execution``, a bare field for true.
+        execution: ``field=value`` of the ``Execution``, a bare field for true;
+            ``group=level``, ``step_cache=method:value``.
         extra: ``ddim`` (the source set that scheduler), ``safety-checker`` (it was on),
             ``untimed`` (no GPU is named).
         left_over: A component that an earlier cell of the same notebook leaves on the GPU.
@@ -306,6 +307,7 @@ def step_rates() -> Iterator[dict[str, Any]]:
 def ratios(words: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
     """What an optimization makes of the time, where the GPU is not known well enough for seconds.
 
+    And what the denoiser alone allocates before it.
     The machine stands for one of about that speed. Only models whose name contains a word, if any.
     """
     for row in _read(FOLDER / "published_ratios.csv"):
@@ -322,6 +324,8 @@ def ratios(words: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
             "what": row["what"],
             "factor": after / before,
             "published_factor": float(row["after_s"]) / float(row["before_s"]),
+            "before_gib": _denoiser_bytes(predictor) / GIB if row["before_gib"] else None,
+            "published_before_gib": float(row["before_gib"]) if row["before_gib"] else None,
             "evidence": row["evidence"],
         }
 
@@ -358,6 +362,15 @@ def _seconds(predictor: Predictor, execution: Execution, measures: str) -> float
         return prediction.seconds
     denoise = next(p for p in prediction.phases if p.name == "denoise")
     return denoise.once_s if measures == "compiling" else denoise.seconds
+
+
+def _denoiser_bytes(predictor: Predictor) -> int:
+    """Allocated while the denoiser runs, and nothing else is on the device."""
+    denoise = next(p for p in predictor.workload.phases if p.name == "denoise")
+    component = predictor.workload.component(denoise.runs[0].component)
+    forward = predictor.phase(predictor.workload.phases.index(denoise), Execution())
+    others = forward.resident_bytes - component.weight_bytes
+    return forward.peak_bytes - others
 
 
 def _read(path: Path) -> Iterator[dict[str, str]]:
@@ -601,10 +614,13 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
     )
     yield "### What one change does to the time, where the GPU is not known\n"
     yield _table(
-        ("model", "change", "time predicted", "published", "evidence", "source"),
+        ("model", "denoiser alone, GiB predicted", "published", "change", "time predicted", "published",
+         "evidence", "source"),
         (
             (
                 r["model"],
+                "" if r["before_gib"] is None else f"{r['before_gib']:.2f}",
+                "" if r["before_gib"] is None else f"{r['published_before_gib']:.2f}",
                 r["what"],
                 f"{r['factor']:.2f}x",
                 f"{r['published_factor']:.2f}x",
@@ -613,7 +629,7 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
             )
             for r in found["ratios"]
         ),
-    )
+    )  # fmt: skip
     yield "### Decodes of Qwen-Image's VAE alone (InvokeAI #9305, RTX 4090, float16)\n"
     yield _table(
         ("pixels", "allocated GiB predicted", "published", "error",

@@ -614,8 +614,8 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
     )
     yield "### What one change does to the time, where the GPU is not known\n"
     yield _table(
-        ("model", "denoiser alone, GiB predicted", "published", "change", "time predicted", "published",
-         "evidence", "source"),
+        ("model", "denoiser alone, GiB predicted", "published", "change", "time predicted",
+         "published", "evidence", "source"),
         (
             (
                 r["model"],

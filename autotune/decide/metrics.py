@@ -124,7 +124,8 @@ class _Pipeline:
                 self._take_away(self._moves.before[run.component])
             if run.component not in self._here:
                 self._bring(component)
-        widens = run.upcast_bytes and not self._execution.decode_dtype
+        stays_narrow = self._execution.decode_dtype or self._execution.decoder
+        widens = run.upcast_bytes and not stays_narrow
         if widens and run.component in self._here:
             self._cast(component, 1 + run.upcast_bytes / component.weight_bytes)
         path = self._predictor.path(run, self._execution)

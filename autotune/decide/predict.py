@@ -274,7 +274,8 @@ class Predictor:
 
     def _kept_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """What stays on the device from call to call, besides weights."""
-        kept = -run.upcast_bytes if execution.decode_dtype else 0
+        stays_narrow = execution.decode_dtype or execution.decoder
+        kept = -run.upcast_bytes if stays_narrow else 0
         kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
         if execution.step_cache is not None and run.role == "denoiser":
             passes = self.workload.guided_passes
@@ -331,6 +332,7 @@ class Predictor:
             execution.quantization,
             execution.step_cache,
             execution.decode_dtype,
+            execution.decoder,
         )
         cost = self._forwards.get(key)
         if cost is None:
@@ -376,6 +378,7 @@ class Predictor:
             decode_sliced=execution.decode_sliced,
             decode_tile=execution.decode_tile,
             decode_dtype=execution.decode_dtype,
+            decoder=execution.decoder,
             placement=execution.placement,
         )
 

@@ -81,6 +81,13 @@ RULES: tuple[Rule, ...] = (
         "hinders",
     ),
     Rule(
+        "one-decoder",
+        "the distilled decoder takes the place of the autoencoder that the other changes",
+        frozenset({"tiny_autoencoder"}),
+        frozenset({"vae_slicing", "vae_tiling", "vae_bfloat16"}),
+        "is lost",
+    ),
+    Rule(
         "one-offload",
         "one offload strategy at a time: each moves the same weights",
         PLACEMENTS,

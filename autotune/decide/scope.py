@@ -31,6 +31,7 @@ REACH: dict[str, frozenset[Part]] = {
     "compiled": frozenset({"denoiser"}),
     "step_cache": frozenset({"denoiser"}),
     "decode_dtype": frozenset({"autoencoder"}),
+    "decoder": frozenset({"autoencoder"}),
 }
 """Field of ``Execution`` → what it can reach. A field that is not here reaches everything: a new
 one is slower to search until it is listed, but never wrong."""

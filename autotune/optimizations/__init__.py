@@ -22,6 +22,7 @@ from autotune.optimizations.step_caches import (
     PyramidAttentionBroadcast,
     TaylorSeerCache,
 )
+from autotune.optimizations.tiny_autoencoder import TinyAutoencoder
 from autotune.optimizations.tome import ToMe
 from autotune.optimizations.vae import VaeBfloat16, VaeSlicing, VaeTiling
 
@@ -45,6 +46,7 @@ CATALOGUE = Catalogue(
         VaeSlicing(),
         VaeTiling(),
         VaeBfloat16(),
+        TinyAutoencoder(),
         ChannelsLast(),
         Compile(),
     )

@@ -111,6 +111,7 @@ class Execution(Value, frozen=True):
         quantization: Scheme of the denoiser's linear layers (``decide/quantized.py``).
         step_cache: Steps of the denoiser that are not wholly computed.
         decode_dtype: What a decode is computed in that would be widened to float32 otherwise.
+        decoder: ``"tiny"`` for a distilled one in the place of the autoencoder.
         effects: Of other packages' optimizations.
     """
 
@@ -129,10 +130,13 @@ class Execution(Value, frozen=True):
     quantization: str = ""
     step_cache: StepCache | None = None
     decode_dtype: str = ""
+    decoder: Literal["", "tiny"] = ""
     effects: tuple[Effect, ...] = ()
 
     @property
     def decode_variant(self) -> str:
         """The name of the decode's code path, as in ``ComponentRun.variants``."""
+        if self.decoder:
+            return self.decoder
         parts = ["sliced"] if self.decode_sliced else []
         return "+".join(parts + ([f"tiled:{self.decode_tile}"] if self.decode_tile else []))

@@ -27,6 +27,7 @@ from autotune.workload.live import is_denoiser, modules_of
 from autotune.workload.rehearsal import Call, rehearse
 from autotune.workload.sequence import repeats_in
 from autotune.workload.stage import RehearsalError, meta_pipeline, pipeline_class
+from autotune.workload.tiny import traced_tiny
 from autotune.workload.variants import switched, variants_of
 from autotune.workload.workload import ComponentRun, Phase, Repeat, Request, Role, Trace, Workload
 
@@ -271,6 +272,9 @@ def _paths(call: Call, whole: Trace, out: Any, request: Request) -> _Paths:
     found = _Paths({}, {})
     if call.entry not in ("encode", "decode"):
         return found
+    tiny = traced_tiny(call, request)
+    if tiny is not None:
+        found.variants["tiny"] = tiny
     shapes = _shapes(out)
     for variant in variants_of(call.module, request, _batch(call)):
         try:

@@ -187,6 +187,16 @@ def test_graph_in_pieces_by_other_blocks() -> None:
         pipe.unet.compile_repeated_blocks(backend="eager")
 
 
+def test_one_decoder() -> None:
+    """What was switched on in the autoencoder is not on in the one that takes its place."""
+    from diffusers import AutoencoderTiny
+
+    pipe = build_sd()
+    apply(pipe, "vae_slicing")
+    pipe.vae = AutoencoderTiny(latent_channels=4)
+    assert not find("vae_slicing").is_set(pipe)
+
+
 def test_narrow_once(torchao: None) -> None:
     """What is packed already has no layer that casting would make smaller."""
     pipe = build_sd()

@@ -44,8 +44,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 ALONE_AVAILABLE = ("vae_bfloat16", "vae_tiling")
 """For requests of their own, so that others do not try them."""
 
-NEEDS_A_GPU = ("quantization",)
-"""Packages that pack weights need one; each has tests of its own."""
+APART = ("quantization", "tiny_autoencoder")
+"""They need a package or weights of their own, and have tests of their own."""
 
 
 def _suite(name: str) -> type[OptimizationConformance]:
@@ -55,12 +55,12 @@ def _suite(name: str) -> type[OptimizationConformance]:
     attributes = {
         "optimization": CATALOGUE[name],
         "machine": with_kernels(load_machine("rtx-3080-10gb")),
-        "partners": tuple(CATALOGUE[n] for n in others if n not in NEEDS_A_GPU),
+        "partners": tuple(CATALOGUE[n] for n in others if n not in APART),
         **CHANGES.get(name, {}),
     }
     return type(f"Test_{name}", (OptimizationConformance,), attributes)
 
 
 for _name in CATALOGUE:
-    if _name not in NEEDS_A_GPU:
+    if _name not in APART:
         globals()[f"Test_{_name}"] = _suite(_name)

@@ -30,6 +30,7 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, bool | int | float | str]]] = 
     "device_map": st.fixed_dictionaries(
         {"encoders": st.integers(0, 7), "autoencoder": st.integers(0, 7)}
     ),
+    "tiny_autoencoder": st.fixed_dictionaries({"weights": st.sampled_from(("", "folder", "a/b"))}),
     "vae_tiling": st.fixed_dictionaries({"tile": st.integers(1, 64).map(lambda n: 64 * n)}),
     "group_offload": st.fixed_dictionaries(
         {

@@ -170,6 +170,8 @@ class Weights:
 
     def visits(self, run: ComponentRun, execution: Execution) -> tuple[Visit, ...]:
         """The other GPUs while this run computes, wherever it does so."""
+        if execution.device_map is None:
+            return ()
         gpus = self._mapped(execution)
         found = []
         for gpu in sorted(set(gpus.values())):

@@ -236,6 +236,7 @@ class Space:
     def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
         """What reaches several phases being given: the combinations of each phase's own."""
         prediction = self._predictor.predict(execution)
+        has_others = execution.device_map is not None
         taken, loss = sum(m.bit for m in members), _loss(members)
         fronts = [self._front(phase, taken, execution) for phase in range(len(prediction.phases))]
         for parts in itertools.product(*fronts):
@@ -247,7 +248,9 @@ class Space:
                 host_bytes=prediction.host_bytes,
                 loss=tuple(map(sum, zip(loss, *[p.loss for p in parts], strict=True))),
                 phases_bytes=sum([p.needed_bytes for p in parts]),
-                elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts),
+                elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts)
+                if has_others
+                else {},
             )
 
     def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:

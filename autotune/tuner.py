@@ -460,7 +460,7 @@ def _device_of(pipe: Any) -> str | None:
     return None if where.startswith(("cpu", "meta")) else where
 
 
-_REPLACES_ATTENTION = ("xformers", "attention_slicing")
+_REPLACES_ATTENTION = ("xformers", "attention_slicing", "attention_backend", "fuse_qkv")
 
 
 def _keeping_attention(ask: Ask, foreign: tuple[str, ...]) -> Ask:

@@ -257,9 +257,9 @@ class Predictor:
         """Of one GPU, on which the run computes or, without ``forward``, waits."""
         fixed = library_bytes(self.machine) + rounding
         if forward is None:
-            return _Memory(resident, 0, fixed, self._margin_bytes(0, execution), fixed)
+            return _Memory(resident, 0, fixed, self._margin_bytes(resident, 0, execution), fixed)
         activation = forward.activation_bytes
-        margin = self._margin_bytes(activation, execution)
+        margin = self._margin_bytes(resident, activation, execution)
         if run.is_estimated:
             margin += int(ESTIMATE_MARGIN * activation)
         resident += self._kept_bytes(run, execution)
@@ -269,7 +269,7 @@ class Predictor:
         """What is done before the first image, for this run of the workload."""
         once = sum(e.once_s for e in execution.effects if e.role == run.role)
         if run.role == "denoiser":
-            once += compiled.compile_s(run.trace, execution)
+            once += compiled.compile_s(self.machine, run.trace, execution)
         return once
 
     def _kept_bytes(self, run: ComponentRun, execution: Execution) -> int:
@@ -312,11 +312,12 @@ class Predictor:
             host += placement.group_host_s(self.machine, component, execution.group)
         return self._model.with_more(forward, memory_s=memory, host_s=host)
 
-    def _margin_bytes(self, activation_bytes: int, execution: Execution) -> int:
+    def _margin_bytes(self, resident: int, activation: int, execution: Execution) -> int:
         if self.machine.device.kind == "cpu":
             return 0  # malloc returns large blocks to the system
         lost = FRAGMENTATION[execution.placement]
-        return int(lost.share * activation_bytes) + lost.bytes
+        # Segments are no emptier than half: no more is lost in them than is held.
+        return int(lost.share * activation) + min(lost.bytes, resident + activation)
 
     # ---- one forward ----------------------------------------------------------------------------
 

@@ -34,17 +34,17 @@ def test_products_stay_with_their_library() -> None:
     assert fused(product, WHOLE) == (product, 1.0)
 
 
-def test_the_whole_is_compiled_operator_by_operator_and_blocks_once() -> None:
+def test_the_whole_is_compiled_operator_by_operator_and_blocks_once(rtx_3080) -> None:
     trace = trace_of(IN_BLOCK, OUTSIDE, linear(8, 16, 32, count=10, region="attention"))
-    assert compile_s(trace, EAGER) == 0
-    assert compile_s(trace, WHOLE) == START_S + 18 * PER_OPERATOR_S
-    assert compile_s(trace, REGIONAL) == START_S + 2 * PER_OPERATOR_S
+    assert compile_s(rtx_3080, trace, EAGER) == 0
+    assert compile_s(rtx_3080, trace, WHOLE) == START_S + 18 * PER_OPERATOR_S
+    assert compile_s(rtx_3080, trace, REGIONAL) == START_S + 2 * PER_OPERATOR_S
 
 
-def test_latencies_of_flux_as_published(traced) -> None:
+def test_latencies_of_flux_as_published(traced, rtx_3080) -> None:
     """Both constants come from these two figures: 67.4 s and 9.6 s on an H100."""
     workload = traced("flux-dev", dtype="bfloat16")
     runs = (run for phase in workload.phases for run in phase.runs)
     trace = next(run.trace for run in runs if run.role == "denoiser")
-    assert compile_s(trace, WHOLE) == pytest.approx(67.4, rel=0.01)
-    assert compile_s(trace, REGIONAL) == pytest.approx(9.6, rel=0.01)
+    assert compile_s(rtx_3080, trace, WHOLE) == pytest.approx(67.4, rel=0.01)
+    assert compile_s(rtx_3080, trace, REGIONAL) == pytest.approx(9.6, rel=0.01)

@@ -39,14 +39,26 @@ one is slower to search until it is listed, but never wrong."""
 FIELDS = tuple(f.name for f in msgspec.structs.fields(Execution))
 
 
-APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in ("placement", "group", "device_map")))
-"""Reads those fields of an execution that change what is computed, not where weights wait."""
+_PLACE = ("placement", "group", "device_map")
+
+WHERE = attrgetter(*_PLACE)
+"""Reads those fields of an execution that say where weights wait."""
+
+APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in _PLACE))
+"""Reads the others, which change what is computed."""
 
 
-def reach_of(execution: Execution) -> frozenset[Part]:
-    """What an execution can change compared with the default one."""
+def reach_of(execution: Execution, default_attention: str = "") -> frozenset[Part]:
+    """What an execution can change compared with the default one.
+
+    Args:
+        execution: To compare.
+        default_attention: Of the machine: an autoencoder keeps PyTorch's kernel where that is SDPA.
+    """
     plain = Execution()
-    changed = (f for f in FIELDS if getattr(execution, f) != getattr(plain, f))
+    changed = [f for f in FIELDS if getattr(execution, f) != getattr(plain, f)]
+    if changed == ["attention"] and default_attention == "sdpa":
+        return frozenset({"denoiser"})
     return frozenset().union(*(REACH.get(f, EVERYWHERE) for f in changed))
 
 

@@ -211,7 +211,8 @@ class Space:
     def _phases_reached(self, group: tuple[_Member, ...]) -> set[int]:
         """Places of the phases that an optimization can change; loading is one more place."""
         phases = self._predictor.workload.phases
-        reach = frozenset().union(*(reach_of(execution_of((m.setting,))) for m in group))
+        attention = self._predictor.machine.default_attention
+        reach = frozenset().union(*(reach_of(execution_of((m.setting,)), attention) for m in group))
         if "load" in reach:
             return {-1, *range(len(phases))}
         return {i for i, p in enumerate(phases) if any(r.role in reach for r in p.runs)}

@@ -21,6 +21,10 @@ _MERGEABLE = frozenset({"UNet2DConditionModel", "ControlNetModel", "MultiControl
 module would lose its positions, and transformers have other blocks."""
 
 
+RATIOS = (0.3, 0.5)
+"""The most that is mildly lossy, and the most that every guide tries."""
+
+
 class ToMe(Optimization):
     """Merge similar tokens before self-attention and spread the result afterwards."""
 
@@ -41,14 +45,16 @@ class ToMe(Optimization):
         return None
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
-        """Ratios 0.1 to 0.5, at each depth that reaches blocks the one before does not."""
+        """The strongest of each quality level, at each depth that reaches further blocks.
+
+        A weaker ratio needs the same level, and gains less.
+        """
         found = merged_downsamples(workload, max(DOWNSAMPLES))
         depths = [d for d in DOWNSAMPLES if d in found]
-        ratios = (0.1, 0.2, 0.3, 0.4, 0.5)
-        return tuple({"ratio": r, "max_downsample": d} for d in depths for r in ratios)
+        return tuple({"ratio": r, "max_downsample": d} for d in depths for r in RATIOS)
 
     def quality(self, parameters: Parameters) -> str:
-        return "balanced" if float(parameters["ratio"]) <= 0.3 else "fast"
+        return "balanced" if float(parameters["ratio"]) <= RATIOS[0] else "fast"
 
     def check(self, parameters: Parameters) -> None:
         ratio, depth = float(parameters["ratio"]), int(parameters["max_downsample"])

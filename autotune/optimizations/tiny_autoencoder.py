@@ -11,11 +11,8 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import device_of, random_state_kept
 from autotune.probe.machine import Machine
+from autotune.workload.variants import DISTILLED
 from autotune.workload.workload import Workload
-
-AUTOENCODERS = (83_653_863, 83_819_683)
-"""Parameters of the autoencoders that were distilled, of four and of sixteen channels: one of
-another size has another latent space."""
 
 WEIGHTS = {
     "StableDiffusion": "madebyollin/taesd",
@@ -43,9 +40,7 @@ class TinyAutoencoder(Optimization):
         runs = [r for p in workload.phases for r in p.runs if r.role == "autoencoder"]
         if any(r.entry == "encode" for r in runs):
             return "it is tried for decoding only, and this pipeline encodes a picture too"
-        sizes = {workload.component(r.component).parameters for r in runs}
-        is_traced = all("tiny" in r.variants for r in runs)
-        if _family(workload.pipeline) and is_traced and sizes <= set(AUTOENCODERS):
+        if _family(workload.pipeline) and all("tiny" in r.variants for r in runs):
             return None
         return f"no distilled autoencoder is known for the latents of this {workload.pipeline}"
 
@@ -94,7 +89,7 @@ def _loaded(pipeline: str, weights: str, own: Any) -> Any:
     """
     from diffusers import AutoencoderTiny
 
-    is_known = sum(p.numel() for p in own.parameters()) in AUTOENCODERS
+    is_known = sum(p.numel() for p in own.parameters()) in DISTILLED
     source = weights or (_family(pipeline) if is_known else None)
     if source is None:
         raise OptimizationError(

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
+from autotune.workload import variants
 from autotune.workload.rehearsal import Call
 from autotune.workload.trace import trace
 from autotune.workload.workload import Request, Trace
-
-LATENT_CHANNELS = (4, 16)
-"""Of the latent spaces that there are distilled autoencoders for: SD and SDXL, SD 3 and Flux."""
 
 
 def traced_tiny(call: Call, request: Request) -> Trace | None:
@@ -20,11 +18,10 @@ def traced_tiny(call: Call, request: Request) -> Trace | None:
 
     It does not overflow in float16, so nothing is widened.
     """
-    latents = next(iter(call.tensors), None)
-    if call.entry != "decode" or type(call.module).__name__ != "AutoencoderKL" or latents is None:
+    size = sum(p.numel() for p in call.module.parameters())
+    if call.entry != "decode" or size not in variants.DISTILLED:
         return None
-    if latents.dim() != 4 or latents.shape[1] not in LATENT_CHANNELS:
-        return None
+    latents = call.tensors[0]
     dtype = getattr(torch, request.dtype)
     tiny = _built(latents.shape[1], dtype)
     narrow = torch.empty(latents.shape, dtype=dtype, device="meta")

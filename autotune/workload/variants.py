@@ -11,6 +11,10 @@ from typing import Any
 
 from autotune.workload.workload import Request
 
+DISTILLED = (83_653_863, 83_819_683)
+"""Parameters of the autoencoders that TAESD was distilled from, of four and of sixteen channels.
+One of another size has another latent space."""
+
 VIDEO_TILE = 256
 """Side in pixels that diffusers' video autoencoders tile with by default."""
 

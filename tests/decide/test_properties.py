@@ -80,6 +80,8 @@ def test_a_plan_fits_with_its_margins_or_says_that_it_does_not(
     fits = device <= plan.budget_bytes
     if plan.host_budget_bytes is not None:
         fits = fits and prediction.host_bytes <= plan.host_budget_bytes
+    for gpu, needed in prediction.elsewhere_bytes.items():
+        fits = fits and needed <= plan.elsewhere_budget_bytes[gpu]
     assert plan.fits == fits
     for phase in prediction.phases:
         parts = phase.resident_bytes + phase.activation_bytes + phase.margin_bytes

@@ -64,6 +64,8 @@ class ComponentsOnGpus(Optimization):
         More GPUs than components to place bring nothing.
         """
         home, twins = machine.device.index, [gpu.index for gpu in machine.twins[:2]]
+        if not twins:
+            return ()
         first = twins[0]
         pairs = [(first, first), (first, home), (home, first)]
         if len(twins) > 1:

@@ -278,7 +278,18 @@ def test_broken_profile_is_set_aside_and_measured_again(tmp_path):
 def test_interrupt_leaves_nothing_half_written(tmp_path):
     """Ctrl-C during the steps: one line, no image, no stray file."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "autotune", "run", "--steps", "900", "--seed", "1", "-o", "out.png"],
+        [
+            sys.executable,
+            "-m",
+            "autotune",
+            "run",
+            "--steps",
+            "900",
+            "--batch",
+            "8",
+            "-o",
+            "out.png",
+        ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -123,7 +123,7 @@ def test_it_is_so_for_real_models(traced, rtx_3080_torch1, model, quality):
     assert rank(decision.chosen) == rank(select(everything, decision.budget))
 
 
-@thorough
+@settings(max_examples=300, deadline=None)
 @given(machine=machines(), workload=workloads(), data=st.data())
 def test_a_field_changes_only_what_it_can_reach(machine, workload, data):
     """The table that the search builds on, against the predictions."""

@@ -53,7 +53,7 @@ def stored_in(workload: Workload, storage: Storage) -> Workload:
 def roles_of(workload: Workload) -> dict[str, tuple[Role, ...]]:
     """Component → what it is for."""
     found: dict[str, tuple[Role, ...]] = {}
-    for run in (run for phase in workload.phases for run in phase.runs):
+    for run in workload.runs:
         found[run.component] = (*found.get(run.component, ()), run.role)
     return found
 
@@ -80,7 +80,7 @@ def _stored(
 
 def copied_bytes(workload: Workload, storage: Storage) -> int:
     """What of the denoisers' weights is copied before it is narrowed."""
-    named = (workload.component(n) for n, r in roles_of(workload).items() if "denoiser" in r)
+    named = workload.components_as("denoiser")
     if storage.dtype:
         return sum(c.weight_bytes for c in named)
     return sum(c.linear_bytes for c in named) if storage.quantization else 0

@@ -50,4 +50,4 @@ class Corrections:
 
 def replayable(workload: Workload) -> list[Operator]:
     """The operators of every phase as diffusers runs it when nothing is set."""
-    return [o for p in workload.phases for r in p.runs for o in r.trace.operators]
+    return [o for r in workload.runs for o in r.trace.operators]

@@ -96,8 +96,7 @@ def mapped_components(machine: Machine, workload: Workload, to: DeviceMap) -> di
             f"known: {', '.join(f'cuda:{index}' for index in sorted(known))}",
         )
     mapped = dict.fromkeys(text_encoders(workload), to.encoders)
-    runs = (r for phase in workload.phases for r in phase.runs)
-    mapped |= {r.component: to.autoencoder for r in runs if r.role == "autoencoder"}
+    mapped |= {c.name: to.autoencoder for c in workload.components_as("autoencoder")}
     return {name: gpu for name, gpu in mapped.items() if gpu != machine.device.index}
 
 
@@ -283,13 +282,9 @@ class Weights:
             return PROCESS_BYTES
         weights = self._workload.weight_bytes - self._moves(execution).staying_bytes
         if execution.placement == "group_offload" and _group(execution).from_disk:
-            weights = sum(c.weight_bytes for c in self._autoencoders())
+            # Autoencoders stay in RAM: pipelines read their statistics without calling them.
+            weights = sum(c.weight_bytes for c in self._workload.components_as("autoencoder"))
         return PROCESS_BYTES + weights
-
-    def _autoencoders(self) -> list[Component]:
-        """They stay in RAM: pipelines read their statistics without calling them."""
-        runs = (r for p in self._workload.phases for r in p.runs if r.role == "autoencoder")
-        return [self._components[name] for name in {r.component for r in runs}]
 
     def load(self, execution: Execution) -> LoadPrediction:
         """All weights are read into host RAM first, then go where the execution wants them.
@@ -369,8 +364,7 @@ def hooks_of(workload: Workload, placement: str) -> Hooks:
 
 def text_encoders(workload: Workload) -> tuple[str, ...]:
     """What reads the prompt, and pictures beside it: called before the first step only."""
-    runs = (r for phase in workload.phases for r in phase.runs)
-    reading = {r.component for r in runs if r.role == "encoder" and "encoder" in r.component}
+    reading = {r.component for r in workload.runs_as("encoder") if "encoder" in r.component}
     return tuple(c.name for c in workload.components if c.name in reading)
 
 
@@ -393,7 +387,7 @@ def _followed(workload: Workload, placement: str) -> _Moves:
     hooked = hooks.hooked
     staying = sum(c.weight_bytes for c in workload.components if c.name not in hooked)
     followed = _Followed(workload, hooks, staying)
-    runs = [run for phase in workload.phases for run in phase.runs]
+    runs = workload.runs
     total = {id(run): Moved() for run in runs}
     last = runs[-1]
     for phase in workload.phases:

@@ -267,12 +267,11 @@ def summarize_workload(workload: Workload) -> WorkloadSummary:
         weight_bytes=workload.weight_bytes,
         frames=r.frames,
         options=r.options,
-        encoders=_running_as(workload, "encoder"),
-        denoisers=_running_as(workload, "denoiser"),
-        autoencoders=_running_as(workload, "autoencoder"),
+        encoders=_names(workload, "encoder"),
+        denoisers=_names(workload, "denoiser"),
+        autoencoders=_names(workload, "autoencoder"),
     )
 
 
-def _running_as(workload: Workload, role: Role) -> tuple[str, ...]:
-    runs = (r for p in workload.phases for r in p.runs if r.role == role)
-    return tuple(dict.fromkeys(r.component for r in runs))
+def _names(workload: Workload, role: Role) -> tuple[str, ...]:
+    return tuple(c.name for c in workload.components_as(role))

@@ -10,8 +10,8 @@ against the plain enumeration.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from autotune.decide.limits import QUALITIES, level_of
 from autotune.decide.predict import Predictor
@@ -101,6 +101,9 @@ class Judge:
         """The first rule that a set breaks, ``None`` where it is coherent."""
         found = (self.rule_with(settings[:i], s) for i, s in enumerate(settings))
         return next(filter(None, found), None)
+
+
+_T = TypeVar("_T")
 
 
 class _Member(NamedTuple):
@@ -262,11 +265,7 @@ class Space:
         ]
         # What another is better than comes after it.
         parts.sort(key=_cost)
-        front: list[_Part] = []
-        for part in parts:
-            if not any(_is_as_good(other, part) for other in front):
-                front.append(part)
-        return front
+        return _undominated(parts, _is_as_good)
 
     def _worth_placing(
         self, phase: int, taken: int, execution: Execution
@@ -280,10 +279,7 @@ class Space:
                 for members, done in self._combinations(self._local[phase], taken, execution)
             ]
             costs.sort(key=lambda c: (c.values, len(c.members), c.loss))
-            kept: list[_Costs] = []
-            for one in costs:
-                if not any(_costs_no_more(other, one) for other in kept):
-                    kept.append(one)
+            kept = _undominated(costs, _costs_no_more)
             self._placeable[key] = [c.members for c in kept]
         return self._placeable[key]
 
@@ -299,6 +295,15 @@ _NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)
 
 def _loss(members: Iterable[_Member]) -> Loss:
     return tuple(map(sum, zip(_NO_LOSS, *[m.loss for m in members], strict=True)))
+
+
+def _undominated(ordered: list[_T], is_as_good: Callable[[_T, _T], bool]) -> list[_T]:
+    """Those that none before them is as good as."""
+    kept: list[_T] = []
+    for item in ordered:
+        if not any(is_as_good(other, item) for other in kept):
+            kept.append(item)
+    return kept
 
 
 def _costs_no_more(one: _Costs, other: _Costs) -> bool:

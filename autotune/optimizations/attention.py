@@ -225,14 +225,17 @@ class AttentionSlicing(Optimization):
 
 
 def _denoise_attention(workload: Workload) -> list[AttentionShape]:
-    runs = [r for p in workload.phases for r in p.runs if r.role == "denoiser"]
+    runs = workload.runs_as("denoiser")
     return [o.attention for r in runs for o in r.trace.operators if o.attention is not None]
 
 
 # ---- what computes a module's attention ---------------------------------------------------------
 
 
-KNOWN_BACKENDS = ("xformers", "_native_flash", "_native_efficient", "_native_cudnn")
+KERNELS = {"flash": "_native_flash", "efficient": "_native_efficient", "cudnn": "_native_cudnn"}
+"""Kernel → diffusers' name of it. The probe times each as ``sdpa_`` and its name."""
+
+_KNOWN_BACKENDS = ("xformers", *KERNELS.values())
 """Kernels by name that an optimization here stands for."""
 
 
@@ -247,7 +250,7 @@ def foreign_processors(pipe: Any) -> tuple[str, ...]:
         name, backend = _class_of(attention.processor), backend_of(attention)
         if _is_by_hand(attention.processor) or getattr(attention, "fused_projections", False):
             names.add(name)
-        if backend not in (None, *KNOWN_BACKENDS):
+        if backend not in (None, *_KNOWN_BACKENDS):
             names.add(f"attention backend {backend}")
     return tuple(sorted(names))
 

@@ -7,15 +7,17 @@ from typing import Any
 import msgspec
 
 from autotune.errors import OptimizationError
-from autotune.optimizations.attention import attentions_of, backend_of, remember_attention
+from autotune.optimizations.attention import (
+    KERNELS,
+    attentions_of,
+    backend_of,
+    remember_attention,
+)
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of
+from autotune.optimizations.modules import denoisers
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
-
-KERNELS = {"flash": "_native_flash", "efficient": "_native_efficient", "cudnn": "_native_cudnn"}
-"""Kernel → diffusers' name of it. The probe times each as ``sdpa_`` and its name."""
 
 
 class AttentionBackend(Optimization):
@@ -30,7 +32,7 @@ class AttentionBackend(Optimization):
     defaults = {"kernel": "cudnn"}
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        named = [workload.component(name) for name in names_of(workload, "denoiser")]
+        named = workload.components_as("denoiser")
         fixed = next((c for c in named if "attention_backend" not in c.abilities), None)
         if fixed is not None:
             return f"the attention of {fixed.class_name} takes no kernel by name"

@@ -26,7 +26,7 @@ class LayerwiseCasting(Optimization):
     before_moving = True
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        if not any(c.casting_saves_bytes for c in _denoising(workload)):
+        if not any(c.casting_saves_bytes for c in workload.components_as("denoiser")):
             return "diffusers stores no layer of this denoiser in eight bits"
         return None
 
@@ -61,11 +61,6 @@ class LayerwiseCasting(Optimization):
 
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         return (f"pipe.{{denoiser}}.enable_layerwise_casting(storage_dtype=torch.{STORAGE})",)
-
-
-def _denoising(workload: Workload) -> list[Any]:
-    names = {r.component for p in workload.phases for r in p.runs if r.role == "denoiser"}
-    return [c for c in workload.components if c.name in names]
 
 
 def _hooks(module: Any) -> list[Any]:

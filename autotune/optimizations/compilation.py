@@ -11,7 +11,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of
+from autotune.optimizations.modules import denoisers
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -44,7 +44,7 @@ class Compile(Optimization):
         return None
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
-        named = (workload.component(name) for name in names_of(workload, "denoiser"))
+        named = workload.components_as("denoiser")
         has_blocks = all("repeated_blocks" in c.abilities for c in named)
         return tuple({"scope": s} for s in (SCOPES if has_blocks else ("whole",)))
 

@@ -16,7 +16,6 @@ from autotune.optimizations.modules import (
     drop_bound_forwards,
     encoders,
     modules_of,
-    names_of,
     registries_of,
 )
 from autotune.probe.machine import Machine
@@ -43,7 +42,7 @@ class ComponentsOnGpus(Optimization):
             return f"cuda:{gpu.index} is another model ({gpu.name}): its speed was not measured"
         if machine.link is None or machine.device.unified_memory:
             return "device and host share their memory: there is nothing to gain elsewhere"
-        if not (names_of(workload, "encoder") or names_of(workload, "autoencoder")):
+        if not (workload.components_as("encoder") or workload.components_as("autoencoder")):
             return f"{workload.pipeline} has nothing but its denoiser to place"
         return None
 

@@ -64,7 +64,7 @@ class ChannelsLast(Optimization):
 def _convolution_flops(workload: Workload) -> dict[bool, float]:
     """Work of the convolutions over images, and of others, in the networks that are diffusers'."""
     flops = {True: 0.0, False: 0.0}
-    runs = [r for p in workload.phases for r in p.runs if r.role != "encoder"]
+    runs = [r for r in workload.runs if r.role != "encoder"]
     for run in runs:
         for operator in run.trace.operators:
             if operator.kind == "convolution":

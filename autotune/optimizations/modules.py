@@ -84,11 +84,4 @@ def remove_hooks(module: Any, names: Iterable[str]) -> None:
 
 def classes_of(workload: Workload, role: Role) -> tuple[str, ...]:
     """Class names of the components that run in that role, in the order in which they first do."""
-    named = (workload.component(name).class_name for name in names_of(workload, role))
-    return tuple(dict.fromkeys(named))
-
-
-def names_of(workload: Workload, role: Role) -> tuple[str, ...]:
-    """Names of the components that run in that role, in the order in which they first do."""
-    runs = (r for p in workload.phases for r in p.runs if r.role == role)
-    return tuple(dict.fromkeys(r.component for r in runs))
+    return tuple(dict.fromkeys(c.class_name for c in workload.components_as(role)))

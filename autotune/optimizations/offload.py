@@ -17,7 +17,6 @@ from autotune.optimizations.modules import (
     drop_bound_forwards,
     encoders,
     modules_of,
-    names_of,
 )
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -122,7 +121,7 @@ class TextEncoderOffload(_Offload):
         return msgspec.structs.replace(execution, placement="encoder_offload")
 
     def _unsuited(self, workload: Workload) -> str | None:
-        if names_of(workload, "encoder"):
+        if workload.components_as("encoder"):
             return None
         return f"{workload.pipeline} has no encoder that could leave the device"
 

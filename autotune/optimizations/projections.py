@@ -8,7 +8,7 @@ import msgspec
 
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of, random_state_kept
+from autotune.optimizations.modules import denoisers, random_state_kept
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -21,7 +21,7 @@ class FuseQkv(Optimization):
     relieves = "launches of denoise"
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        named = (workload.component(name) for name in names_of(workload, "denoiser"))
+        named = workload.components_as("denoiser")
         if any(c.fusable_bytes for c in named):
             return None
         return "the denoiser has no projections that diffusers can fuse"

@@ -10,7 +10,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, names_of, random_state_kept
+from autotune.optimizations.modules import denoisers, random_state_kept
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -44,7 +44,7 @@ class Quantization(Optimization):
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if machine.device.kind != "cuda":
             return "weights are kept in host RAM to go back to: on the CPU it would save nothing"
-        named = (workload.component(name) for name in names_of(workload, "denoiser"))
+        named = workload.components_as("denoiser")
         if not any(c.linear_bytes for c in named):
             return "the denoiser has no linear layers"
         if workload.request.dtype == "float32":

@@ -20,8 +20,8 @@ WEIGHTS = {
     "StableDiffusion3": "madebyollin/taesd3",
     "Flux": "madebyollin/taef1",
 }
-"""Pipeline, without the words ``Pipeline`` and ``Img2Img`` → hub repository of its distilled
-autoencoder: each is trained for one latent space."""
+"""Pipeline, without the word ``Pipeline`` → hub repository of its distilled autoencoder: each is
+trained for one latent space."""
 
 
 class TinyAutoencoder(Optimization):
@@ -37,7 +37,7 @@ class TinyAutoencoder(Optimization):
     defaults = {"weights": ""}
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        runs = [r for p in workload.phases for r in p.runs if r.role == "autoencoder"]
+        runs = workload.runs_as("autoencoder")
         if any(r.entry == "encode" for r in runs):
             return "it is tried for decoding only, and this pipeline encodes a picture too"
         if _family(workload.pipeline) and all("tiny" in r.variants for r in runs):

@@ -109,7 +109,7 @@ class ToMe(Optimization):
 
 def merged_downsamples(workload: Workload, max_downsample: int) -> set[int]:
     """Downsampling factors, up to a limit, at which the denoisers have self-attention blocks."""
-    runs = [r for p in workload.phases for r in p.runs if r.role == "denoiser"]
+    runs = workload.runs_as("denoiser")
     blocks = {o.block_tokens for r in runs for o in r.trace.operators if o.block_tokens}
     factors = {downsample(workload.latent_tokens, tokens) for tokens in blocks}
     return {f for f in factors if f <= max_downsample}

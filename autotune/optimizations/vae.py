@@ -154,7 +154,7 @@ class VaeBfloat16(Optimization):
     exactness = "near-exact"
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        runs = [r for p in workload.phases for r in p.runs if r.role == "autoencoder"]
+        runs = workload.runs_as("autoencoder")
         if not any(r.upcast_bytes for r in runs):
             return "nothing is widened to float32 to be decoded"
         if any(r.entry == "encode" for r in runs):
@@ -229,8 +229,7 @@ def _variants(workload: Workload) -> set[str]:
 
 def _refused(workload: Workload) -> dict[str, str]:
     """Switches that some autoencoder does not take, and why."""
-    runs = (r for p in workload.phases for r in p.runs)
-    return {variant: why for r in runs for variant, why in r.refused.items()}
+    return {variant: why for r in workload.runs for variant, why in r.refused.items()}
 
 
 def _tiles(workload: Workload) -> list[int]:

@@ -280,10 +280,23 @@ class Workload(Value, frozen=True):
         return sum(c.weight_bytes for c in self.components)
 
     @property
+    def runs(self) -> tuple[ComponentRun, ...]:
+        """Of every phase, in order."""
+        return tuple(run for phase in self.phases for run in phase.runs)
+
+    def runs_as(self, role: Role) -> tuple[ComponentRun, ...]:
+        """Those of components in that role."""
+        return tuple(run for run in self.runs if run.role == role)
+
+    def components_as(self, role: Role) -> tuple[Component, ...]:
+        """What runs in that role, in the order in which it first does."""
+        named = {c.name: c for c in self.components}
+        return tuple(named[n] for n in dict.fromkeys(r.component for r in self.runs_as(role)))
+
+    @property
     def guided_passes(self) -> int:
         """Calls of the denoiser in one step: two where guidance is a pass of its own."""
-        runs = (r for phase in self.phases for r in phase.runs)
-        calls = sum(r.calls for r in runs if r.role == "denoiser")
+        calls = sum(r.calls for r in self.runs_as("denoiser"))
         return max(1, round(calls / self.request.steps))
 
     @property

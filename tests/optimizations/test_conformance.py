@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from autotune.optimizations import CATALOGUE
-from autotune.optimizations.backends import KERNELS
+from autotune.optimizations.attention import KERNELS
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.testing import OptimizationConformance

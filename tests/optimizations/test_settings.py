@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, find, parse_setting, parse_settings
-from autotune.optimizations.backends import KERNELS
+from autotune.optimizations.attention import KERNELS
 from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.compilation import SCOPES
 from autotune.optimizations.quantization import PACKAGES

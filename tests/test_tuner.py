@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from autotune import tuner
+from autotune.decide.limits import Limits
 from autotune.errors import ModelError, RequestError
 from autotune.probe import measure
 from autotune.probe.live import identity
@@ -13,6 +14,7 @@ from autotune.probe.machine import Machine
 from autotune.profile.profile import PhaseMeasurement
 from autotune.profile.store import load_profile
 from autotune.tuner import Ask, Measured, machine_here, make_plan, plan_here, replayed
+from autotune.tuner import here as here_stage
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def test_measured_once(here):
 
 def test_measured_again_when_something_changed(here, monkeypatch):
     machine_here("cpu")
-    versions = tuner.installed_versions() | {"torch": "99.0"}
-    monkeypatch.setattr(tuner, "installed_versions", lambda: versions)
+    versions = here_stage.installed_versions() | {"torch": "99.0"}
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: versions)
     again = machine_here("cpu")
     assert len(here) == 2
     assert any("99.0" in r for r in again.reasons)
@@ -52,9 +54,9 @@ def test_measured_again_when_something_changed(here, monkeypatch):
 def test_a_new_driver_makes_the_profile_stale(rtx_3080, monkeypatch):
     """The driver is read now: the remembered machine still has the one it was measured with."""
     device = msgspec.structs.replace(rtx_3080.device, uuid="GPU-1", driver="580.82")
-    profile = tuner._new_profile("GPU-1", msgspec.structs.replace(rtx_3080, device=device))
-    gpu = tuner.nvml.Gpu(index=0, name="A", uuid="GPU-1", driver="590.44")
-    monkeypatch.setattr(tuner.nvml, "gpu", lambda uuid: gpu if uuid == "GPU-1" else None)
+    profile = here_stage.new_profile("GPU-1", msgspec.structs.replace(rtx_3080, device=device))
+    gpu = here_stage.nvml.Gpu(index=0, name="A", uuid="GPU-1", driver="590.44")
+    monkeypatch.setattr(here_stage.nvml, "gpu", lambda uuid: gpu if uuid == "GPU-1" else None)
     assert "driver 580.82 → 590.44" in tuner.why_stale(profile)
 
 
@@ -130,7 +132,7 @@ def test_a_builtin_name_is_loaded_from_its_repository():
 
 def test_an_unknown_quality_is_refused_before_anything_is_read(cpu_machine):
     with pytest.raises(RequestError):
-        make_plan("no-such-model", cpu_machine, Ask(limits=tuner.Limits(quality="x")))
+        make_plan("no-such-model", cpu_machine, Ask(limits=Limits(quality="x")))
 
 
 def test_device_names(cpu_machine, rtx_3080):

@@ -9,6 +9,7 @@ import msgspec
 
 from autotune.decide.decision import TOLERANCE, Catalogue, Decision, decide, select
 from autotune.decide.explain import Terms, explain_chosen, explain_rejected
+from autotune.decide.history import History
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, budget_within, check_limits
 from autotune.decide.plan import (
     Bottlenecks,
@@ -48,6 +49,7 @@ def choose(
     limits: Limits | None = None,
     catalogue: Catalogue = CATALOGUE,
     rework: Rework | None = None,
+    history: History | None = None,
 ) -> Plan:
     """Decide for a workload on a machine.
 
@@ -58,13 +60,14 @@ def choose(
         catalogue: The optimizations by name.
         rework: Traces the same model for another request. Called a few times, and only where
             nothing fits: then smaller images are predicted as ways out.
+        history: What the machine taught about the workload.
 
     Raises:
         RequestError: an unknown quality level or priority.
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
     limits = limits or Limits()
-    predictor = Predictor(machine, workload, limits.images)
+    predictor = Predictor(machine, workload, limits.images, history)
     decision = decide(predictor, limits, catalogue)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)

@@ -15,6 +15,7 @@ from autotune.decide import casting, compiled, placement, quantized, recast, ste
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import Storage, storage_of, stored_in
 from autotune.decide.forward import ForwardCost, ForwardModel
+from autotune.decide.history import History
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import (
     Budget,
@@ -95,12 +96,20 @@ class Predictor:
         machine: Measured or from a datasheet.
         workload: Traced.
         images: Generations over which is spread what is done once.
+        history: What the machine taught about the workload.
     """
 
-    def __init__(self, machine: Machine, workload: Workload, images: int = 1) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        workload: Workload,
+        images: int = 1,
+        history: History | None = None,
+    ) -> None:
         self.machine = machine
         self.workload = workload
         self.images = images
+        self.history = history or History()
         self._components = {c.name: c for c in workload.components}
         self._hosts: dict[tuple[object, ...], tuple[LoadPrediction, int]] = {}
         self._extra_s: dict[tuple[int, str], float] = {}

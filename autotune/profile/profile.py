@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from autotune.probe.machine import Machine, Value
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class PhaseMeasurement(Value, frozen=True):
-    """What a phase of a real generation took; ``peak_bytes`` includes the weights."""
+    """What a phase of a real generation took.
+
+    Attributes:
+        name: ``"encode"``, ``"denoise"``, ``"decode"``.
+        seconds: Of a whole generation in steady state.
+        peak_bytes: Most that the allocator had given out at once, weights included.
+        reserved_bytes: Most that the allocator had taken from the device.
+        device_bytes: Most that this process held of the device's memory.
+        first_seconds: The first time, kernels being loaded and algorithms chosen.
+    """
 
     name: str
     seconds: float
     peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    first_seconds: float | None = None
 
 
 class RunRecord(Value, frozen=True):
@@ -32,6 +46,56 @@ class RunRecord(Value, frozen=True):
     at: str
 
 
+class PlanRecord(Value, frozen=True):
+    """A decision, valid as long as it would be made again.
+
+    Attributes:
+        workload: The workload's key.
+        basis: A digest of all that decided, but for free memory: machine, model, limits, history.
+        optimizations: What was chosen.
+        predicted: The prediction per phase.
+        least_bytes: Smallest device budget with which the same is chosen.
+        most_bytes: Largest for which that is certain; ``None``: any.
+        least_host_bytes: The same of host RAM.
+        most_host_bytes: The same of host RAM.
+        plan: The plan as plain values.
+        at: When it was made.
+    """
+
+    workload: str
+    basis: str
+    optimizations: tuple[str, ...]
+    predicted: tuple[PhaseMeasurement, ...]
+    least_bytes: int
+    most_bytes: int | None
+    least_host_bytes: int
+    most_host_bytes: int | None
+    plan: dict[str, Any]
+    at: str
+
+
+class MisfitRecord(Value, frozen=True):
+    """A set that ran out of memory.
+
+    Attributes:
+        workload: The workload's key.
+        optimizations: What was on, set by hand or chosen.
+        available_bytes: The device's budget when it ran out.
+        predicted_bytes: What it was predicted to need.
+        phase: In which phase, as far as is known.
+        error: The error's first line.
+        at: When.
+    """
+
+    workload: str
+    optimizations: tuple[str, ...]
+    available_bytes: int
+    predicted_bytes: int
+    phase: str | None
+    error: str
+    at: str
+
+
 class Profile(Value, frozen=True):
     """One file in the cache folder.
 
@@ -40,6 +104,8 @@ class Profile(Value, frozen=True):
         machine: The measured machine. Its free memory is as it was then; never use it without
             reading it again.
         runs: The latest verified runs, newest last.
+        plans: The latest decisions, newest last.
+        misfits: What ran out of memory lately, newest last.
     """
 
     key: str
@@ -47,4 +113,6 @@ class Profile(Value, frozen=True):
     created_at: str
     updated_at: str
     runs: tuple[RunRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
+    misfits: tuple[MisfitRecord, ...] = ()
     schema_version: int = SCHEMA_VERSION

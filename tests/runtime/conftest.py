@@ -55,13 +55,13 @@ def _workload(alike: _Alike, side: int, batch: int) -> Workload:
 @pytest.fixture
 def measured_here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is measured, and operators are replayed, in no time."""
-    from autotune import tuner
     from autotune.probe import measure
     from autotune.probe.host import read_host
     from autotune.probe.software import installed_versions
+    from autotune.tuner import planning
 
     here = msgspec.structs.replace(
         cpu_machine, source="measured", host=read_host(), software=installed_versions()
     )
     monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: here)
-    monkeypatch.setattr(tuner, "REPLAY_S", 0.0)
+    monkeypatch.setattr(planning, "REPLAY_S", 0.0)

@@ -1,0 +1,46 @@
+"""What this machine taught about a workload: what it took, and what did not fit."""
+
+from __future__ import annotations
+
+import msgspec
+
+from autotune.optimizations.base import Setting
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """One phase as it was measured; the peak is the allocator's, weights included."""
+
+    name: str
+    seconds: float
+    peak_bytes: int | None = None
+
+
+class Observation(msgspec.Struct, frozen=True):
+    """A measured generation, or two short passes of one.
+
+    Attributes:
+        settings: The optimizations that were on, those set by hand included.
+        phases: In the order in which they ran.
+    """
+
+    settings: tuple[Setting, ...]
+    phases: tuple[Observed, ...]
+
+
+class Misfit(msgspec.Struct, frozen=True):
+    """A set that ran out of memory.
+
+    Attributes:
+        settings: The optimizations that were on, those set by hand included.
+        available_bytes: Of the device, for the pipeline, when it ran out: the budget then.
+    """
+
+    settings: tuple[Setting, ...]
+    available_bytes: int
+
+
+class History(msgspec.Struct, frozen=True):
+    """Of one workload on one machine, oldest first."""
+
+    observations: tuple[Observation, ...] = ()
+    misfits: tuple[Misfit, ...] = ()

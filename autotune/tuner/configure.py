@@ -1,0 +1,113 @@
+"""A pipeline configured: planned for this process, checked and applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from autotune.decide.plan import Plan
+from autotune.errors import RequestError
+from autotune.runtime.account import shortage, ways_out
+from autotune.tuner.ask import Ask
+from autotune.tuner.here import Measured, Progress, device_name, machine_here
+from autotune.tuner.planning import Planned, loadable, plan_here
+from autotune.workload.architecture import Architecture
+from autotune.workload.live import pipeline_dtype
+
+
+def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
+    """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
+    from autotune.optimizations.attention import foreign_processors
+    from autotune.runtime.apply import set_by_hand
+    from autotune.workload.architecture import describe_pipeline
+
+    architecture = describe_pipeline(pipe)
+    measured = machine_here(device or _device_of(pipe))
+    limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
+    dtype = pipeline_dtype(pipe) if ask.dtype == "auto" else ask.dtype
+    asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
+    foreign = foreign_processors(pipe)
+    if foreign == ("AttnProcessor",):
+        vanilla = msgspec.structs.replace(measured.machine, default_attention="vanilla")
+        measured = measured._replace(machine=vanilla)
+    planned = plan_loaded(architecture, measured, _keeping_attention(asked, foreign), pipe)
+    return tuned(pipe, _saying_what_is_kept(planned, asked, foreign), measured)
+
+
+def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
+    """Plan, then read the weights the way the plan wants; see ``autotune.load``."""
+    from autotune.runtime.load import load_pipeline
+
+    measured = machine_here(device)
+    planned = plan_loaded(loadable(model), measured, ask)
+    require_fit(planned.plan)
+    return tuned(load_pipeline(planned.architecture, planned.plan), planned, measured)
+
+
+def plan_loaded(
+    model: Architecture,
+    measured: Measured,
+    ask: Ask,
+    pipe: Any = None,
+    progress: Progress | None = None,
+) -> Planned:
+    """Plan for this process, which may hold the pipeline or a context already."""
+    from autotune.runtime.memory import with_own_memory
+
+    machine = with_own_memory(measured.machine, device_name(measured.machine), pipe)
+    return plan_here(model, measured._replace(machine=machine), ask, progress, pipe)
+
+
+def tuned(pipe: Any, planned: Planned, measured: Measured) -> Any:
+    """Apply the plan: the ``Tuned`` pipeline.
+
+    Raises:
+        RequestError: the plan does not fit; the pipeline is as it was.
+    """
+    from autotune.runtime.tuned import Tuned
+
+    require_fit(planned.plan)
+    return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
+
+
+def require_fit(plan: Plan) -> None:
+    """Refuse to load or run what would run out of memory.
+
+    Raises:
+        RequestError: with the numbers and what would help.
+    """
+    if not plan.fits:
+        raise RequestError(shortage(plan), ways_out(plan))
+
+
+def _device_of(pipe: Any) -> str | None:
+    """Where the pipeline is, or is offloaded to; ``None`` while it waits in host RAM."""
+    where = str(getattr(pipe, "_execution_device", "cpu"))
+    return None if where.startswith(("cpu", "meta")) else where
+
+
+_REPLACES_ATTENTION = ("xformers", "attention_slicing", "attention_backend", "fuse_qkv")
+
+
+def _keeping_attention(ask: Ask, foreign: tuple[str, ...]) -> Ask:
+    """What the user has put into the attention stays."""
+    if not foreign:
+        return ask
+    without = (*ask.limits.without, *_REPLACES_ATTENTION)
+    return msgspec.structs.replace(ask, limits=msgspec.structs.replace(ask.limits, without=without))
+
+
+def _saying_what_is_kept(planned: Planned, ask: Ask, foreign: tuple[str, ...]) -> Planned:
+    """It was not the user who left these out."""
+    if not foreign:
+        return planned
+    text = f"attention set by hand ({', '.join(foreign)}) is kept"
+    ours = [n for n in _REPLACES_ATTENTION if n not in ask.limits.without]
+    rejected = tuple(
+        msgspec.structs.replace(r, text=text) if r.optimization in ours else r
+        for r in planned.plan.rejected
+    )
+    notes = (*planned.plan.notes, text)
+    plan = msgspec.structs.replace(planned.plan, rejected=rejected, notes=notes)
+    return planned._replace(plan=plan)

@@ -1,0 +1,73 @@
+"""What a run taught, kept in the profile for the next start."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from autotune.decide.corrections import replayable
+from autotune.decide.prediction import Prediction
+from autotune.probe.machine import Machine
+from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
+from autotune.profile.store import load_profile, update_profile
+from autotune.tuner.here import Measured, new_profile, timestamp
+from autotune.tuner.planning import Planned
+from autotune.workload.workload import Workload
+
+log = logging.getLogger("autotune")
+
+
+def remember_run(
+    measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]
+) -> None:
+    """Keep predicted and measured figures of a verified run in the profile."""
+    plan = planned.plan
+    record = RunRecord(
+        workload=planned.workload.key,
+        optimizations=tuple(map(str, plan.optimizations)),
+        predicted=tuple(
+            PhaseMeasurement(p.name, p.seconds, p.peak_bytes) for p in plan.prediction.phases
+        ),
+        measured=phases,
+        at=timestamp(),
+    )
+
+    def change(profile: Profile | None) -> Profile:
+        now = timestamp()
+        base = profile or new_profile(measured.key, measured.machine)
+        if is_far_off(plan.prediction, phases):
+            log.info("far from the prediction: the operators will be timed again")
+            base = msgspec.structs.replace(base, machine=_forgotten(base.machine, planned.workload))
+        return msgspec.structs.replace(base, runs=(*base.runs, record), updated_at=now)
+
+    update_profile(measured.key, change)
+
+
+def is_far_off(prediction: Prediction, phases: tuple[PhaseMeasurement, ...]) -> bool:
+    """Whether a run took less than half or more than twice the time predicted.
+
+    No model is that wrong about an operator it has timed: the machine was busy, then or now.
+    """
+    measured = sum(p.seconds for p in phases)
+    longest = prediction.seconds + prediction.once_s  # the first image waits for the compiler
+    return not prediction.seconds / 2 <= measured <= longest * 2
+
+
+def _forgotten(machine: Machine, workload: Workload) -> Machine:
+    """The machine without the times of the workload's operators."""
+    drop = {o.key for o in replayable(workload)}
+    kept = {k: t for k, t in machine.operators.items() if k not in drop}
+    return msgspec.structs.replace(machine, operators=kept)
+
+
+def was_verified(measured: Measured, planned: Planned) -> bool:
+    """Whether the profile already has memory and time of this very plan."""
+    profile = load_profile(measured.key)
+    chosen = tuple(map(str, planned.plan.optimizations))
+    return profile is not None and any(
+        run.workload == planned.workload.key
+        and run.optimizations == chosen
+        and all(m.peak_bytes is not None for m in run.measured)
+        for run in profile.runs
+    )

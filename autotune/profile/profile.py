@@ -46,6 +46,20 @@ class RunRecord(Value, frozen=True):
     at: str
 
 
+class Available(Value, frozen=True):
+    """Memory for a pipeline, in bytes: a budget.
+
+    Attributes:
+        device_bytes: Of the device.
+        host_bytes: Of host RAM; ``None`` where the device computes in it.
+        elsewhere_bytes: Of the other GPUs, by CUDA's index.
+    """
+
+    device_bytes: int
+    host_bytes: int | None = None
+    elsewhere_bytes: dict[int, int] = {}
+
+
 class PlanRecord(Value, frozen=True):
     """A decision, valid as long as it would be made again.
 
@@ -54,10 +68,8 @@ class PlanRecord(Value, frozen=True):
         basis: A digest of all that decided, but for free memory: machine, model, limits, history.
         optimizations: What was chosen.
         predicted: The prediction per phase.
-        least_bytes: Smallest device budget with which the same is chosen.
-        most_bytes: Largest for which that is certain; ``None``: any.
-        least_host_bytes: The same of host RAM.
-        most_host_bytes: The same of host RAM.
+        least: Smallest budget with which the same is chosen.
+        most: Largest for which that is certain; ``None``: any.
         plan: The plan as plain values.
         at: When it was made.
     """
@@ -66,10 +78,8 @@ class PlanRecord(Value, frozen=True):
     basis: str
     optimizations: tuple[str, ...]
     predicted: tuple[PhaseMeasurement, ...]
-    least_bytes: int
-    most_bytes: int | None
-    least_host_bytes: int
-    most_host_bytes: int | None
+    least: Available
+    most: Available | None
     plan: dict[str, Any]
     at: str
 

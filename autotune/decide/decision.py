@@ -1,6 +1,7 @@
 """The choice: the smallest coherent set that is as good as any.
 
-Of the coherent sets that the quality allows:
+Of the coherent sets that the quality allows, and that need less than what ran out of memory before
+(``misfits.py``):
 
 1. those that fit, on the device and in host RAM, margins included;
 2. where memory comes first, of these those that need little: within 3 % of the least that any needs
@@ -26,6 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from autotune.decide import misfits
 from autotune.decide.limits import (
     QUALITIES,
     Limits,
@@ -81,7 +83,7 @@ class Decision(NamedTuple):
         offered: The same, had the user set no limit to quality.
         refused: The optimizations that offer nothing, each with the reason.
         kept: What is set by hand, as far as it can be predicted.
-        notes: One sentence on each that is set by hand.
+        notes: One sentence on each that is set by hand, and on each that ran out of memory before.
         budget: What must hold the choice.
         candidates: All sets that there are to choose from.
         pool: Those of them that memory lets it be chosen from.
@@ -119,7 +121,8 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
     options, too_lossy = _allowed(offered, limits, catalogue)
     space = Space(predictor, options, kept)
     candidates = space.candidates()
-    budget = budget_within(machine, limits)
+    available = budget_within(machine, limits)
+    budget = misfits.lowered(available, predictor)
     pool = pool_of(candidates, budget, limits.priority)
     return Decision(
         space=space,
@@ -127,7 +130,7 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
         offered=offered,
         refused=(*refused, *too_lossy),
         kept=kept,
-        notes=notes,
+        notes=(*notes, *misfits.notes(available, predictor)),
         budget=budget,
         candidates=candidates,
         pool=pool,

@@ -33,10 +33,12 @@ class Misfit(msgspec.Struct, frozen=True):
     Attributes:
         settings: The optimizations that were on, those set by hand included.
         available_bytes: Of the device, for the pipeline, when it ran out: the budget then.
+        of_host: It was host RAM that ran out, beside a device with memory of its own, and is meant.
     """
 
     settings: tuple[Setting, ...]
     available_bytes: int
+    of_host: bool = False
 
 
 class History(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from autotune.decide import misfits
 from autotune.decide.decision import Catalogue, Decision, decide, select
 from autotune.decide.limits import Limits, budget_within, looser_than
 from autotune.decide.plan import Change, WayOut, WayOutKind
@@ -64,6 +65,7 @@ def ways_out(
         search.at_less_quality,
         search.smaller,
         search.shorter,
+        search.more_than_ran_out,
         search.more_host_memory,
         search.more_memory,
     )
@@ -104,7 +106,8 @@ class _Search(NamedTuple):
         for count in range(1, len(holders) + 1):
             closed = holders[:count]
             freed = sum(p.used_bytes or 0 for p in closed)
-            budget = budget_within(_with_free(self.predictor.machine, freed), self.limits)
+            more = budget_within(_with_free(self.predictor.machine, freed), self.limits)
+            budget = misfits.lowered(more, self.predictor)
             chosen = select(self.decision.candidates, budget, self.limits.priority)
             if budget.holds(chosen):
                 names = " and ".join(map(_name, closed))
@@ -125,21 +128,40 @@ class _Search(NamedTuple):
                 yield _way("limits", f"lifting {name}", change, found.chosen, found.budget)
                 return
 
+    def more_than_ran_out(self) -> Iterator[WayOut]:
+        """More than there was when something ran out, where it would fit but for that."""
+        available = self._available
+        for more in misfits.with_more(available, self.predictor):
+            budget = misfits.lowered(more, self.predictor)
+            chosen = select(self.decision.candidates, budget, self.limits.priority)
+            if not budget.holds(chosen):
+                continue
+            device = more.device_bytes - available.device_bytes
+            if device:
+                what = f"{format_bytes(device)} more free device memory"
+                yield _way("vram", what, {"device_bytes": device}, chosen, budget)
+            else:
+                host = (more.host_bytes or 0) - (available.host_bytes or 0)
+                what = f"{format_bytes(host)} more free host RAM"
+                yield _way("ram", what, {"host_bytes": host}, chosen, budget)
+            return
+
     def more_host_memory(self) -> Iterator[WayOut]:
         """The least that would do, where only host RAM is missing."""
-        (device, host, _), candidates = self.decision.budget, self._within_other_gpus()
+        (device, host, _), candidates = self._available, self._within_other_gpus()
         enough = [c.host_bytes for c in candidates if c.needed_bytes <= device]
-        if host is None or not enough:
+        if host is None or not enough or min(enough) <= host:
             return
-        budget = self.decision.budget._replace(host_bytes=min(enough))
+        budget = self._available._replace(host_bytes=min(enough))
         chosen = select(candidates, budget, self.limits.priority)
         what = f"{format_bytes(min(enough))} of free host RAM instead of {format_bytes(host)}"
         yield _way("ram", what, {"host_bytes": min(enough) - host}, chosen, budget)
 
     def more_memory(self) -> Iterator[WayOut]:
         """What the nearest miss lacks, unless it is host RAM alone."""
-        (device, host, elsewhere), candidates = self.decision.budget, self._within_other_gpus()
-        nearest = min(candidates, key=lambda c: (self.decision.budget.lacks(c), c.seconds))
+        available, candidates = self._available, self._within_other_gpus()
+        device, host, elsewhere = available
+        nearest = min(candidates, key=lambda c: (available.lacks(c), c.seconds))
         if nearest.needed_bytes <= device:
             return
         change: Change = {"device_bytes": nearest.needed_bytes - device}
@@ -151,6 +173,11 @@ class _Search(NamedTuple):
         enough = Budget(nearest.needed_bytes, host, elsewhere)
         chosen = select(candidates, enough, self.limits.priority)
         yield _way("vram", what, change, chosen, enough)
+
+    @property
+    def _available(self) -> Budget:
+        """What there is, whatever ran out in it before."""
+        return budget_within(self.predictor.machine, self.limits)
 
     def _within_other_gpus(self) -> list[Candidate]:
         """The sets that lack nothing of other GPUs' memory."""

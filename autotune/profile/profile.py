@@ -90,11 +90,12 @@ class MisfitRecord(Value, frozen=True):
     Attributes:
         workload: The workload's key.
         optimizations: What was on, set by hand or chosen.
-        available_bytes: The device's budget when it ran out.
-        predicted_bytes: What it was predicted to need.
+        available_bytes: The budget when it ran out, of the memory that did.
+        predicted_bytes: What it was predicted to need of it.
         phase: In which phase, as far as is known.
         error: The error's first line.
         at: When.
+        of_host: It was host RAM, beside a device with memory of its own.
     """
 
     workload: str
@@ -104,6 +105,7 @@ class MisfitRecord(Value, frozen=True):
     phase: str | None
     error: str
     at: str
+    of_host: bool = False
 
 
 class Profile(Value, frozen=True):

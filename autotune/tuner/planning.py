@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from autotune.decide.choose import choose
+from autotune.decide.history import History
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
 from autotune.errors import ModelError
 from autotune.probe.machine import Machine
 from autotune.tuner.ask import Ask, check_ask
 from autotune.tuner.here import REPLAY_S, Measured, Progress, replayed
+from autotune.tuner.history import history_here
 from autotune.workload.architecture import (
     DEMO,
     Architecture,
@@ -59,7 +61,8 @@ def plan_here(
     if progress is not None:
         progress("the model's operators")
     machine = replayed(measured, workload, REPLAY_S).machine
-    return _decided(architecture, machine, workload, ask.limits, pipe)
+    history = history_here(measured.key, workload, machine, ask.limits)
+    return _decided(architecture, machine, workload, ask.limits, pipe, history)
 
 
 def _decided(
@@ -68,13 +71,14 @@ def _decided(
     workload: Workload,
     limits: Limits,
     pipe: Any = None,
+    history: History | None = None,
 ) -> Planned:
     """Where nothing fits, other requests of the same model are traced as ways out."""
 
     def rework(request: Request) -> Workload:
         return workload_of(architecture, request, pipe)
 
-    plan = choose(machine, workload, limits, rework=rework)
+    plan = choose(machine, workload, limits, rework=rework, history=history)
     return Planned(architecture, machine, workload, plan)
 
 

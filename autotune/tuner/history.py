@@ -1,0 +1,90 @@
+"""What the profile knows of a workload, as decisions take it: read; and what did not fit: kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from autotune.decide.history import History, Misfit
+from autotune.decide.limits import Limits, budget_within
+from autotune.decide.misfits import counting, is_outgrown
+from autotune.decide.prediction import Budget
+from autotune.errors import AutotuneError, ProfileError
+from autotune.optimizations import parse_setting
+from autotune.optimizations.base import Setting
+from autotune.probe.machine import Machine
+from autotune.profile.profile import MisfitRecord, Profile
+from autotune.profile.store import load_profile, update_profile
+from autotune.tuner.here import Measured, new_profile, timestamp
+from autotune.workload.workload import Workload
+
+log = logging.getLogger("autotune")
+
+
+def history_here(key: str, workload: Workload, machine: Machine, limits: Limits) -> History:
+    """What this machine taught about a workload, as far as it decides with the memory free now.
+
+    Args:
+        key: The profile's.
+        workload: Traced.
+        machine: With the memory that is free now.
+        limits: Of that memory.
+    """
+    profile = load_profile(key)
+    if profile is None:
+        return History()
+    history = History(misfits=tuple(misfits_in(profile, workload.key)))
+    return counting(history, budget_within(machine, limits))
+
+
+def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:
+    """What ran out of memory with this workload; sets with unknown members are passed over."""
+    for record in profile.misfits:
+        if record.workload != workload:
+            continue
+        try:
+            settings = tuple(map(parse_setting, record.optimizations))
+        except AutotuneError:  # of a package that is gone, or edited by hand
+            continue
+        yield Misfit(settings, record.available_bytes, record.of_host)
+
+
+def remember_misfit(measured: Measured, record: MisfitRecord, available: Budget) -> None:
+    """Keep in the profile what did not fit; a profile that cannot be written costs a warning.
+
+    Args:
+        measured: Whose profile.
+        record: What ran out of memory.
+        available: What is free now: what ran out when there was less is forgotten.
+    """
+
+    def change(profile: Profile | None) -> Profile:
+        base = profile or new_profile(measured.key, measured.machine)
+        others = without_outgrown(base.misfits, record.workload, available)
+        kept = tuple(m for m in others if not _is_of_the_same(m, record))
+        return msgspec.structs.replace(base, misfits=(*kept, record), updated_at=timestamp())
+
+    try:
+        update_profile(measured.key, change)
+    except ProfileError as error:
+        log.warning("what ran out of memory is not remembered: %s", error)
+
+
+def without_outgrown(
+    records: Iterable[MisfitRecord], workload: str, available: Budget
+) -> tuple[MisfitRecord, ...]:
+    """Those of other workloads, and of this one those that still count."""
+
+    def counts(record: MisfitRecord) -> bool:
+        settings: tuple[Setting, ...] = ()
+        misfit = Misfit(settings, record.available_bytes, record.of_host)
+        return record.workload != workload or not is_outgrown(misfit, available)
+
+    return tuple(filter(counts, records))
+
+
+def _is_of_the_same(one: MisfitRecord, other: MisfitRecord) -> bool:
+    mine = (one.workload, one.optimizations, one.of_host)
+    return mine == (other.workload, other.optimizations, other.of_host)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from autotune.decide import residuals
 from autotune.decide.decision import TOLERANCE, Catalogue, Decision, decide, select
 from autotune.decide.explain import Terms, explain_chosen, explain_rejected
 from autotune.decide.history import History
@@ -71,6 +72,7 @@ def choose(
     decision = decide(predictor, limits, catalogue)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
+    execution = execution_of((*decision.kept, *chosen))
     baseline = predictor.predict(Execution())
     remedies = () if decision.fits else ways_out(predictor, limits, catalogue, decision, rework)
     return Plan(
@@ -91,15 +93,20 @@ def choose(
             explain_chosen(s, decision.space.predict(_others(chosen, s)), terms) for s in chosen
         ),
         rejected=tuple(_rejections(decision, terms)),
-        execution=execution_of((*decision.kept, *chosen)),
+        execution=execution,
         kept=limits.keep,
         ways_out=tuple(w.text for w in remedies),
-        notes=(*workload.notes, *decision.notes),
+        notes=(*workload.notes, *decision.notes, *_corrected(predictor, execution)),
         priority=limits.priority,
         fastest_seconds=decision.pool.fastest_seconds,
         remedies=remedies,
         elsewhere_budget_bytes=dict(decision.budget.elsewhere_bytes),
     )
+
+
+def _corrected(predictor: Predictor, execution: Execution) -> Iterator[str]:
+    """What verified runs have changed in the prediction."""
+    return residuals.explain(predictor.residuals, predictor.corrections(execution))
 
 
 def _others(settings: tuple[Setting, ...], setting: Setting) -> tuple[Setting, ...]:

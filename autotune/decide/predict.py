@@ -7,6 +7,7 @@ the same from there (``scope.py``), since most candidate sets share them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -24,7 +25,8 @@ from autotune.decide.prediction import (
     PhasePrediction,
     Prediction,
 )
-from autotune.decide.scope import WHERE, reader
+from autotune.decide.residuals import Correction, Look, OfAPhase, residuals_of
+from autotune.decide.scope import WHERE, work_reader
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
 from autotune.errors import OptimizationError
@@ -117,8 +119,12 @@ class Predictor:
         self._model = ForwardModel(machine, workload)
         self._recast: dict[tuple[int, str], Trace] = {}
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
-        self._readers = {id(p): reader(frozenset(r.role for r in p.runs)) for p in workload.phases}
-        self._phases: dict[tuple[int, object], PhasePrediction] = {}
+        self._works = {
+            id(p): work_reader(frozenset(r.role for r in p.runs), machine.default_attention)
+            for p in workload.phases
+        }
+        self._raw_phases: dict[tuple[int, Look], PhasePrediction] = {}
+        self._phases: dict[tuple[int, Look], PhasePrediction] = {}
 
     def predict(self, execution: Execution) -> Prediction:
         """Memory and time of one generation run in this way.
@@ -177,10 +183,40 @@ class Predictor:
         return self._phase(self.workload.phases[index], execution)
 
     def _phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
-        key = (id(phase), self._readers[id(phase)](execution))
+        look = Look(self._works[id(phase)](execution), WHERE(execution))
+        key = (id(phase), look)
         if key not in self._phases:
-            self._phases[key] = self._predict_phase(phase, execution)
+            raw = self._raw_phase(phase, look, execution)
+            found = self.residuals.get(phase.name)
+            self._phases[key] = found.correction(look, raw).of(raw) if found else raw
         return self._phases[key]
+
+    def _raw_phase(self, phase: Phase, look: Look, execution: Execution) -> PhasePrediction:
+        """As it is predicted whatever runs have shown."""
+        key = (id(phase), look)
+        if key not in self._raw_phases:
+            self._raw_phases[key] = self._predict_phase(phase, execution)
+        return self._raw_phases[key]
+
+    @functools.cached_property
+    def residuals(self) -> dict[str, OfAPhase]:
+        """What verified runs have shown, by phase; empty where there were none."""
+        if not self.history.observations:
+            return {}
+        return residuals_of(self.history, self._raw)
+
+    def _raw(self, execution: Execution) -> Iterator[tuple[Look, PhasePrediction]]:
+        for phase in self.workload.phases:
+            look = Look(self._works[id(phase)](execution), WHERE(execution))
+            yield look, self._raw_phase(phase, look, execution)
+
+    def corrections(self, execution: Execution) -> dict[str, Correction]:
+        """What verified runs change in the prediction of each phase, where there were any."""
+        return {
+            raw.name: self.residuals[raw.name].correction(look, raw)
+            for look, raw in self._raw(execution)
+            if raw.name in self.residuals
+        }
 
     def _predict_phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         runs = [self.run(phase.name, run, execution) for run in phase.runs]
@@ -211,10 +247,14 @@ class Predictor:
     def costs(self, index: int, execution: Execution) -> tuple[float, ...]:
         """What a phase costs wherever its weights are: where none is higher, the phase is no worse.
 
-        Not in a unit: for each run, seconds of device and host, bytes, and what is done once.
+        Not in a unit: for each run, seconds of device and host, bytes, and what is done once. What
+        was run before has a correction of its own, and is no worse than nothing but itself.
         """
-        found: list[float] = []
-        for run in self.workload.phases[index].runs:
+        phase = self.workload.phases[index]
+        seen = self.residuals.get(phase.name)
+        rank = seen.rank(self._works[id(phase)](execution)) if seen else 0
+        found: list[float] = [rank, -rank]
+        for run in phase.runs:
             forward = self._with_effects(self._forward(run, execution), run, execution)
             found += (
                 forward.compute_s + forward.memory_s,

@@ -63,6 +63,22 @@ def reach_of(execution: Execution, default_attention: str = "") -> frozenset[Par
 
 
 @functools.cache
-def reader(parts: frozenset[Part]) -> Callable[[Execution], object]:
-    """Reads those fields of an execution that can reach any of these parts."""
-    return attrgetter(*(f for f in FIELDS if parts & REACH.get(f, EVERYWHERE)))
+def work_reader(
+    parts: frozenset[Part], default_attention: str = ""
+) -> Callable[[Execution], object]:
+    """Reads those fields of an execution that change what is computed in any of these parts.
+
+    Args:
+        parts: Roles of the components that run.
+        default_attention: Of the machine, as for ``reach_of``.
+    """
+    kernel_stays = default_attention == "sdpa" and "denoiser" not in parts
+    return attrgetter(
+        *(
+            f
+            for f in FIELDS
+            if f not in _PLACE
+            and parts & REACH.get(f, EVERYWHERE)
+            and not (f == "attention" and kernel_stays)
+        )
+    )

@@ -18,10 +18,12 @@ from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction, most_of_each
 from autotune.decide.rules import all_rules, broken_rule
 from autotune.decide.scope import APART_FROM_PLACE, reach_of
-from autotune.optimizations import find
+from autotune.optimizations import execution_of, find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.rule import Rule
+
+__all__ = ["Candidate", "Judge", "Loss", "Space", "execution_of", "loss_of"]
 
 Loss = tuple[int, ...]
 """How many members need each quality level, the loosest first; exact ones are not counted."""
@@ -48,14 +50,6 @@ class Candidate(NamedTuple):
     loss: Loss
     phases_bytes: int
     elsewhere_bytes: dict[int, int]
-
-
-def execution_of(settings: Iterable[Setting], base: Execution | None = None) -> Execution:
-    """The execution that a set of optimizations amounts to, on top of another."""
-    execution = base or Execution()
-    for setting in settings:
-        execution = find(setting.name).configure(execution, setting.parameters)
-    return execution
 
 
 def loss_of(settings: Iterable[Setting]) -> Loss:

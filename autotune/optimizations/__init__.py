@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.attention import AttentionSlicing, XFormers
@@ -11,6 +12,7 @@ from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.compilation import Compile
 from autotune.optimizations.device_map import ComponentsOnGpus
+from autotune.optimizations.execution import Execution
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.optimizations.memory_format import ChannelsLast
 from autotune.optimizations.offload import ModelCpuOffload, SequentialCpuOffload, TextEncoderOffload
@@ -112,3 +114,15 @@ def parse_settings(text: str) -> tuple[Setting, ...]:
     if twice:
         raise OptimizationError(f"{twice} is named twice", "give each optimization once")
     return settings
+
+
+def execution_of(settings: Iterable[Setting], base: Execution | None = None) -> Execution:
+    """The execution that a set of optimizations amounts to, on top of another.
+
+    Raises:
+        OptimizationError: an optimization is unknown.
+    """
+    execution = base or Execution()
+    for setting in settings:
+        execution = find(setting.name).configure(execution, setting.parameters)
+    return execution

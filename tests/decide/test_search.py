@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.decide.decision import decide, select, smallness
+from autotune.decide.history import History
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, allows, budget_within
 from autotune.decide.predict import Predictor
 from autotune.decide.scope import EVERYWHERE, FIELDS, REACH, reach_of
@@ -27,9 +28,11 @@ some_optimizations = st.lists(st.sampled_from(tuple(CATALOGUE)), min_size=1, max
 """Few enough that every set of theirs can be enumerated, thousands of times."""
 
 
-def plainly(machine: Machine, workload: Workload, limits: Limits) -> Iterator[Candidate]:
+def plainly(
+    machine: Machine, workload: Workload, limits: Limits, history: History | None = None
+) -> Iterator[Candidate]:
     """Every coherent set, one after the other."""
-    predictor = Predictor(machine, workload, limits.images)
+    predictor = Predictor(machine, workload, limits.images, history)
     judge = Judge(predictor, limits.keep)
     offered: list[list[Setting | None]] = []
     kept = {s.name for s in limits.keep}

@@ -13,7 +13,7 @@ from autotune.probe.live import identity
 from autotune.probe.machine import Machine
 from autotune.profile.profile import PhaseMeasurement
 from autotune.profile.store import load_profile
-from autotune.tuner import Ask, Measured, machine_here, make_plan, plan_here, replayed
+from autotune.tuner import Ask, Measured, machine_here, make_plan, plan_here, planning, replayed
 from autotune.tuner import here as here_stage
 
 
@@ -74,7 +74,8 @@ def test_free_memory_is_read_at_every_start(here, monkeypatch):
     assert machine_here("cpu").machine.device.free_bytes == 3 << 30
 
 
-def test_operators_are_timed_once_per_workload(here):
+def test_operators_are_timed_once_per_workload(here, monkeypatch):
+    monkeypatch.setattr(planning, "REPLAY_S", 60.0)  # all of them, however busy the machine is
     measured = machine_here("cpu")
     planned = plan_here("demo", measured, Ask())
     stored = load_profile(measured.key)

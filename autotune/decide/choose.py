@@ -24,6 +24,7 @@ from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction, find_bottleneck
 from autotune.decide.rules import require_coherent
 from autotune.decide.search import Judge, execution_of
+from autotune.decide.validity import validity_of
 from autotune.decide.ways_out import Rework, ways_out
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting
@@ -101,6 +102,7 @@ def choose(
         fastest_seconds=decision.pool.fastest_seconds,
         remedies=remedies,
         elsewhere_budget_bytes=dict(decision.budget.elsewhere_bytes),
+        validity=validity_of(decision, limits.priority),
     )
 
 

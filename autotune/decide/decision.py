@@ -134,16 +134,17 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
         budget=budget,
         candidates=candidates,
         pool=pool,
-        chosen=_smallest(pool, budget),
+        chosen=smallest_of(pool, budget),
     )
 
 
 def select(candidates: Sequence[Candidate], budget: Budget, priority: str = "speed") -> Candidate:
     """The choice as the module's first lines say."""
-    return _smallest(pool_of(candidates, budget, priority), budget)
+    return smallest_of(pool_of(candidates, budget, priority), budget)
 
 
-def _smallest(pool: Pool, budget: Budget) -> Candidate:
+def smallest_of(pool: Pool, budget: Budget) -> Candidate:
+    """Of those within the tolerance of the fastest; where none fits, the one that lacks least."""
     longest = pool.fastest_seconds * (1 + TOLERANCE)
     as_fast = [c for c in pool.candidates if c.seconds <= longest]
     if budget.holds(as_fast[0]):

@@ -193,8 +193,8 @@ class ForwardModel:
         return host if self._machine.device.kind == "cpu" else max(0.0, host - device)
 
     def with_more(self, cost: ForwardCost, *, memory_s: float, host_s: float) -> ForwardCost:
-        """The same forward with more memory traffic, and more work of the host."""
-        memory, host = cost.memory_s + memory_s, cost.host_s + host_s
+        """The same forward with more memory traffic and work of the host, or less, but not none."""
+        memory, host = max(0.0, cost.memory_s + memory_s), max(0.0, cost.host_s + host_s)
         launch = self._launch_s(host, cost.compute_s + memory)
         return cost._replace(memory_s=memory, host_s=host, launch_s=launch)
 

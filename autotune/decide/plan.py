@@ -149,6 +149,40 @@ class WayOut(msgspec.Struct, frozen=True):
     host_budget_bytes: int | None
 
 
+class Validity(msgspec.Struct, frozen=True):
+    """The budgets between which the same is chosen; ``None``: however much there is.
+
+    Attributes:
+        least_bytes: Of device memory.
+        least_host_bytes: Of host RAM; 0 where the device computes in it.
+        least_elsewhere_bytes: Of the other GPUs' memory, by CUDA's index.
+        most_bytes: Of device memory.
+        most_host_bytes: Of host RAM.
+        most_elsewhere_bytes: Of the other GPUs' memory.
+    """
+
+    least_bytes: int
+    least_host_bytes: int
+    least_elsewhere_bytes: dict[int, int]
+    most_bytes: int | None
+    most_host_bytes: int | None
+    most_elsewhere_bytes: dict[int, int] | None
+
+    def holds(self, budget: Budget) -> bool:
+        """Whether the same is chosen with this budget."""
+        elsewhere, most = budget.elsewhere_bytes, self.most_elsewhere_bytes
+        return (
+            _is_within(budget.device_bytes, self.least_bytes, self.most_bytes)
+            and _is_within(budget.host_bytes or 0, self.least_host_bytes, self.most_host_bytes)
+            and all(elsewhere.get(g, 0) >= b for g, b in self.least_elsewhere_bytes.items())
+            and (most is None or all(b <= most.get(g, 0) for g, b in elsewhere.items()))
+        )
+
+
+def _is_within(value: int, least: int, most: int | None) -> bool:
+    return least <= value and (most is None or value <= most)
+
+
 class Plan(msgspec.Struct, frozen=True):
     """The smallest coherent set for a workload on a machine; the ``--json`` contract of ``plan``.
 
@@ -164,6 +198,7 @@ class Plan(msgspec.Struct, frozen=True):
         fastest_seconds: Of the fastest set in the choice: the tolerance counts from there.
         remedies: The ways out with their predictions.
         elsewhere_budget_bytes: As ``budget_bytes``, of the other GPUs, by CUDA's index.
+        validity: The budgets between which the same is chosen; ``None`` where nothing fits.
     """
 
     machine: MachineSummary
@@ -186,6 +221,7 @@ class Plan(msgspec.Struct, frozen=True):
     fastest_seconds: float | None = None
     remedies: tuple[WayOut, ...] = ()
     elsewhere_budget_bytes: dict[int, int] = {}
+    validity: Validity | None = None
 
     @property
     def budget(self) -> Budget:

@@ -15,13 +15,14 @@ from autotune.probe.machine import Machine
 from autotune.tuner.ask import Ask, check_ask
 from autotune.tuner.here import REPLAY_S, Measured, Progress, replayed
 from autotune.tuner.history import history_here
+from autotune.tuner.plans import basis_of, keep, recall
 from autotune.workload.architecture import (
     DEMO,
     Architecture,
     builtin_names,
     find_architecture,
 )
-from autotune.workload.cache import workload_of
+from autotune.workload.cache import is_lasting, origin_of, workload_of
 from autotune.workload.request import complete_request
 from autotune.workload.workload import Request, Workload
 
@@ -54,6 +55,8 @@ def plan_here(
 ) -> Planned:
     """The same for this machine, whose kernels are timed on the workload's own operators first.
 
+    What was decided before from the same is not decided again.
+
     Raises:
         ModelError, RequestError, OptimizationError: see the stages.
     """
@@ -62,7 +65,16 @@ def plan_here(
         progress("the model's operators")
     machine = replayed(measured, workload, REPLAY_S).machine
     history = history_here(measured.key, workload, machine, ask.limits)
-    return _decided(architecture, machine, workload, ask.limits, pipe, history)
+    if history.misfits or not is_lasting(pipe):
+        return _decided(architecture, machine, workload, ask.limits, pipe, history)
+    origin = origin_of(architecture, workload.request)
+    basis = basis_of(machine, workload, origin, ask.limits, history)
+    plan = recall(measured.key, machine, ask.limits, basis)
+    if plan is not None:
+        return Planned(architecture, machine, workload, plan)
+    planned = _decided(architecture, machine, workload, ask.limits, pipe, history)
+    keep(measured, workload, planned.plan, basis)
+    return planned
 
 
 def _decided(

@@ -44,8 +44,7 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
         ModelError: the model cannot be traced.
         RequestError: its pipeline refuses the request.
     """
-    is_lasting = pipe is None or not has_own_code(pipe)
-    path = _path(architecture, request) if is_lasting else None
+    path = _path(architecture, request) if is_lasting(pipe) else None
     workload = _read(path) if path else None
     if workload is None:
         from autotune.workload.phases import trace_workload
@@ -57,16 +56,22 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
     return msgspec.structs.replace(workload, model=architecture.name, is_loaded=is_loaded)
 
 
+def is_lasting(pipe: Any) -> bool:
+    """Whether what was found out of a pipeline will be true in the next process."""
+    return pipe is None or not has_own_code(pipe)
+
+
 def _path(architecture: Architecture, request: Request) -> Path | None:
     try:
         folder = cache_folder() / "traces"
         folder.mkdir(exist_ok=True)
     except (ProfileError, OSError):
         return None  # tracing works without a cache
-    return folder / f"{_digest(architecture, request)}.json"
+    return folder / f"{origin_of(architecture, request)}.json"
 
 
-def _digest(architecture: Architecture, request: Request) -> str:
+def origin_of(architecture: Architecture, request: Request) -> str:
+    """A digest of everything that decides how a request is traced."""
     parts = (
         architecture.pipeline,
         architecture.components,

@@ -272,7 +272,7 @@ def test_broken_profile_is_set_aside_and_measured_again(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "set aside" in done.stderr
     assert "measured this machine" in done.stderr
-    assert json.loads(file.read_text())["schema_version"] == 1
+    assert json.loads(file.read_text())["schema_version"] == SCHEMA_VERSION
 
 
 def test_interrupt_leaves_nothing_half_written(tmp_path):

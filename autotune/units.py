@@ -62,3 +62,8 @@ def parse_bytes(text: str) -> int:
     if match is None or factor is None or float(match[1]) * factor < 1:
         raise RequestError(f"{text!r} is not a memory size", "write it like 5GiB, 5.5GB or 512MiB")
     return int(float(match[1]) * factor)
+
+
+def printable(text: str) -> str:
+    """Text from a file as a terminal may show it: what would steer the terminal is spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

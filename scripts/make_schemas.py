@@ -16,6 +16,7 @@ import msgspec
 from autotune.cli.memory import MemoryAccount
 from autotune.cli.model import ModelAccount
 from autotune.cli.models import ModelList
+from autotune.cli.profile_diff import Difference
 from autotune.cli.run import RunReport
 from autotune.cli.whatif import Comparison
 from autotune.decide.plan import Plan, PredictionReport
@@ -26,6 +27,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 
 SCHEMAS: dict[str, type[msgspec.Struct]] = {
     "comparison.json": Comparison,
+    "difference.json": Difference,
     "machine.json": Machine,
     "memory.json": MemoryAccount,
     "model.json": ModelAccount,

@@ -6,32 +6,47 @@ import msgspec
 import pytest
 
 from autotune import tuner
+from autotune.decide.corrections import replayable
 from autotune.decide.limits import Limits
 from autotune.errors import ModelError, RequestError
 from autotune.probe import measure
 from autotune.probe.live import identity
-from autotune.probe.machine import Machine
+from autotune.probe.machine import Machine, OperatorTime
+from autotune.probe.parts import EVERYTHING, Part
+from autotune.probe.reference import load_machine
+from autotune.profile.merging import with_operators
 from autotune.profile.profile import PhaseMeasurement
-from autotune.profile.store import load_profile
-from autotune.tuner import Ask, Measured, machine_here, make_plan, plan_here, planning, replayed
+from autotune.profile.store import load_profile, profile_path, update_profile
+from autotune.tuner import Ask, Measured, machine_here, make_plan, plan_here, replayed
 from autotune.tuner import here as here_stage
+from autotune.workload.workload import Workload
 
 
 @pytest.fixture
-def here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A measurement that takes no time; the list counts how often it is asked for."""
-    calls: list[int] = []
+def here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[frozenset[Part]]:
+    """A measurement that takes no time; the list has what it is asked for."""
+    calls: list[frozenset[Part]] = []
     from autotune.probe.host import read_host
-    from autotune.probe.software import installed_versions
 
-    def pretend(device: str | None = None, **_: object) -> Machine:
-        calls.append(1)
+    def pretend(
+        device: str | None = None, parts: frozenset[Part] = EVERYTHING, **_: object
+    ) -> Machine:
+        calls.append(parts)
+        installed_versions = here_stage.installed_versions  # as a test may have changed it
         return msgspec.structs.replace(
             cpu_machine, source="measured", host=read_host(), software=installed_versions()
         )
 
     monkeypatch.setattr(measure, "measure_machine", pretend)
     return calls
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    """The demo's, traced once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return tuner.work_out("demo", load_machine("cpu-16-cores"), Ask())[1]
 
 
 def test_measured_once(here):
@@ -47,8 +62,66 @@ def test_measured_again_when_something_changed(here, monkeypatch):
     versions = here_stage.installed_versions() | {"torch": "99.0"}
     monkeypatch.setattr(here_stage, "installed_versions", lambda: versions)
     again = machine_here("cpu")
+    assert here == [EVERYTHING, EVERYTHING - {"link", "disk"}]
+    (reason,) = again.reasons
+    assert "→ 99.0: everything measured again" in reason  # disk and link, this machine has not
+    assert machine_here("cpu").reasons == ()
     assert len(here) == 2
-    assert any("99.0" in r for r in again.reasons)
+
+
+def test_only_what_is_stale_is_measured_again(here, monkeypatch):
+    key = machine_here("cpu").key
+    stored = load_profile(key)
+    assert stored is not None
+    versions = here_stage.installed_versions() | {"xformers": "99.0"}
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: versions)
+    (reason,) = machine_here("cpu").reasons
+    assert reason.endswith("→ 99.0: attention measured again; kernels and dispatch costs kept")
+    assert here[1:] == [{"attention"}]
+    again = load_profile(key)
+    assert again is not None
+    assert again.changed_at is not None
+    assert stored.changed_at is None
+    assert again.created_at == stored.created_at
+
+
+def test_an_older_schema_is_no_reason_to_measure(here):
+    key = machine_here("cpu").key
+    path = profile_path(key)
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    assert machine_here("cpu").reasons == ()
+    assert len(here) == 1
+
+
+def test_a_folder_that_cannot_be_used_is_a_warning(here, workload, monkeypatch, tmp_path, caplog):
+    """As in a container with a read-only file system: measured at every start, and said."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        measured = machine_here("cpu")
+        assert measured.reasons == ("no profile of this machine yet",)
+    assert replayed(measured, workload, 0.1).machine.operators
+    assert len(here) == 2
+    assert "not remembered" in caplog.text
+    assert "AUTOTUNE_CACHE" in caplog.text
+
+
+def test_what_was_measured_before_is_merged_not_replaced(here, workload):
+    """A corrupt file apart, nothing that was remembered is lost by measuring again."""
+    measured = machine_here("cpu")
+    replayed(measured, workload, 0.1)
+    stored = load_profile(measured.key)
+    assert stored is not None
+    again = machine_here("cpu", remeasure=True)
+    assert set(again.machine.operators) == set(stored.machine.operators) != set()
+
+
+def test_a_corrupt_profile_is_set_aside_and_measured_again(here):
+    path = profile_path(machine_here("cpu").key)
+    path.write_text(path.read_text()[:500])
+    assert machine_here("cpu").reasons == ("no profile of this machine yet",)
+    assert len(list(path.parent.glob("*.set-aside-*"))) == 1
+    assert machine_here("cpu").reasons == ()
 
 
 def test_a_new_driver_makes_the_profile_stale(rtx_3080, monkeypatch):
@@ -57,7 +130,10 @@ def test_a_new_driver_makes_the_profile_stale(rtx_3080, monkeypatch):
     profile = here_stage.new_profile("GPU-1", msgspec.structs.replace(rtx_3080, device=device))
     gpu = here_stage.nvml.Gpu(index=0, name="A", uuid="GPU-1", driver="590.44")
     monkeypatch.setattr(here_stage.nvml, "gpu", lambda uuid: gpu if uuid == "GPU-1" else None)
-    assert "driver 580.82 → 590.44" in tuner.why_stale(profile)
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: rtx_3080.software)
+    monkeypatch.setattr(here_stage, "read_host", lambda: rtx_3080.host)
+    (reason,) = tuner.why_stale(profile)
+    assert "driver 580.82 → 590.44" in reason
 
 
 def test_asked_to_measure(here):
@@ -74,17 +150,17 @@ def test_free_memory_is_read_at_every_start(here, monkeypatch):
     assert machine_here("cpu").machine.device.free_bytes == 3 << 30
 
 
-def test_operators_are_timed_once_per_workload(here, monkeypatch):
-    monkeypatch.setattr(planning, "REPLAY_S", 60.0)  # all of them, however busy the machine is
+def test_operators_are_timed_once_per_workload(here, workload):
     measured = machine_here("cpu")
-    planned = plan_here("demo", measured, Ask())
-    stored = load_profile(measured.key)
-    assert stored is not None
-    keys = set(stored.machine.operators)
-    assert keys
+    timed = replayed(measured, workload, 0.1).machine.operators
+    assert timed
     measured = machine_here("cpu")
-    assert replayed(measured, planned.workload, 3.0) is measured
-    assert set(measured.machine.operators) == keys
+    assert measured.machine.operators == timed
+    every = {o.key: OperatorTime(1.0) for o in replayable(workload)} | timed
+    update_profile(measured.key, lambda p: with_operators(p, "", measured.machine, every, "2026"))
+    measured = machine_here("cpu")
+    assert replayed(measured, workload, 0.1) is measured
+    assert measured.machine.operators == every
 
 
 def test_runs_are_remembered(here):

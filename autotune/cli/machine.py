@@ -34,8 +34,8 @@ def this_machine(device: str | None = None) -> Measured:
     """This machine from its profile, measured first where that is needed, with a display of it."""
     with progress("Measuring this machine") as say:
         measured = machine_here(device, progress=say)
-    if measured.reasons:
-        typer.echo(f"measured this machine: {'; '.join(measured.reasons)}", err=True)
+    for reason in measured.reasons:
+        typer.echo(f"measured this machine: {reason}", err=True)
     return measured
 
 

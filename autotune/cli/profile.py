@@ -4,46 +4,65 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from autotune.cli.output import JsonFlag, console, print_json
+from autotune.cli.options import Device
+from autotune.cli.output import JsonFlag, print_json
+from autotune.cli.profile_show import print_list, print_profile
 from autotune.errors import MachineError, ProfileError
-from autotune.probe.machine import Machine
 from autotune.profile import store
-from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
+from autotune.profile.profile import Profile
+from autotune.profile.staleness import Change, reasons
 from autotune.profile.store import StoredProfile
-from autotune.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from autotune.units import printable
 
 REMEDY = "`autotune probe` measures this machine, `autotune run` measures it and draws an image"
 
 app = typer.Typer(
-    help="Show, move or delete what was measured on this machine.", no_args_is_help=True
+    help="Show, compare, move or delete what was measured on this machine.", no_args_is_help=True
 )
 
-KeyArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="KEY", help="A profile's key, its beginning, or its file's name."),
-]
+_KEY_HELP = "A profile's key, its beginning, its file's name, or a file."
+KeyArgument = Annotated[str | None, typer.Argument(metavar="KEY", help=_KEY_HELP)]
 
 
 @app.command()
 def show(key: KeyArgument = None, json: JsonFlag = False) -> None:
-    """Show a profile: machine, age, what is stale and why, remembered runs."""
+    """Show a profile: machine, age, what is stale and why; plans, runs, what did not fit."""
     stored = _find(key) if key else _own_or_latest()
-    if stored.profile is None:
-        raise ProfileError(stored.problem or f"{stored.path} cannot be read", store.MEASURE_HINT)
-    stale = _stale(stored.profile)
+    profile = _readable(stored)
+    changes = _changes(profile)
     if json:
-        print_json({"path": stored.path, "stale": stale, "profile": stored.profile})
+        stale = None if changes is None else reasons(changes, profile.machine)
+        told = None if changes is None else [change._asdict() for change in changes]
+        print_json({"path": stored.path, "stale": stale, "changes": told, "profile": profile})
     else:
-        _print_profile(stored.profile, stored.path, stale)
+        print_profile(profile, stored.path, changes)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help=_KEY_HELP)],
+    second: Annotated[
+        str | None, typer.Argument(metavar="B", help="The same; this machine's by default.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also figures that differ by no more than noise.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Compare two profiles: machine, software, figures and plans, as far as they differ."""
+    from autotune.cli.profile_diff import difference, print_difference
+
+    a, b = _find(first), _find(second) if second else _own_or_only()
+    found = difference(_readable(a), _readable(b), noise=everything)
+    if json:
+        print_json({"a": _summary(a), "b": _summary(b), "difference": found})
+    else:
+        print_difference(a, b, found)
 
 
 @app.command("list")
@@ -53,7 +72,7 @@ def list_(json: JsonFlag = False) -> None:
     if json:
         print_json({"profiles": [_summary(stored) for stored in profiles]})
     elif profiles:
-        console().print(_profile_table(profiles))
+        print_list(profiles)
     else:
         typer.echo(f"No profile yet: {REMEDY}.")
 
@@ -100,21 +119,27 @@ def export(
     if json:
         print_json({"key": profile.key, "path": file})
     else:
-        typer.echo(f"Wrote the profile of {profile.machine.device.name} to {file}")
+        typer.echo(printable(f"Wrote the profile of {profile.machine.device.name} to {file}"))
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file from `export`.")],
+    device: Device = None,
     json: JsonFlag = False,
 ) -> None:
-    """Store a profile from a file; runs already remembered for that machine are kept."""
-    profile = store.import_profile(file)
+    """Take over a profile that was measured here or on a machine of the same kind.
+
+    Same device, driver, CPU and software; what is free is read here. Runs already remembered stay.
+    """
+    from autotune.tuner import import_profile
+
+    profile = import_profile(file, device)
     stored_at = store.profile_path(profile.key)
     if json:
         print_json({"key": profile.key, "path": stored_at})
     else:
-        typer.echo(f"Stored the profile of {profile.machine.device.name} in {stored_at}")
+        typer.echo(f"Stored as the profile of {profile.machine.device.name} here, in {stored_at}")
 
 
 def _own_keys() -> tuple[str, ...]:
@@ -128,11 +153,13 @@ def _own_keys() -> tuple[str, ...]:
 
 
 def _find(key: str) -> StoredProfile:
-    """The profile with this key or file name, or the only one whose key begins so."""
+    """The profile with this key or file name, in this file, or the only one whose key begins so."""
     profiles = store.list_profiles()
     for stored in profiles:
         if stored.path == store.profile_path(key) or stored.path.name == key:
             return stored
+    if Path(key).is_file():
+        return StoredProfile(Path(key), store.read_profile(Path(key)))
     begun = [stored for stored in profiles if stored.profile and stored.profile.key.startswith(key)]
     if len(begun) != 1:
         count = "more than one profile has" if begun else "no profile has"
@@ -174,13 +201,19 @@ def _updated_at(stored: StoredProfile) -> str:
     return stored.profile.updated_at if stored.profile else ""
 
 
-def _stale(profile: Profile) -> tuple[str, ...] | None:
-    """Why this machine's profile must be measured again; ``None`` for another machine's."""
+def _readable(stored: StoredProfile) -> Profile:
+    if stored.profile is None:
+        raise ProfileError(stored.problem or f"{stored.path} cannot be read", store.MEASURE_HINT)
+    return stored.profile
+
+
+def _changes(profile: Profile) -> tuple[Change, ...] | None:
+    """What has changed since the profile was measured; ``None`` for another machine's."""
     from autotune.probe import nvml
-    from autotune.tuner import why_stale
+    from autotune.tuner import changes_here
 
     is_here = nvml.gpu(profile.machine.device.uuid) is not None or profile.key in _own_keys()
-    return why_stale(profile) if is_here else None
+    return changes_here(profile) if is_here else None
 
 
 def _confirm(files: Sequence[Path]) -> None:
@@ -208,106 +241,3 @@ def _summary(stored: StoredProfile) -> dict[str, Any]:
         "created_at": profile.created_at,
         "updated_at": profile.updated_at,
     }
-
-
-def _print_profile(profile: Profile, path: Path, stale: Sequence[str] | None) -> None:
-    for label, text in (
-        ("Machine", _machine_line(profile.machine)),
-        ("Profile", f"{profile.key}, {path}"),
-        ("Measured", f"{_age(profile.created_at)} ({profile.created_at})"),
-        ("Stale", _stale_line(stale)),
-    ):
-        typer.echo(typer.style(f"{label:<9}", bold=True) + text)
-    if profile.runs:
-        console().print(_run_table(profile.runs))
-    else:
-        typer.echo("No runs remembered yet.")
-
-
-def _machine_line(machine: Machine) -> str:
-    device, host = machine.device, machine.host
-    parts = [f"{device.name}, {format_bytes(device.total_bytes)}"]
-    if device.driver:
-        parts.append(f"driver {device.driver}")
-    if device.kind != "cpu":
-        parts.append(f"{host.cpu} with {format_bytes(host.ram_total_bytes)} RAM")
-    return ", ".join((*parts, f"{host.cores} cores, {host.os}"))
-
-
-def _stale_line(reasons: Sequence[str] | None) -> str:
-    if reasons is None:
-        return "unknown: this is another machine's"
-    return "; ".join(reasons) + ": measured again at the next start" if reasons else "no"
-
-
-def _age(timestamp: str) -> str:
-    """``"2026-05-01T10:00:00Z"`` → ``"3 days ago"``; what is no such timestamp stays as it is."""
-    try:
-        # Python 3.10 does not read the "Z".
-        moment = datetime.fromisoformat(timestamp.replace("Z", "+00:00"))
-    except ValueError:
-        return timestamp
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return _span((datetime.now(timezone.utc) - moment).total_seconds()) + " ago"
-
-
-def _span(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(0, seconds):.0f} seconds"
-
-
-def _run_table(runs: Sequence[RunRecord]) -> Table:
-    """Predicted against measured, newest first."""
-    columns = ("when", "workload", "chosen", "predicted", "measured")
-    table = _table(*columns, wrapped=("workload", "chosen"))
-    for run in reversed(runs):
-        chosen = ", ".join(run.optimizations) or "none"
-        _add_row(
-            table, _age(run.at), run.workload, chosen, _total(run.predicted), _total(run.measured)
-        )
-    return table
-
-
-def _total(phases: Sequence[PhaseMeasurement]) -> str:
-    """Seconds add up over the phases; the largest peak is the run's."""
-    if not phases:
-        return "-"
-    seconds = format_seconds(sum(phase.seconds for phase in phases))
-    peaks = [phase.peak_bytes for phase in phases if phase.peak_bytes is not None]
-    return f"{seconds}\n{format_bytes(max(peaks))}" if peaks else seconds
-
-
-def _profile_table(profiles: Sequence[StoredProfile]) -> Table:
-    table = _table("device", "key", "measured", "runs", wrapped=("device", "key", "measured"))
-    for stored in profiles:
-        if stored.profile is None:
-            _add_row(table, "cannot be read", stored.path.name, stored.problem or "", "")
-        else:
-            _add_row(table, *_profile_cells(stored.profile))
-    return table
-
-
-def _profile_cells(profile: Profile) -> tuple[str, ...]:
-    device = profile.machine.device.name
-    return device, profile.key, _age(profile.created_at), str(len(profile.runs))
-
-
-def _table(*columns: str, wrapped: Sequence[str]) -> Table:
-    """A table whose ``wrapped`` columns give way on a narrow terminal; figures stay whole."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=name not in wrapped, overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Names come from files: they are shown as they are, not read as markup."""
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))

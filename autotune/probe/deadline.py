@@ -62,6 +62,14 @@ class Deadline:
         return tuple(self._skipped)
 
 
+def left_out_finding(names: tuple[str, ...]) -> str:
+    """What a person should know about it."""
+    return (
+        f"Left out for want of time: {'; '.join(names)}. Estimates stand in; "
+        "`autotune probe` on a quiet machine may reach them."
+    )
+
+
 def never() -> Deadline:
     """For measuring with all the time in the world."""
     return Deadline(math.inf)

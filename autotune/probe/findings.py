@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from autotune.probe import nvml
 from autotune.probe.absence import why_no_gpu
 from autotune.probe.attention import BACKENDS, WRONG, XFORMERS_ABSENT
+from autotune.probe.deadline import left_out_finding
 from autotune.probe.machine import Figure, GpuProcess, Link, Machine
 from autotune.probe.noise import (
     FOREIGN_GPU_PERCENT,
@@ -191,10 +192,7 @@ def _disturbed(machine: Machine, above: float, told: set[str]) -> Iterator[str]:
 
 def _left_out(machine: Machine) -> Iterator[str]:
     if machine.left_out:
-        yield (
-            f"Left out for want of time: {'; '.join(machine.left_out)}. Estimates stand in; "
-            "`autotune probe` on a quiet machine may reach them."
-        )
+        yield left_out_finding(machine.left_out)
 
 
 def _crowded(machine: Machine, noise: Noise) -> Iterator[tuple[str, str]]:

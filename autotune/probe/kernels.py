@@ -88,6 +88,17 @@ def measure_kernels(
     )
 
 
+def with_launch_cost(timer: Timer, kernels: Kernels) -> Kernels:
+    """Rates measured before, with what the host spends on a bare operator now, and on no other."""
+    launch = launch_cost(timer)
+    return structs.replace(
+        kernels,
+        dispatch_s=structs.replace(launch, source=BARE),
+        launch_s=launch,
+        offload_hook_s=None,
+    )
+
+
 def measure_host_costs(
     timer: Timer, kernels: Kernels, link: Link | None, progress: Progress | None = None
 ) -> Kernels:

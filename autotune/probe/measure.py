@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +27,15 @@ from autotune.probe.devices import (
 from autotune.probe.disk import measure_disk
 from autotune.probe.findings import find
 from autotune.probe.host import read_host
-from autotune.probe.kernels import measure_host_costs, measure_kernels
+from autotune.probe.kernels import measure_host_costs, measure_kernels, with_launch_cost
 from autotune.probe.live import other_gpus, slug
-from autotune.probe.machine import Device, Kernels, Machine
+from autotune.probe.machine import AttentionRate, Device, Figure, Kernels, Link, Machine
 from autotune.probe.noise import Watch
+from autotune.probe.parts import EVERYTHING, Part, composed
 from autotune.probe.samples import DISTURBED_SPREAD
 from autotune.probe.software import installed_versions
 from autotune.probe.timing import Timer
-from autotune.probe.transfers import measure_link
+from autotune.probe.transfers import measure_link, with_module_rates
 from autotune.units import MIB
 
 Progress = Callable[[str], None]
@@ -50,7 +51,16 @@ _FIGURE_S, _QUICK_FIGURE_S = 0.1, 0.03
 
 _DISK_S = 0.5
 _NEEDS_S = {"kernels": 2.0, "link": 1.8, "attention": 2.0, "host": 3.6, "disk": _DISK_S}
-"""About what each part takes at most, in their order: the time left is shared out by that."""
+"""About what each stage takes at most, in their order: the time left is shared out by that."""
+
+_STAGES: dict[str, frozenset[Part]] = {
+    "kernels": frozenset(("kernels",)),
+    "link": frozenset(("link", "modules")),
+    "attention": frozenset(("attention",)),
+    "host": frozenset(("dispatch",)),
+    "disk": frozenset(("disk",)),
+}
+"""The parts that each stage measures."""
 
 # A CUDA context with its loaded kernels takes 300-500 MiB on GPUs since 2018; used only where
 # neither NVML's free memory before the first tensor nor this process's entry can be read.
@@ -64,6 +74,8 @@ def measure_machine(
     quick: bool = False,
     progress: Progress | None = None,
     budget_s: float | None = None,
+    known: Machine | None = None,
+    parts: Collection[Part] = EVERYTHING,
 ) -> Machine:
     """Measures a device: memory, link, kernels, attention, and the host.
 
@@ -76,6 +88,9 @@ def measure_machine(
         quick: Measure what a first look needs; a finding says so.
         progress: Told in a few words what is being measured.
         budget_s: Seconds after which nothing more is begun, other than those above.
+        known: This machine as measured before. Without it, where it is another device, and for a
+            quick look, all is measured.
+        parts: What of it to measure now; the rest is taken over.
 
     Raises:
         MachineError: there is no such device; the message lists those that exist.
@@ -86,7 +101,8 @@ def measure_machine(
     context = _Context(chosen)
     try:
         with torch.no_grad():
-            machine = _measure(chosen, context, deadline, quick, progress or (lambda text: None))
+            say = progress or (lambda text: None)
+            machine = _measure(chosen, context, deadline, quick, say, known, frozenset(parts))
     except torch.OutOfMemoryError as error:
         message = f"{chosen} has too little free memory to be measured"
         raise MachineError(message, "close what else uses it, or --device cpu") from error
@@ -110,44 +126,42 @@ def _remedy(error: RuntimeError) -> str:
 
 
 def _measure(
-    device: torch.device, context: _Context, deadline: Deadline, quick: bool, say: Progress
+    device: torch.device,
+    context: _Context,
+    deadline: Deadline,
+    quick: bool,
+    say: Progress,
+    known: Machine | None,
+    parts: frozenset[Part],
 ) -> Machine:
     say("memory")
     watch = Watch(cuda_uuid(device), on_cpu=device.type == "cpu")
     host = read_host()
     facts = describe(device, host)
-    allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
-    planned = int(allowance * _PLANNED_SHARE)
-    timer = Timer(device, _QUICK_FIGURE_S if quick else _FIGURE_S, deadline, watch)
     has_link = device.type == "cuda" and not facts.unified_memory
-    parts = _parts(quick, has_link)
+    if known is None or quick or not _is_same(known, facts) or (has_link and not known.link):
+        known, parts = None, EVERYTHING
+    allowance = min(_MEMORY_MOST, facts.free_bytes // _MEMORY_SHARE)
+    timer = Timer(device, _QUICK_FIGURE_S if quick else _FIGURE_S, deadline, watch)
+    measuring = _Measuring(
+        timer=timer,
+        parts=parts,
+        stages=_stages(quick, has_link, parts),
+        quick=quick,
+        say=say,
+        memory_bytes=int(allowance * _PLANNED_SHARE),
+        # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
+        host_bytes=host.ram_available_bytes // (2 * _MEMORY_SHARE),
+    )
     with at_most(device, allowance):
-        within = timer.within(_share_s("kernels", deadline, parts))
-        kernels = measure_kernels(within, memory_bytes=planned, quick=quick, progress=say)
-        link = None
-        if has_link:
-            say("transfers")
-            # A pinned and a pageable buffer at a time: of the host's memory, too, a tenth.
-            buffer = min(planned, host.ram_available_bytes // (2 * _MEMORY_SHARE))
-            within = timer.within(_share_s("link", deadline, parts))
-            link = measure_link(within, memory_bytes=buffer, uuid=facts.uuid, quick=quick)
-        say("attention")
-        attention = measure_attention(
-            timer.within(_share_s("attention", deadline, parts)),
-            memory_bytes=planned,
-            flops_per_s=_widely_used_rate(kernels),
-            quick=quick,
-        )
+        kernels = measuring.kernels(known)
+        link = measuring.link(known, facts.uuid)
+        attention = measuring.attention(known, kernels)
         facts = _still_warm(facts, device)
-        if not quick:
-            within = timer.within(_share_s("host", deadline, parts))
-            kernels = measure_host_costs(within, kernels, link, say)
+        kernels = measuring.host_costs(kernels, link)
     noise = watch.noise()
     empty_cache(device)
-    if not quick and deadline.leaves("the read rate of the model cache"):
-        say("disk")
-        disk = measure_disk(budget_s=min(_DISK_S, deadline.left_s))
-        host = structs.replace(host, disk_read_bytes_per_s=disk)
+    host = structs.replace(host, disk_read_bytes_per_s=measuring.disk(known))
     machine = Machine(
         name=machine_name(facts, host.cores),
         source="measured",
@@ -162,6 +176,7 @@ def _measure(
         left_out=deadline.left_out,
         others=other_gpus(facts),
     )
+    machine = machine if known is None else composed(known, machine, parts)
     machine = find(
         machine,
         disturbed_above=2 * DISTURBED_SPREAD,
@@ -171,16 +186,97 @@ def _measure(
     return structs.replace(machine, findings=(*machine.findings, QUICK)) if quick else machine
 
 
-def _parts(quick: bool, has_link: bool) -> tuple[str, ...]:
+def _is_same(known: Machine, device: Device) -> bool:
+    return (known.device.kind, known.device.uuid) == (device.kind, device.uuid)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """The stages of one measurement, each with its share of the time.
+
+    Attributes:
+        timer: With the deadline of all.
+        parts: What to measure of a machine that is known; everything of one that is not.
+        stages: Those to come to, in order.
+        quick: Measure what a first look needs.
+        say: Told what is being measured.
+        memory_bytes: Of the device, for tensors.
+        host_bytes: Of the host, for a buffer.
+    """
+
+    timer: Timer
+    parts: frozenset[Part]
+    stages: tuple[str, ...]
+    quick: bool
+    say: Progress
+    memory_bytes: int
+    host_bytes: int
+
+    def kernels(self, known: Machine | None) -> Kernels:
+        """Rates, and launches; where they are known, what is asked for of them."""
+        if known is None or "kernels" in self.parts:
+            return measure_kernels(
+                self._within("kernels"),
+                memory_bytes=self.memory_bytes,
+                quick=self.quick,
+                progress=self.say,
+            )
+        if "dispatch" not in self.parts:
+            return known.kernels
+        return with_launch_cost(self._within("host"), known.kernels)
+
+    def link(self, known: Machine | None, uuid: str | None) -> Link | None:
+        """Copies and module moves, or those alone."""
+        if "link" not in self.stages:
+            return known.link if known else None
+        self.say("transfers")
+        timer, buffer = self._within("link"), min(self.memory_bytes, self.host_bytes)
+        if known is not None and known.link is not None and "link" not in self.parts:
+            return with_module_rates(timer, known.link, memory_bytes=buffer)
+        return measure_link(timer, memory_bytes=buffer, uuid=uuid, quick=self.quick)
+
+    def attention(self, known: Machine | None, kernels: Kernels) -> tuple[AttentionRate, ...]:
+        """The implementations at the shapes of real models."""
+        if known is not None and "attention" not in self.parts:
+            return known.attention
+        self.say("attention")
+        return measure_attention(
+            self._within("attention"),
+            memory_bytes=self.memory_bytes,
+            flops_per_s=_widely_used_rate(kernels),
+            quick=self.quick,
+        )
+
+    def host_costs(self, kernels: Kernels, link: Link | None) -> Kernels:
+        """The kernels with what the host spends in a model and on hooks."""
+        if "host" not in self.stages:
+            return kernels
+        return measure_host_costs(self._within("host"), kernels, link, self.say)
+
+    def disk(self, known: Machine | None) -> Figure | None:
+        """Bytes per second from the disk with the model cache."""
+        if "disk" not in self.stages:
+            return known.host.disk_read_bytes_per_s if known else None
+        deadline = self.timer.deadline
+        if not deadline.leaves("the read rate of the model cache"):
+            return None
+        self.say("disk")
+        return measure_disk(budget_s=min(_DISK_S, deadline.left_s))
+
+    def _within(self, stage: str) -> Timer:
+        return self.timer.within(_share_s(stage, self.timer.deadline, self.stages))
+
+
+def _stages(quick: bool, has_link: bool, parts: frozenset[Part]) -> tuple[str, ...]:
     """What is measured, in order."""
-    parts = tuple(_NEEDS_S)[:3] if quick else tuple(_NEEDS_S)
-    return tuple(part for part in parts if has_link or part != "link")
+    stages = tuple(_NEEDS_S)[:3] if quick else tuple(_NEEDS_S)
+    return tuple(s for s in stages if _STAGES[s] & parts and (has_link or s != "link"))
 
 
-def _share_s(part: str, deadline: Deadline, parts: tuple[str, ...]) -> float:
-    """Seconds for a part: what the ones before it left, less what the ones after it need."""
-    still = sum(_NEEDS_S[name] for name in parts[parts.index(part) :])
-    return deadline.left_s * _NEEDS_S[part] / still
+def _share_s(stage: str, deadline: Deadline, stages: tuple[str, ...]) -> float:
+    """Seconds for a stage: what the ones before it left, less what the ones after it need."""
+    still = sum(_NEEDS_S[name] for name in stages[stages.index(stage) :])
+    return deadline.left_s * _NEEDS_S[stage] / still
 
 
 def _widely_used_rate(kernels: Kernels) -> float:

@@ -59,13 +59,13 @@ def read_machine(path: Path) -> Machine:
         raise MachineError(message, f"check the path, or {hint}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # not even text
         raise MachineError(f"{path} is not a machine file: {error}", hint) from error
-    for problem in _problems(machine):
+    for problem in machine_problems(machine):
         raise MachineError(f"{path} is no machine that can be planned for: {problem}", hint)
     return machine
 
 
-def _problems(machine: Machine) -> Iterator[str]:
-    """What the types let through and no plan can be made with."""
+def machine_problems(machine: Machine) -> Iterator[str]:
+    """What the types let through and no plan can be made with, in words."""
     device, host, kernels, link = machine.device, machine.host, machine.kernels, machine.link
     if not 0 <= device.free_bytes <= device.total_bytes or not device.total_bytes:
         yield f"it has {device.free_bytes} of {device.total_bytes} bytes free"

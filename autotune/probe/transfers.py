@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from autotune.probe import nvml
@@ -73,9 +74,7 @@ def measure_link(
     sweep += tuple(sweep_of(pageable, sizes, pinned=False))
     slower = headline(sweep, "h2d", pinned=False).value
     module_h2d, module_d2h = module_rates(
-        timer,
-        min(_LARGE_BYTES, sizes[-1], int(slower * _MODULE_S)),
-        rounds=1 if quick else _MODULE_ROUNDS,
+        timer, _module_bytes(slower, sizes[-1]), rounds=1 if quick else _MODULE_ROUNDS
     )
     beside = not quick and timer.deadline.leaves("copies beside a kernel")
     facts = nvml.gpu(uuid)
@@ -93,6 +92,23 @@ def measure_link(
         overlap_fraction=measure_overlap(timer, memory_bytes) if beside else None,
         sweep=() if quick else sweep,
     )
+
+
+def with_module_rates(timer: Timer, link: Link, *, memory_bytes: int) -> Link:
+    """A link measured before, with what ``module.to()`` reaches now.
+
+    Args:
+        timer: For a discrete CUDA device.
+        link: Of that device.
+        memory_bytes: Memory that the module may take on the device and on the host.
+    """
+    size = _module_bytes(link.h2d_pageable_bytes_per_s.value, memory_bytes)
+    out, back = module_rates(timer, size)
+    return replace(link, module_h2d_bytes_per_s=out, module_d2h_bytes_per_s=back)
+
+
+def _module_bytes(pageable_bytes_per_s: float, most: int) -> int:
+    return min(_LARGE_BYTES, most, int(pageable_bytes_per_s * _MODULE_S))
 
 
 def sweep_of(timer: Timer, sizes: tuple[int, ...], *, pinned: bool) -> Iterator[TransferPoint]:

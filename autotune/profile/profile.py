@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any
 
 from autotune.probe.machine import Machine, Value
@@ -118,6 +119,8 @@ class Profile(Value, frozen=True):
         runs: The latest verified runs, newest last.
         plans: The latest decisions, newest last.
         misfits: What ran out of memory lately, newest last.
+        changed_at: When figures were last measured again because driver, software or hardware had
+            changed; ``None``: never. What was recorded before is of the machine as it was then.
     """
 
     key: str
@@ -128,3 +131,24 @@ class Profile(Value, frozen=True):
     plans: tuple[PlanRecord, ...] = ()
     misfits: tuple[MisfitRecord, ...] = ()
     schema_version: int = SCHEMA_VERSION
+    changed_at: str | None = None
+
+    def is_outdated(self, record: RunRecord | PlanRecord | MisfitRecord) -> bool:
+        """Whether a record is from before the machine's last change."""
+        return is_before(record.at, self.changed_at)
+
+
+def is_before(at: str, other: str | None) -> bool:
+    """Whether a moment is before another; no if either is missing or no ISO 8601 timestamp."""
+    first, second = moment(at), moment(other or "")
+    return first is not None and second is not None and first < second
+
+
+def moment(timestamp: str) -> datetime | None:
+    """An ISO 8601 timestamp, in UTC where it names no zone; ``None`` for any other text."""
+    try:
+        # Python 3.10 does not read the "Z".
+        found = datetime.fromisoformat(timestamp.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)

@@ -15,10 +15,12 @@ from autotune.tuner.configure import (
     require_fit,
     tuned,
 )
+from autotune.tuner.fleet import import_profile
 from autotune.tuner.here import (
     REPLAY_S,
     Measured,
     Progress,
+    changes_here,
     device_name,
     machine_here,
     remember_machine,
@@ -42,10 +44,12 @@ __all__ = [
     "Measured",
     "Planned",
     "Progress",
+    "changes_here",
     "check_ask",
     "completed",
     "configure_pipeline",
     "device_name",
+    "import_profile",
     "is_far_off",
     "load_tuned",
     "loadable",

@@ -13,11 +13,22 @@ from autotune.decide.forward import ForwardModel
 from autotune.probe import nvml
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
-from autotune.probe.machine import Machine
+from autotune.probe.machine import Device, Machine
+from autotune.probe.parts import EVERYTHING, Part
 from autotune.probe.software import installed_versions
+from autotune.profile import merging
+from autotune.profile.merging import with_machine, with_operators
 from autotune.profile.profile import Profile
-from autotune.profile.staleness import stale_reasons
-from autotune.profile.store import load_profile, update_profile
+from autotune.profile.staleness import (
+    Change,
+    Facts,
+    changes,
+    facts_of,
+    known_pcie,
+    reasons,
+    stale_parts,
+)
+from autotune.profile.store import load_profile, updated_if_possible
 from autotune.workload.workload import Workload
 
 REPLAY_S = 3.0
@@ -38,55 +49,85 @@ class Measured(NamedTuple):
 def machine_here(
     device: str | None = None, *, remeasure: bool = False, progress: Progress | None = None
 ) -> Measured:
-    """This machine from its profile, measured first where there is none or it is stale.
+    """This machine from its profile; what is missing there, or stale, is measured first.
 
-    Free memory is always read now.
+    Free memory is always read now. Where the profile cannot be stored, that is a warning.
+
+    Args:
+        device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory, else the CPU.
+        remeasure: Measure everything, whatever the profile has.
+        progress: Told what is being measured.
 
     Raises:
         MachineError: there is no such device.
-        ProfileError: the cache folder cannot be used.
     """
     key = identity(device)
     profile = load_profile(key)
-    reasons = ("asked to",) if remeasure else _why_measure(profile)
-    if profile is not None and not reasons:
+    if profile is None or remeasure:
+        why = "asked to" if remeasure else "no profile of this machine yet"
+        return _measured(key, device, None, EVERYTHING, (why,), progress)
+    found = changes_here(profile)
+    stale = stale_parts(found)
+    if not stale:
         return Measured(key, refresh(profile.machine), ())
+    why_not = reasons(found, profile.machine)
+    return _measured(key, device, profile.machine, stale, why_not, progress)
+
+
+def _measured(
+    key: str,
+    device: str | None,
+    known: Machine | None,
+    parts: frozenset[Part],
+    why: tuple[str, ...],
+    progress: Progress | None,
+) -> Measured:
+    """Measure parts of this machine, and remember them."""
     from autotune.probe.measure import measure_machine
 
-    machine = measure_machine(device, progress=progress)
-    key = profile_key(machine)  # with several GPUs, the one with most free memory may have changed
-    remember_machine(key, machine)
-    return Measured(key, machine, reasons)
+    machine = measure_machine(device, progress=progress, known=known, parts=parts)
+    # With several GPUs, the one with most free memory may have changed: then all was measured.
+    found_key = profile_key(machine)
+    profile = remember_machine(found_key, machine, parts if found_key == key else EVERYTHING)
+    return Measured(found_key, profile.machine if profile else machine, why)
 
 
-def _why_measure(profile: Profile | None) -> tuple[str, ...]:
-    return ("no profile of this machine yet",) if profile is None else why_stale(profile)
+def changes_here(profile: Profile) -> tuple[Change, ...]:
+    """What has changed on this machine since its profile was measured."""
+    before = profile.machine
+    return changes(facts_of(before), facts_here(before.device))
 
 
-def why_stale(profile: Profile) -> tuple[str, ...]:
-    """Why this machine's profile must be measured again, compared with what is installed now."""
-    gpu = nvml.gpu(profile.machine.device.uuid)
-    return stale_reasons(
-        profile,
-        software=installed_versions(),
+def facts_here(device: Device) -> Facts:
+    """What the figures of a device of this machine depend on, as it is now."""
+    gpu = nvml.gpu(device.uuid)
+    return Facts(
+        device=device.name,
+        total_bytes=gpu.total_bytes if gpu and not device.unified_memory else None,
+        on_cpu=device.kind == "cpu",
         driver=gpu.driver if gpu else None,
+        software=installed_versions(),
         host=read_host(),
+        pcie=known_pcie(gpu.pcie_generation_max, gpu.pcie_width_max) if gpu else None,
     )
 
 
-def remember_machine(key: str, machine: Machine) -> Profile:
-    """Store a fresh measurement; runs remembered before stay."""
-
-    def change(profile: Profile | None) -> Profile:
-        base = profile or new_profile(key, machine)
-        return msgspec.structs.replace(base, machine=machine, updated_at=timestamp())
-
-    return update_profile(key, change)
+def why_stale(profile: Profile) -> tuple[str, ...]:
+    """What of this machine's profile must be measured again, and why; empty when it holds."""
+    return reasons(changes_here(profile), profile.machine)
 
 
-def new_profile(key: str, machine: Machine) -> Profile:
-    now = timestamp()
-    return Profile(key=key, machine=machine, created_at=now, updated_at=now)
+def remember_machine(
+    key: str, machine: Machine, parts: frozenset[Part] = EVERYTHING
+) -> Profile | None:
+    """Store a fresh measurement, merged with what others have stored; all records stay.
+
+    Returns:
+        The profile as stored; ``None`` where it could not be.
+    """
+    return updated_if_possible(
+        key, lambda profile: with_machine(profile, key, machine, timestamp(), parts)
+    )
 
 
 def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measured:
@@ -113,15 +154,17 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
         weight=lambda o: o.count * model.rate_seconds(o),
     )
 
-    def change(profile: Profile | None) -> Profile:
-        now = timestamp()
-        base = profile or new_profile(measured.key, machine)
-        known = base.machine.operators | found
-        updated = msgspec.structs.replace(base.machine, operators=known)
-        return msgspec.structs.replace(base, machine=updated, updated_at=now)
-
-    known = update_profile(measured.key, change).machine.operators
+    updated_if_possible(
+        measured.key,
+        lambda stored: with_operators(stored, measured.key, machine, found, timestamp()),
+    )
+    known = machine.operators | found
     return measured._replace(machine=msgspec.structs.replace(machine, operators=known))
+
+
+def new_profile(key: str, machine: Machine) -> Profile:
+    """The profile of a machine that has none yet, as of now."""
+    return merging.new_profile(key, machine, timestamp())
 
 
 def device_name(machine: Machine) -> str:

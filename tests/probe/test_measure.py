@@ -17,7 +17,7 @@ from autotune.errors import MachineError
 from autotune.probe import devices
 from autotune.probe.host import read_host
 from autotune.probe.live import profile_key
-from autotune.probe.machine import Device, GpuProcess, Machine
+from autotune.probe.machine import Device, GpuProcess, Machine, OperatorTime
 from autotune.probe.measure import (
     _CONTEXT_ESTIMATE_BYTES,
     QUICK,
@@ -25,7 +25,9 @@ from autotune.probe.measure import (
     machine_name,
     measure_machine,
 )
-from tests.probe.pretend import pretend
+from autotune.probe.reference import load_machine
+from autotune.profile.staleness import STALE
+from tests.probe.pretend import SlowDevice, pretend, shrink
 
 GIB = 1 << 30
 
@@ -221,3 +223,65 @@ def test_names() -> None:
     cpu = Device(kind="cpu", name="Intel(R) Xeon(R)", total_bytes=1, free_bytes=1)
     assert machine_name(gpu, 8) == "nvidia-h100-80gb-hbm3"
     assert machine_name(cpu, 2) == "cpu-intel-xeon-2-cores"
+
+
+def test_parts_of_a_known_machine(measured: tuple[Machine, float, list[str]]) -> None:
+    """What is asked for is measured, and nothing else."""
+    known = replace(measured[0], operators={"a": OperatorTime(1.0)}, context_bytes=7)
+    said: list[str] = []
+    machine = measure_machine(
+        "cpu", progress=said.append, known=known, parts={"attention"}, budget_s=0.5
+    )
+    assert said == ["memory", "attention"]
+    assert machine.attention != known.attention
+    assert machine.kernels == known.kernels
+    assert machine.host.disk_read_bytes_per_s == known.host.disk_read_bytes_per_s
+    assert (machine.operators, machine.context_bytes) == (known.operators, 7)
+    assert machine.measured_at != known.measured_at or machine.device != known.device
+
+
+def test_what_the_host_spends_is_a_part(measured: tuple[Machine, float, list[str]]) -> None:
+    known = replace(measured[0], attention=())
+    said: list[str] = []
+    machine = measure_machine(
+        "cpu", progress=said.append, known=known, parts={"dispatch"}, budget_s=120
+    )
+    assert said == ["memory", "loading diffusers", "dispatch cost"]
+    rates = (k.matmul_flops_per_s for k in (machine.kernels, known.kernels))
+    assert len({str(rate) for rate in rates}) == 1
+    assert machine.kernels.launch_s != known.kernels.launch_s
+    assert machine.kernels.dispatch_s.source == "measured"
+    assert machine.attention == ()
+
+
+def test_another_device_is_measured_whole() -> None:
+    known = replace(load_machine("rtx-3080-10gb"), source="measured")
+    said: list[str] = []
+    machine = measure_machine("cpu", progress=said.append, known=known, parts=(), budget_s=0.01)
+    assert machine.device.kind == "cpu"
+    assert "float32 kernels" in said
+
+
+def test_a_new_driver_leaves_the_link_as_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, slow_clock: Any
+) -> None:
+    """What ``module.to()`` reaches is measured again, what pinned copies reach is not."""
+    shrink(monkeypatch)
+    recorded = load_machine("rtx-3080-10gb")
+    known = replace(recorded, device=replace(recorded.device, uuid=None))
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # NVML is not asked
+    said: list[str] = []
+    parts = STALE["driver"]
+    with pretend(monkeypatch, "cuda", ("Some GPU",)), SlowDevice(slow_clock.advance, 5e-3):
+        machine = measure_machine("cuda:0", progress=said.append, known=known, parts=parts)
+    before, link = known.link, machine.link
+    assert before is not None
+    assert link is not None
+    assert link.h2d_pinned_bytes_per_s == before.h2d_pinned_bytes_per_s
+    assert link.h2d_pageable_bytes_per_s == before.h2d_pageable_bytes_per_s
+    assert link.module_h2d_bytes_per_s.source == "measured"
+    assert link.module_h2d_bytes_per_s != before.module_h2d_bytes_per_s
+    assert machine.kernels.matmul_flops_per_s != known.kernels.matmul_flops_per_s
+    assert machine.kernels.offload_hook_s != known.kernels.offload_hook_s
+    assert machine.attention != known.attention
+    assert "disk" not in said

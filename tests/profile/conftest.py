@@ -40,8 +40,14 @@ def machine() -> Machine:
             os="Linux 6.1.0-28-amd64",
         ),
         kernels=Kernels(
-            matmul_flops_per_s={"float16": Figure(value=5e13, samples=(4e13, 5e13, 6e13))},
-            convolution_flops_per_s={"float16": Figure(value=4e13)},
+            matmul_flops_per_s={
+                "float32": Figure(value=2e13),
+                "float16": Figure(value=5e13, samples=(4e13, 5e13, 6e13)),
+            },
+            convolution_flops_per_s={
+                "float32": Figure(value=2e13),
+                "float16": Figure(value=4e13),
+            },
             memory_bytes_per_s=Figure(value=7e11),
             dispatch_s=Figure(value=5e-6),
         ),

@@ -14,7 +14,6 @@ from autotune.profile import store
 from autotune.profile.profile import Profile
 
 REPOSITORY = Path(__file__).parents[2]
-V1 = Path(__file__).parent / "fixtures" / "v1.json"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,6 @@ def test_stored_profiles_are_valid(profile: Profile) -> None:
     store.save_profile(profile)
     stored = json.loads(store.profile_path(profile.key).read_text())
     jsonschema.validate(stored, schema("profile.json"))
-    jsonschema.validate(json.loads(V1.read_text()), schema("profile.json"))
     machine = json.loads(msgspec.json.encode(profile.machine))
     jsonschema.validate(machine, schema("machine.json"))
 

@@ -1,0 +1,100 @@
+"""A profile measured on one machine, taken over by another of the same kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from autotune.errors import ProfileError
+from autotune.probe.live import other_gpus, profile_key
+from autotune.probe.machine import Machine
+from autotune.probe.software import installed_versions
+from autotune.profile.merging import with_machine, with_records
+from autotune.profile.profile import Profile
+from autotune.profile.staleness import Change, changes, facts_of
+from autotune.profile.store import read_profile, update_profile
+from autotune.tuner.here import facts_here, timestamp
+
+
+def import_profile(file: Path, device: str | None = None) -> Profile:
+    """Store the profile in a file as this machine's.
+
+    What identifies the machine and what is free is read here. The file's figures take the place of
+    those stored before, which only fill its gaps; runs, plans and misfits of both are kept.
+
+    Args:
+        file: From ``export_profile``.
+        device: For which of this machine's devices; by default the one that it would be for a
+            pipeline, and for the profile of a CPU the CPU.
+
+    Returns:
+        The profile as stored.
+
+    Raises:
+        ProfileError: the file is no readable profile, is of a machine of another kind, or the cache
+            folder cannot be written.
+        MachineError: there is no such device.
+    """
+    imported = read_profile(file)
+    on_cpu = imported.machine.device.kind == "cpu"
+    machine = _as_here(imported.machine, device or ("cpu" if on_cpu else None))
+    key = profile_key(machine)
+    differences = kind_differences(imported.machine, machine)
+    if differences and imported.key != key:
+        raise ProfileError(
+            f"{file} is of another kind of machine: {'; '.join(differences)}",
+            "measure this one: `autotune probe`; compare them: `autotune profile diff FILE`",
+        )
+    # Of this very machine, from before a change: then that is what it stays, and is found stale.
+    of_here = machine if not differences else imported.machine
+    now = timestamp()
+
+    def change(stored: Profile | None) -> Profile:
+        base = with_machine(stored, key, of_here, now)
+        base = base if stored else msgspec.structs.replace(base, created_at=imported.created_at)
+        return with_records(
+            base, now, runs=imported.runs, plans=imported.plans, misfits=imported.misfits
+        )
+
+    return update_profile(key, change)
+
+
+def kind_differences(there: Machine, here: Machine) -> tuple[str, ...]:
+    """Why figures of one machine do not hold for another, in words; empty when they do."""
+    kinds = (there.device.kind, here.device.kind)
+    if kinds[0] != kinds[1]:
+        return (f"a {kinds[0]} device there, {kinds[1]} here",)
+    device = here.device
+    now = facts_here(device)._replace(
+        total_bytes=None if device.unified_memory else device.total_bytes
+    )
+    found = changes(facts_of(there), now)
+    return tuple(_told(change) for change in found if change.parts)
+
+
+def _told(change: Change) -> str:
+    return f"{change.what} {change.before} there, {change.now} here"
+
+
+def _as_here(machine: Machine, device: str | None) -> Machine:
+    """The machine with everything of this one that is read and not measured."""
+    import torch
+
+    from autotune.probe.devices import choose_device, describe
+    from autotune.probe.findings import find
+    from autotune.probe.host import read_host
+    from autotune.probe.samples import DISTURBED_SPREAD
+
+    host = read_host()
+    facts = describe(choose_device(device), host)
+    disk = machine.host.disk_read_bytes_per_s
+    here = msgspec.structs.replace(
+        machine,
+        device=facts,
+        host=msgspec.structs.replace(host, disk_read_bytes_per_s=disk),
+        software=installed_versions(),
+        others=other_gpus(facts),
+    )
+    accelerator = torch.accelerator.is_available()
+    return find(here, disturbed_above=2 * DISTURBED_SPREAD, accelerator=accelerator)

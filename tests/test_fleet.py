@@ -1,0 +1,173 @@
+"""A profile measured on one machine, taken over by another of the same kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from autotune.errors import ProfileError
+from autotune.probe import devices, host, live, nvml, software
+from autotune.probe.machine import Device, GpuProcess, Machine, OperatorTime
+from autotune.profile import coding
+from autotune.profile.profile import Profile, RunRecord
+from autotune.profile.store import list_profiles, load_profile, save_profile
+from autotune.tuner import changes_here, fleet
+from autotune.tuner import here as here_stage
+
+GIB = 1 << 30
+RUN = RunRecord("w", ("tome",), (), (), "2026-01-01T00:00:00+00:00")
+
+
+@pytest.fixture
+def here(rtx_3080: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """This machine has the second of two GPUs, with little free memory."""
+    device = replace(
+        rtx_3080.device,
+        uuid="GPU-here",
+        driver="580.82",
+        index=1,
+        free_bytes=2 * GIB,
+        processes=(GpuProcess(7, GIB, "mine"),),
+    )
+    gpu = nvml.Gpu(
+        index=1,
+        uuid="GPU-here",
+        name=device.name,
+        driver="580.82",
+        total_bytes=device.total_bytes,
+        pcie_generation_max=4,
+        pcie_width_max=16,
+    )
+    monkeypatch.setattr(devices, "choose_device", lambda name: name)
+    monkeypatch.setattr(devices, "describe", lambda name, host: device)
+    monkeypatch.setattr(nvml, "gpu", lambda uuid: gpu if uuid == "GPU-here" else None)
+    monkeypatch.setattr(fleet, "other_gpus", lambda device: ())
+    return device
+
+
+@pytest.fixture
+def there(here: Device, rtx_3080: Machine) -> Profile:
+    """A profile of a machine of the same kind, with other memory free."""
+    device = replace(
+        here,
+        uuid="GPU-there",
+        index=0,
+        free_bytes=9 * GIB,
+        processes=(GpuProcess(4242, GIB, "theirs"),),
+    )
+    machine = replace(
+        rtx_3080,
+        source="measured",
+        device=device,
+        host=replace(host.read_host(), ram_available_bytes=1),
+        software=software.installed_versions(),
+        operators={"a": OperatorTime(1.0)},
+        findings=("Other processes hold 1.00 GiB of the GPU's memory: theirs (PID 4242).",),
+    )
+    return Profile(
+        key="GPU-there", machine=machine, runs=(RUN,), created_at="2026", updated_at="2026"
+    )
+
+
+def put(file: Path, profile: Profile, **changes: Any) -> Path:
+    file.write_bytes(coding.encode(replace(profile, machine=replace(profile.machine, **changes))))
+    return file
+
+
+def test_the_same_kind_of_machine_takes_it_over(
+    here: Device, there: Profile, tmp_path: Path
+) -> None:
+    stored = fleet.import_profile(put(tmp_path / "image.json", there))
+    assert load_profile("GPU-here") == stored
+    assert load_profile("GPU-there") is None
+    assert stored.machine.device == here
+    assert stored.machine.host.ram_available_bytes > 1
+    assert not any("4242" in finding for finding in stored.machine.findings)
+    assert stored.machine.kernels == there.machine.kernels
+    assert stored.machine.link == there.machine.link
+    assert stored.machine.operators == there.machine.operators
+    assert stored.runs == there.runs
+    assert stored.created_at == "2026"
+    assert changes_here(stored) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"name": "NVIDIA GeForce RTX 3090"}, "device NVIDIA GeForce RTX 3090 there, "),
+        ({"total_bytes": 12 * GIB}, "memory 12.0 GiB there, 10.0 GiB here"),
+        ({"driver": "590.44"}, "driver 590.44 there, 580.82 here"),
+    ],
+)
+def test_another_device_is_refused(
+    change: dict[str, Any], told: str, there: Profile, tmp_path: Path
+) -> None:
+    other = put(tmp_path / "x.json", there, device=replace(there.machine.device, **change))
+    with pytest.raises(ProfileError, match="another kind of machine") as raised:
+        fleet.import_profile(other)
+    assert told in raised.value.message
+    assert load_profile("GPU-here") is None
+
+
+def test_other_software_and_another_computer_are_refused(there: Profile, tmp_path: Path) -> None:
+    machine = there.machine
+    assert machine.link is not None
+    for change in (
+        {"software": {**machine.software, "torch": "1.0"}},
+        {"host": replace(machine.host, cpu="Other")},
+        {"link": replace(machine.link, pcie_generation_max=4, pcie_width_max=8)},
+    ):
+        with pytest.raises(ProfileError, match=r"(torch|CPU|PCIe) .* there, .* here"):
+            fleet.import_profile(put(tmp_path / "x.json", there, **change))
+
+
+def test_another_amount_of_ram_is_no_other_kind(there: Profile, tmp_path: Path) -> None:
+    more = replace(there.machine.host, ram_total_bytes=1 << 45)
+    stored = fleet.import_profile(put(tmp_path / "x.json", there, host=more))
+    assert stored.machine.host.ram_total_bytes < 1 << 45
+
+
+def test_what_is_remembered_here_stays(there: Profile, here: Device, tmp_path: Path) -> None:
+    own = replace(RUN, workload="own")
+    operators = {"b": OperatorTime(2.0)}
+    machine = replace(there.machine, device=here, operators=operators)
+    save_profile(replace(there, key="GPU-here", machine=machine, runs=(own,)))
+    stored = fleet.import_profile(put(tmp_path / "x.json", there))
+    assert set(stored.runs) == {RUN, own}
+    assert set(stored.machine.operators) == {"a", "b"}
+
+
+def test_a_backup_of_this_machine_is_taken_back_and_found_stale(
+    there: Profile, here: Device, tmp_path: Path
+) -> None:
+    backup = replace(there, key="GPU-here")
+    device = replace(here, driver="570.10")
+    stored = fleet.import_profile(put(tmp_path / "x.json", backup, device=device))
+    assert stored.key == "GPU-here"
+    assert [change.what for change in changes_here(stored)] == ["driver"]
+
+
+def test_a_file_that_is_none_leaves_everything_alone(here: Device, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text("{")
+    with pytest.raises(ProfileError, match="not a readable profile"):
+        fleet.import_profile(file)
+    assert file.exists()
+    assert list_profiles() == ()
+
+
+def test_a_processors_profile_is_the_processors(
+    there: Profile, here: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the default device is a GPU."""
+    asked: list[str | None] = []
+    cpu = Device(kind="cpu", name=host.cpu_name(), total_bytes=GIB, free_bytes=GIB)
+    monkeypatch.setattr(devices, "choose_device", lambda name: asked.append(name))
+    monkeypatch.setattr(devices, "describe", lambda *_: cpu)
+    stored = fleet.import_profile(put(tmp_path / "x.json", there, device=cpu, link=None))
+    assert asked == ["cpu"]
+    assert stored.key == live.identity("cpu")
+    assert here_stage.why_stale(stored) == ()

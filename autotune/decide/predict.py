@@ -31,6 +31,7 @@ from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.step_caches import GUIDED_IN_BATCH
 from autotune.probe.machine import Machine
 from autotune.units import MIB
 from autotune.workload.workload import ComponentRun, Phase, Trace, Workload
@@ -335,7 +336,9 @@ class Predictor:
         kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
         if execution.step_cache is not None and run.role == "denoiser":
             passes = self.workload.guided_passes
-            kept += step_caches.kept_bytes(execution.step_cache, run.trace, passes)
+            kept += step_caches.kept_bytes(
+                execution.step_cache, run.trace, passes, self._guided_in_batch
+            )
         return kept
 
     def _with_effects(
@@ -417,7 +420,13 @@ class Predictor:
             return ALL_COMPUTED
         component = self._components[run.component]
         steps = self.workload.request.steps
-        return step_caches.share_computed(execution.step_cache, steps, component)
+        return step_caches.share_computed(
+            execution.step_cache, steps, component, self._guided_in_batch
+        )
+
+    @property
+    def _guided_in_batch(self) -> bool:
+        return self.workload.pipeline in GUIDED_IN_BATCH
 
     def path(self, run: ComponentRun, execution: Execution) -> Path:
         """What this run of the workload executes.

@@ -13,7 +13,9 @@ from autotune.optimizations.rule import Rule
 
 LAYER_OFFLOADS = frozenset({"sequential_cpu_offload", "group_offload"})
 OFFLOADS = LAYER_OFFLOADS | {"model_cpu_offload", "text_encoder_offload"}
-STEP_CACHES = frozenset({"first_block_cache", "taylorseer_cache", "pyramid_attention_broadcast"})
+STEP_CACHES = frozenset(
+    {"first_block_cache", "taylorseer_cache", "pyramid_attention_broadcast", "faster_cache"}
+)
 PLACEMENTS = OFFLOADS | {"device_map"}
 """What decides where the weights are."""
 COMPUTE_SAVERS = STEP_CACHES | {"tome"}
@@ -77,7 +79,8 @@ RULES: tuple[Rule, ...] = (
         "graph-in-pieces",
         "what runs between the layers cuts the compiled graph into pieces",
         frozenset({"compile"}),
-        LAYER_OFFLOADS | {"tome", "pyramid_attention_broadcast", "layerwise_casting"},
+        LAYER_OFFLOADS
+        | {"tome", "pyramid_attention_broadcast", "faster_cache", "layerwise_casting"},
         "hinders",
     ),
     Rule(

@@ -35,8 +35,24 @@ class Share(NamedTuple):
 ALL_COMPUTED = Share(1.0, 1.0)
 
 
-def share_computed(cache: StepCache, steps: int, component: Component) -> Share:
-    """How much of the repeated blocks is computed in a generation of so many steps."""
+LATE_ATTENTION, LATE_GUIDANCE, GUIDED_EVERY = 0.681, 0.641, 5
+"""FasterCache's defaults: shares of the timesteps, the last ones, on which it skips attention and
+the unguided pass; and how often that pass is computed all the same."""
+
+
+def share_computed(
+    cache: StepCache, steps: int, component: Component, guided_in_batch: bool = False
+) -> Share:
+    """How much of the repeated blocks is computed in a generation of so many steps.
+
+    Args:
+        cache: Of the denoiser.
+        steps: Denoise steps.
+        component: The denoiser.
+        guided_in_batch: Whether half of each call's batch is the unguided pass.
+    """
+    if cache.method == "faster":
+        return _faster(cache.value, guided_in_batch)
     if cache.method == "attention":
         first, last = SKIPPABLE
         skippable = (last - first) / 1000
@@ -48,6 +64,15 @@ def share_computed(cache: StepCache, steps: int, component: Component) -> Share:
     first_block = 1 / max(len(component.block_bytes), 1)
     computed = first_block + (1 - first_block) * computed
     return Share(computed, computed)
+
+
+def _faster(every: float, guided_in_batch: bool) -> Share:
+    """Attention is skipped where the unguided pass is, which leaves half of the batch."""
+    skipped = 1 - 1 / every
+    if not guided_in_batch:
+        return Share(1.0, 1 - LATE_ATTENTION * skipped)
+    halved = LATE_GUIDANCE * (1 - 1 / GUIDED_EVERY)
+    return Share(1 - halved / 2, (1 - halved) + halved * (1 - skipped) / 2)
 
 
 def _taylor_steps(steps: int, interval: int) -> int:
@@ -72,13 +97,14 @@ FACTORS_KEPT, FACTOR_BYTES = 2, 2
 """Value and slope of what is extrapolated, in bfloat16 whatever the network computes in."""
 
 
-def kept_bytes(cache: StepCache, trace: Trace, passes: int) -> int:
+def kept_bytes(cache: StepCache, trace: Trace, passes: int, guided_in_batch: bool = False) -> int:
     """Device memory of what is kept from step to step.
 
     Args:
         cache: Of the denoiser.
         trace: One call of it.
         passes: Calls in one step, each of which keeps its own, but for attention.
+        guided_in_batch: Whether half of each call's batch is the unguided pass.
     """
     if cache.method == "taylor":
         return passes * FACTORS_KEPT * FACTOR_BYTES * _result_values(trace)
@@ -91,8 +117,10 @@ def kept_bytes(cache: StepCache, trace: Trace, passes: int) -> int:
         for o in trace.operators
         if o.attention is not None and o.region == "attention"
     ]
-    if cache.method == "attention":
-        return sum(values * size * count for values, size, count in states)
+    if cache.method in ("attention", "faster"):
+        # FasterCache keeps two results of each layer, and none of the unguided pass.
+        results = 2 if cache.method == "faster" and not guided_in_batch else 1
+        return results * sum(values * size * count for values, size, count in states)
     largest = max((values * size for values, size, _ in states), default=0)
     return passes * FIRST_BLOCK_KEPT * largest
 

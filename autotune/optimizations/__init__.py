@@ -20,6 +20,7 @@ from autotune.optimizations.plugins import Catalogue
 from autotune.optimizations.projections import FuseQkv
 from autotune.optimizations.quantization import Quantization
 from autotune.optimizations.step_caches import (
+    FasterCache,
     FirstBlockCache,
     PyramidAttentionBroadcast,
     TaylorSeerCache,
@@ -45,6 +46,7 @@ CATALOGUE = Catalogue(
         FirstBlockCache(),
         TaylorSeerCache(),
         PyramidAttentionBroadcast(),
+        FasterCache(),
         VaeSlicing(),
         VaeTiling(),
         VaeBfloat16(),

@@ -58,11 +58,12 @@ class StepCache(Value, frozen=True):
         method: ``"first_block"``: all blocks but the first, while its result changes by less than
             ``value``. ``"taylor"``: all blocks but at every ``value``-th step, from where it is
             extrapolated. ``"attention"``: attention at all but every ``value``-th step, apart from
-            the first and the last ones (pyramid attention broadcast).
+            the first and the last ones (pyramid attention broadcast). ``"faster"``: the same late
+            in the schedule, by extrapolation, where guidance is mostly extrapolated too.
         value: As the method reads it.
     """
 
-    method: Literal["first_block", "taylor", "attention"]
+    method: Literal["first_block", "taylor", "attention", "faster"]
     value: float
 
 

@@ -117,18 +117,21 @@ class GroupCpuOffload(Optimization):
         }
 
     def code(self, parameters: Parameters) -> tuple[str, ...]:
-        overlaps, level = bool(parameters["stream"]), parameters["level"]
+        overlaps, by_block = bool(parameters["stream"]), parameters["level"] == "block"
         folder = ", offload_to_disk_path=tempfile.mkdtemp()" if parameters["disk"] else ""
+        apart = (
+            "        # Pipelines call an autoencoder's decode, for which blocks do not wait, and",
+            "        # change its dtype, of which streams know nothing.",
+            '        is_vae = hasattr(module, "decode")',
+        )
+        level = '"leaf_level" if is_vae else "block_level"' if by_block else '"leaf_level"'
         return (
             *(("import tempfile",) if folder else ()),
             "from diffusers.hooks import apply_group_offloading",
             "for module in pipe.components.values():",
             "    if isinstance(module, torch.nn.Module):",
-            "        # Pipelines call an autoencoder's decode, for which blocks do not wait, and",
-            "        # change its dtype, of which streams know nothing.",
-            '        is_vae = hasattr(module, "decode")',
-            f'        level = "leaf_level" if is_vae else "{level}_level"',
-            f"        overlaps = {overlaps} and not is_vae",
+            *(apart if overlaps or by_block else ()),
+            f"        level, overlaps = {level}, {'not is_vae' if overlaps else False}",
             '        apply_group_offloading(module, torch.device("cuda"), offload_type=level,',
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
             f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -26,12 +27,16 @@ _TELLING = frozenset(
 )
 
 
+GUIDED_IN_BATCH = frozenset({"CogVideoXPipeline"})
+"""They compute both guided passes in one call, as one batch; of the others some call twice."""
+
+
 class _Cache(Optimization):
     """One of diffusers' caches; a network has at most one."""
 
     exactness = "lossy"
     relieves = "compute and memory bandwidth of denoise"
-    method: ClassVar[Literal["first_block", "taylor", "attention"]]
+    method: ClassVar[Literal["first_block", "taylor", "attention", "faster"]]
     config: ClassVar[str]
     key: ClassVar[str]
     """Its parameter."""
@@ -173,11 +178,7 @@ class PyramidAttentionBroadcast(_Cache):
     tried, least, most = (2, 3), 2, 8
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        if reason := super().unavailable(machine, workload):
-            return reason
-        if workload.guided_passes > 1:
-            return "it would give the results of one guided pass to the other"
-        return None
+        return super().unavailable(machine, workload) or _mixes_passes(workload)
 
     def quality(self, parameters: Parameters) -> str:
         return "balanced" if parameters["range"] == 2 else "fast"
@@ -193,15 +194,75 @@ class PyramidAttentionBroadcast(_Cache):
     def _made(self, pipe: Any, parameters: Parameters) -> Any:
         from diffusers import PyramidAttentionBroadcastConfig
 
-        if not hasattr(type(pipe), "current_timestep"):
-            raise OptimizationError(
-                f"{type(pipe).__name__} does not say at which timestep it is",
-                f"add --without {self.name}",
-            )
         return PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=int(parameters["range"]),
-            current_timestep_callback=lambda: pipe.current_timestep,
+            current_timestep_callback=_clock_of(pipe, self.name),
         )
 
     def _read(self, config: Any) -> Parameters:
         return {"range": config.spatial_attention_block_skip_range or 2}
+
+
+class FasterCache(_Cache):
+    """Late in the schedule, extrapolate attention, and of guided passes the one without prompt."""
+
+    name = "faster_cache"
+    summary = "late in the schedule, attention and most unguided passes are extrapolated"
+    pipelines = _TELLING - {"LTXPipeline", "QwenImagePipeline"} | {"ChromaPipeline"}
+    method, config, key = "faster", "FasterCacheConfig", "range"
+    defaults = {"range": 2}
+    tried, least, most = (2,), 2, 8
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        if reason := super().unavailable(machine, workload) or _mixes_passes(workload):
+            return reason
+        if workload.pipeline in GUIDED_IN_BATCH and workload.request.guidance_scale <= 1:
+            return "without guidance there is one pass, and it would be cut in two"
+        return None
+
+    def quality(self, parameters: Parameters) -> str:
+        return "fast"
+
+    def code(self, parameters: Parameters) -> tuple[str, ...]:
+        return (
+            "from diffusers import FasterCacheConfig",
+            "pipe.{denoiser}.enable_cache(FasterCacheConfig("
+            f"spatial_attention_block_skip_range={parameters['range']},",
+            '    tensor_format="BFCHW", attention_weight_callback=lambda _: 0.5,',
+            f"    is_guidance_distilled=type(pipe).__name__ not in {sorted(GUIDED_IN_BATCH)},",
+            "    current_timestep_callback=lambda: pipe.current_timestep))",
+        )
+
+    def _made(self, pipe: Any, parameters: Parameters) -> Any:
+        from diffusers import FasterCacheConfig
+
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=int(parameters["range"]),
+            tensor_format="BFCHW",  # CogVideoX's; read where guided passes are a batch
+            attention_weight_callback=lambda _: 0.5,  # diffusers' default, which it warns of
+            is_guidance_distilled=type(pipe).__name__ not in GUIDED_IN_BATCH,
+            current_timestep_callback=_clock_of(pipe, self.name),
+        )
+
+    def _read(self, config: Any) -> Parameters:
+        return {"range": config.spatial_attention_block_skip_range}
+
+
+def _mixes_passes(workload: Workload) -> str | None:
+    """What keeps results from step to step does not know which guided pass they are of."""
+    if workload.guided_passes > 1:
+        return "it would give the results of one guided pass to the other"
+    return None
+
+
+def _clock_of(pipe: Any, name: str) -> Callable[[], int]:
+    """Says at which timestep a pipeline is.
+
+    Raises:
+        OptimizationError: it does not say so.
+    """
+    if not hasattr(type(pipe), "current_timestep"):
+        raise OptimizationError(
+            f"{type(pipe).__name__} does not say at which timestep it is", f"add --without {name}"
+        )
+    return lambda: pipe.current_timestep

@@ -241,9 +241,9 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
     assert not list(tmp_path.iterdir())
     larger = ("--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png")
     offered = autotune("run", *larger, cwd=tmp_path)
-    assert "quality high (" in offered.stderr
+    assert "quality balanced (" in offered.stderr
     assert "vae_tiling" in offered.stderr
-    drawn = autotune("run", *larger, "--quality", "high", "--steps", "2", cwd=tmp_path)
+    drawn = autotune("run", *larger, "--quality", "balanced", "--steps", "2", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
 
 

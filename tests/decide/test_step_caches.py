@@ -14,12 +14,13 @@ from autotune.decide.step_caches import kept_bytes, share_computed
 from autotune.optimizations.execution import Execution, StepCache
 from autotune.optimizations.modules import registries_of
 from autotune.optimizations.step_caches import (
+    FasterCache,
     FirstBlockCache,
     PyramidAttentionBroadcast,
     TaylorSeerCache,
 )
 from autotune.probe.reference import load_machine
-from autotune.testing.pipelines import build_chroma, build_flux, call
+from autotune.testing.pipelines import build_chroma, build_cogvideox, build_flux, call
 from autotune.workload.workload import Component
 from tests.decide.operators import attention, linear, trace_of
 from tests.workloads import workload_of
@@ -61,6 +62,32 @@ def test_broadcast_attention_as_it_is_counted(steps: int, every: int) -> None:
     assert inside == pytest.approx(share.attention, abs=1 / steps)
 
 
+@pytest.mark.parametrize("steps", [20, 40])
+def test_late_attention_as_it_is_counted(steps: int) -> None:
+    pipe = build_flux()
+    FasterCache().apply(pipe, {"range": 2}, "cpu")
+    blocks, inside = computed(pipe, steps)
+    share = share_computed(StepCache("faster", 2), steps, FIFTY_BLOCKS)
+    assert blocks == share.blocks == 1
+    assert inside == pytest.approx(share.attention, abs=1.5 / steps)
+
+
+def test_of_guided_passes_in_a_batch_one_is_skipped_late() -> None:
+    """Counted in rows of the batch: half of them are the pass without prompt."""
+    pipe, steps = build_cogvideox(), 40
+    FasterCache().apply(pipe, {"range": 2}, "cpu")
+    rows: Counter[str] = Counter()
+    for name in ("norm1", "attn1.to_q"):
+        layer = pipe.transformer.transformer_blocks[0].get_submodule(name)
+        layer.register_forward_hook(
+            lambda _module, args, _result, name=name: rows.update({name: len(args[0])})
+        )
+    call(pipe, steps=steps)
+    share = share_computed(StepCache("faster", 2), steps, FIFTY_BLOCKS, guided_in_batch=True)
+    assert rows["norm1"] / (2 * steps) == pytest.approx(share.blocks, abs=1 / steps)
+    assert rows["attn1.to_q"] / (2 * steps) == pytest.approx(share.attention, abs=1 / steps)
+
+
 def test_the_first_block_is_always_computed() -> None:
     """At a threshold of 0.06, 0.82 of the other 49."""
     share = share_computed(StepCache("first_block", 0.06), 28, FIFTY_BLOCKS)
@@ -94,6 +121,7 @@ def test_what_is_kept_from_step_to_step(passes: int) -> None:
         (FirstBlockCache(), {"threshold": 0.5}, 0.08),
         (TaylorSeerCache(), {"interval": 3}, 0.0),
         (PyramidAttentionBroadcast(), {"range": 2}, 0.0),
+        (FasterCache(), {"range": 2}, 0.0),
     ],
 )
 def test_as_much_is_kept_as_is_predicted(cache: Any, parameters: Any, slack: float) -> None:
@@ -132,6 +160,14 @@ def tensors(held: Any) -> Iterator[torch.Tensor]:
         yield from tensors(dict(enumerate(held)))
     elif type(held).__name__.endswith(("State", "StateManager")):
         yield from tensors(vars(held))
+
+
+@pytest.mark.parametrize(("scale", "allowed"), [(6.0, True), (1.0, False)])
+def test_a_pass_is_skipped_only_where_there_are_two(scale: float, allowed: bool) -> None:
+    workload = workload_of("cogvideox")
+    asked = replace(workload, request=replace(workload.request, guidance_scale=scale))
+    reason = FasterCache().unavailable(load_machine("h100-80gb"), asked)
+    assert (reason is None) == allowed
 
 
 @pytest.mark.parametrize(("scale", "allowed"), [(1.0, True), (5.0, False)])

@@ -35,6 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "steps": 4,
     },
     "taylorseer_cache": {"pipelines": (build_flux,), "steps": 6},  # it computes the first three
+    "faster_cache": {"pipelines": (build_flux,), "steps": 4},
     "vae_bfloat16": {"pipelines": (build_half_sdxl,), "side": 32},
     # Tiles of 64 pixels cut 128. The transformer, which draws that sooner, is tried first.
     "vae_tiling": {"pipelines": (build_flux, build_sd), "side": 128, "steps": 1},

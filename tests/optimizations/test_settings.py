@@ -27,6 +27,7 @@ PARAMETERS: dict[str, st.SearchStrategy[dict[str, bool | int | float | str]]] = 
     "first_block_cache": st.fixed_dictionaries({"threshold": st.floats(0.01, 0.5)}),
     "taylorseer_cache": st.fixed_dictionaries({"interval": st.integers(2, 10)}),
     "pyramid_attention_broadcast": st.fixed_dictionaries({"range": st.integers(2, 8)}),
+    "faster_cache": st.fixed_dictionaries({"range": st.integers(2, 8)}),
     "device_map": st.fixed_dictionaries(
         {"encoders": st.integers(0, 7), "autoencoder": st.integers(0, 7)}
     ),

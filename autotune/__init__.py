@@ -48,6 +48,7 @@ def configure(
     reserve: int | str = 0,
     call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
+    verify: str = "auto",
 ) -> Tuned:
     """Configure a loaded diffusers pipeline in place, for this machine and this request.
 
@@ -72,6 +73,9 @@ def configure(
         call: Further arguments of the pipeline that decide what runs, such as
             ``{"strength": 0.5, "max_sequence_length": 256}``; they are passed on when you draw.
         device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory.
+        verify: ``"auto"``: two short passes now, where this set was not verified before and they
+            take no longer than a minute; ``"always"``; ``"never"``. What they measure corrects
+            later predictions.
 
     Returns:
         The configured pipeline with ``plan``, ``explain()`` and ``undo()``; call it to draw.
@@ -84,7 +88,7 @@ def configure(
 
     limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, "auto", limits, call)
-    return configure_pipeline(pipe, ask, device)  # type: ignore[no-any-return]
+    return configure_pipeline(pipe, ask, device, verify)  # type: ignore[no-any-return]
 
 
 def load(
@@ -107,6 +111,7 @@ def load(
     reserve: int | str = 0,
     call: Mapping[str, bool | int | float | str] | None = None,
     device: str | None = None,
+    verify: str = "auto",
 ) -> Tuned:
     """Plan before the weights are read, then load and configure the pipeline.
 
@@ -123,7 +128,7 @@ def load(
 
     limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
-    return load_tuned(model, ask, device)  # type: ignore[no-any-return]
+    return load_tuned(model, ask, device, verify)  # type: ignore[no-any-return]
 
 
 def plan(

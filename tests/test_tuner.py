@@ -170,7 +170,7 @@ def test_runs_are_remembered(here):
     phases = tuple(PhaseMeasurement(p, 1.0) for p in ("encode", "denoise", "decode"))
     tuner.remember_run(measured, planned, phases)
     assert not tuner.was_verified(measured, planned)
-    seen = tuple(msgspec.structs.replace(p, peak_bytes=1) for p in phases)
+    seen = tuple(msgspec.structs.replace(p, first_seconds=1.5) for p in phases)
     tuner.remember_run(measured, planned, seen)
     assert tuner.was_verified(measured, planned)
     stored = load_profile(measured.key)

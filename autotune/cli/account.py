@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from autotune.cli.output import console, table_of
@@ -21,6 +22,7 @@ from autotune.runtime.account import (
     shortage,
     ways_out,
 )
+from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -85,14 +87,28 @@ def print_report_facts(report: PredictionReport) -> None:
     console().print(grid)
 
 
-def print_run(plan: Plan, measured: tuple[PhaseMeasurement, ...]) -> None:
+def print_run(
+    plan: Plan, measured: tuple[PhaseMeasurement, ...], verification: Verification | None
+) -> None:
     """The account after an image: the plan, and predicted beside measured."""
     out = console()
     out.print(_facts(plan))
     print_reasons(plan)
     out.print(_comparison(plan.prediction, measured))
-    if all(m.peak_bytes is None for m in measured):
-        out.print("memory was checked in an earlier run; --verify always checks it again")
+    if verification is not None:
+        out.print(_verification(verification))
+    elif all(m.peak_bytes is None for m in measured):
+        out.print("memory was not measured in this run: --verify always measures it")
+
+
+def _verification(verification: Verification) -> Table:
+    grid = _grid()
+    how, *rest = verification.lines
+    grid.add_row("verified", how)
+    for line in rest:
+        name, _, text = line.partition(": ")
+        grid.add_row(f"  {escape(name)}", escape(text))
+    return grid
 
 
 def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
@@ -183,20 +199,30 @@ def _reason_table(plan: Plan) -> Table:
 
 
 def _comparison(prediction: Prediction, measured: tuple[PhaseMeasurement, ...]) -> Table:
-    table = table_of(("phase", "predicted", "measured", "predicted peak", "measured peak"))
+    """Two columns more where the other levels of memory were measured."""
+    levels = {"reserved": "reserved_bytes", "device": "device_bytes"}
+    known = {n: f for n, f in levels.items() if any(getattr(m, f) is not None for m in measured)}
+    columns = ("phase", "predicted", "measured", "predicted peak", "measured peak")
+    table = table_of((*columns, *known))
+    found = {m.name: m for m in measured}
     for row in compare(prediction, measured):
-        table.add_row(*row)
-    total = sum(m.seconds for m in measured)
-    peaks = [m.peak_bytes for m in measured if m.peak_bytes is not None]
+        phase = [found[row[0]]] if row[0] in found else []
+        table.add_row(*row, *(_most(phase, f) for f in known.values()))
     table.add_section()
     table.add_row(
         "all",
         format_seconds(prediction.seconds),
-        format_seconds(total),
+        format_seconds(sum(m.seconds for m in measured)),
         format_bytes(prediction.peak_bytes),
-        format_bytes(max(peaks)) if peaks else "-",
+        *(_most(measured, f) for f in ("peak_bytes", *known.values())),
     )
     return table
+
+
+def _most(measured: Iterable[PhaseMeasurement], field: str) -> str:
+    """The largest of a level of memory, as far as it was measured."""
+    found = [b for m in measured if (b := getattr(m, field)) is not None]
+    return format_bytes(max(found)) if found else "-"
 
 
 def _grid() -> Table:

@@ -35,15 +35,16 @@ from autotune.cli.pictures import (
 from autotune.decide.plan import Plan
 from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
+from autotune.runtime.verification import Verification, joined
 from autotune.tuner import (
     Measured,
     Planned,
     loadable,
     remember_run,
     require_fit,
-    was_verified,
 )
 from autotune.tuner import tuned as apply_plan
+from autotune.tuner.verifying import check_verify, is_verified_now, verified, with_note
 from autotune.workload.architecture import Architecture, find_architecture
 from autotune.workload.request import native_request
 
@@ -55,7 +56,8 @@ class RunReport(Plan, frozen=True, kw_only=True):
     """The ``--json`` contract of ``run``: the plan, and what came of it.
 
     Attributes:
-        measured: Seconds and peak bytes by phase; no peak where memory was checked before.
+        measured: Of this image, by phase; with peaks where it was verified, and on a GPU always.
+        verification: What short passes before it showed; ``None`` where none were made.
         images: Files written.
         videos: The same for videos: files, or folders of frames.
         seed: Draws the same again.
@@ -65,6 +67,7 @@ class RunReport(Plan, frozen=True, kw_only=True):
     images: tuple[str, ...]
     videos: tuple[str, ...]
     seed: int
+    verification: Verification | None = None
 
 
 class Job(NamedTuple):
@@ -111,7 +114,10 @@ def run(
     device: Device = None,
     verify: Annotated[
         str,
-        typer.Option(help="Memory check on the CPU by a short extra pass: auto, always or never."),
+        typer.Option(
+            help="Compare time and memory with the prediction in short passes first: auto (once "
+            "for each plan), always or never."
+        ),
     ] = "auto",
     json: JsonFlag = False,
 ) -> None:
@@ -133,17 +139,25 @@ def run(
     measured = this_machine(device)
     planned = plan_on_this(job.architecture, measured, ask)
     require_fit(planned.plan)
+    now, note = is_verified_now(verify, measured, planned)
+    planned = planned._replace(plan=with_note(planned.plan, note))
     tuned = _load(planned, measured)
     arguments = {"seed": seed, **job.arguments, **_repeated(tuned.pipe, planned, job.arguments)}
+    verification = _verify(tuned, verify) if now else None
     result, phases = tuned.measure(**arguments)
     job = job._replace(files=save(result[0], job.files, fps))
     if len(job.files) < ask.batch:
         typer.echo(f"warning: the pipeline drew {len(job.files)} of {ask.batch}", err=True)
-    check = verify == "always" or (verify == "auto" and not was_verified(measured, planned))
-    if check and measured.machine.device.kind == "cpu":
-        phases = _add_peaks(tuned, phases, arguments)
+    planned = planned._replace(plan=tuned.plan)
+    if verification is not None:
+        phases = joined(phases, verification)
     _remember(measured, planned, phases)
-    _report(planned, phases, job, seed, json)
+    _report(planned, phases, verification, job, seed, json)
+
+
+def _verify(tuned: Any, mode: str) -> Verification | None:
+    with progress("Verifying in short passes"):
+        return verified(tuned, mode)
 
 
 def _remember(measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]) -> None:
@@ -185,23 +199,20 @@ def _repeated(pipe: Any, planned: Planned, arguments: dict[str, Any]) -> dict[st
     return {n: [text] * request.batch for n, text in arguments.items() if isinstance(text, str)}
 
 
-def _add_peaks(
-    tuned: Any, phases: tuple[PhaseMeasurement, ...], arguments: dict[str, Any]
-) -> tuple[PhaseMeasurement, ...]:
-    from autotune.runtime.tuned import with_peaks
-
-    tuned.pipe.set_progress_bar_config(disable=True)
-    return with_peaks(phases, tuned.measure_peaks(**arguments))
-
-
 def _report(
-    planned: Planned, phases: tuple[PhaseMeasurement, ...], job: Job, seed: int, json: bool
+    planned: Planned,
+    phases: tuple[PhaseMeasurement, ...],
+    verification: Verification | None,
+    job: Job,
+    seed: int,
+    json: bool,
 ) -> None:
     if json:
         files = tuple(map(str, job.files))
         report = RunReport(
             **{name: getattr(planned.plan, name) for name in planned.plan.__struct_fields__},
             measured=phases,
+            verification=verification,
             images=() if job.is_video else files,
             videos=files if job.is_video else (),
             seed=seed,
@@ -211,7 +222,7 @@ def _report(
     from autotune.cli.account import escape, print_run
     from autotune.cli.output import console
 
-    print_run(planned.plan, phases)
+    print_run(planned.plan, phases, verification)
     saved = ", ".join(map(str, job.files))
     what = "video" if job.is_video else "image"
     console().print(f"[bold]{what}[/] {escape(saved)} (seed {seed})", soft_wrap=True)
@@ -274,8 +285,7 @@ def _read_pictures(image: Path | None, mask: Path | None) -> tuple[Any, Any]:
 
 
 def _check_choice(verify: str, fps: int) -> None:
-    if verify not in ("auto", "always", "never"):
-        raise RequestError(f"unknown --verify {verify!r}", "use auto, always or never")
+    check_verify(verify)
     if not 1 <= fps <= MAX_FPS:
         raise RequestError(f"fps {fps} is out of range", f"use 1 to {MAX_FPS}")
 

@@ -8,12 +8,13 @@ from autotune.decide.explain import RESOURCES, lack_elsewhere
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
 from autotune.profile.profile import PhaseMeasurement
+from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds
 
 
-def explain_plan(plan: Plan) -> str:
+def explain_plan(plan: Plan, verification: Verification | None = None) -> str:
     """Machine, workload, bottleneck before and after, the set and the reasons, line by line."""
-    return "\n".join(_lines(plan))
+    return "\n".join((*_lines(plan), *_verified(verification)))
 
 
 def describe_bottleneck(bottleneck: Bottleneck) -> str:
@@ -97,6 +98,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "left out"
     yield from (f"  - {', '.join(names)}: {text}" for text, names in left_out(plan).items())
     yield from (f"note        {n}" for n in plan.notes)
+
+
+def _verified(verification: Verification | None) -> Iterator[str]:
+    if verification is None:
+        return
+    how, *rest = verification.lines
+    yield f"verified    {how}"
+    yield from (f"  = {text}" for text in rest)
 
 
 def left_out(plan: Plan) -> dict[str, list[str]]:

@@ -1,20 +1,144 @@
-"""Measure a real generation phase by phase: seconds, and the allocator's peak."""
+"""Measure a real generation phase by phase: seconds, and peaks of memory at three levels.
+
+Allocated is what the allocator had given out, weights included; reserved what it had taken from the
+device for that; the device level all that this process held there, whatever for.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 
+from autotune.probe import nvml
 from autotune.profile.profile import PhaseMeasurement
 from autotune.workload.workload import Workload
 
 _MARK = "autotune:"
+
+
+class Level(NamedTuple):
+    """Peaks in bytes; ``None`` where nothing tells."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+    device: int | None = None
+
+    def or_more(self, other: Level) -> Level:
+        """The larger of each."""
+        return Level(*(max(p, default=None) for p in map(_known, zip(self, other, strict=True))))
+
+
+def _known(values: Iterable[int | None]) -> list[int]:
+    return [v for v in values if v is not None]
+
+
+class Gauge:
+    """Peaks of memory between ``begin`` and ``read``; this one knows of no memory at all."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While it is used."""
+        yield
+
+    def begin(self) -> None:
+        """From here on."""
+
+    def read(self) -> Level:
+        """Since ``begin``."""
+        return Level()
+
+
+class CudaGauge(Gauge):
+    """The caching allocator's own counters.
+
+    Args:
+        device: Of CUDA.
+        asks_driver: Whether to ask NVML for the device level too, which takes milliseconds.
+    """
+
+    def __init__(self, device: torch.device, asks_driver: bool = False) -> None:
+        self._device = device
+        self._uuid = _uuid(device) if asks_driver else None
+
+    def begin(self) -> None:
+        """From here on."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def read(self) -> Level:
+        """Since ``begin``."""
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        allocated = torch.cuda.max_memory_allocated(self._device)
+        held = nvml.own_bytes(self._uuid) if self._uuid is not None else None
+        if held is None:  # in a container, where processes are numbered otherwise
+            return Level(allocated, reserved)
+        # What is held beside the allocator's segments (context, kernels, handles) only grows.
+        beside = max(0, held - torch.cuda.memory_reserved(self._device))
+        return Level(allocated, reserved, reserved + beside)
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+class RamGauge(Gauge):
+    """The RAM that this process alone holds, sampled: the device level of a CPU.
+
+    Files mapped into memory (safetensors, libraries) are not its own.
+    """
+
+    INTERVAL_S = 0.005
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._most = 0
+        self._done = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While it is used: a thread looks every few milliseconds."""
+        thread = threading.Thread(target=self._sample, name="autotune-ram", daemon=True)
+        self._done.clear()
+        thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+
+    def begin(self) -> None:
+        """From here on."""
+        self._most = 0
+        self._see()
+
+    def read(self) -> Level:
+        """Since ``begin``."""
+        self._see()
+        return Level(device=self._most)
+
+    def _sample(self) -> None:
+        while not self._done.wait(self.INTERVAL_S):
+            self._see()
+
+    def _see(self) -> None:
+        memory = self._process.memory_info()
+        self._most = max(self._most, int(memory.rss - getattr(memory, "shared", 0)))
+
+
+def device_gauge(device: str) -> Gauge:
+    """The gauge that knows most of a device, ``"cuda:0"``."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        return CudaGauge(where, asks_driver=True)
+    return RamGauge() if where.type == "cpu" else Gauge()
 
 
 class PhaseMeter:
@@ -27,9 +151,12 @@ class PhaseMeter:
         pipe: A loaded pipeline.
         workload: Says which component belongs to which phase.
         device: Where it runs.
+        gauge: Of memory; on CUDA the allocator's by default, else none.
     """
 
-    def __init__(self, pipe: Any, workload: Workload, device: str) -> None:
+    def __init__(
+        self, pipe: Any, workload: Workload, device: str, gauge: Gauge | None = None
+    ) -> None:
         self._order = [p.name for p in workload.phases]
         self._phases: dict[tuple[str, str], list[str]] = {}
         for phase in workload.phases:
@@ -37,16 +164,20 @@ class PhaseMeter:
                 self._phases.setdefault((run.component, run.entry), []).append(phase.name)
         self._pipe = pipe
         self._device = torch.device(device)
+        is_cuda = self._device.type == "cuda"
+        self._gauge = gauge or (CudaGauge(self._device) if is_cuda else Gauge())
         self._current: str | None = None
         self._started = 0.0
         self._seconds: dict[str, float] = {}
-        self._peaks: dict[str, int] = {}
+        self._levels: dict[str, Level] = {}
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """Phase and component → calls of it that began."""
 
     @property
     def measured(self) -> tuple[PhaseMeasurement, ...]:
         """One entry per phase that ran, in order."""
         return tuple(
-            PhaseMeasurement(name, seconds, self._peaks.get(name))
+            PhaseMeasurement(name, seconds, *self._levels.get(name, Level()))
             for name, seconds in self._seconds.items()
         )
 
@@ -54,20 +185,24 @@ class PhaseMeter:
     def watch(self) -> Iterator[None]:
         """Measure the calls inside; the pipeline is as before afterwards."""
         with ExitStack() as stack:
+            stack.enter_context(self._gauge.watching())
             for (component, entry), phases in self._phases.items():
                 module = getattr(self._pipe, component)
-                stack.enter_context(_called(module, entry, functools.partial(self._call, phases)))
+                tell = functools.partial(self._call, component, phases)
+                stack.enter_context(_called(module, entry, tell))
             try:
                 yield
                 self._leave()
             finally:
                 self._current = None  # a call that raised leaves no phase open
 
-    def _call(self, phases: list[str]) -> None:
+    def _call(self, component: str, phases: list[str]) -> None:
         """A component begins that runs in these phases: no generation goes back to an earlier."""
         now = self._order.index(self._current) if self._current else 0
         later = (p for p in phases if self._order.index(p) >= now)
-        self._enter(next(later, phases[0]))
+        phase = next(later, phases[0])
+        self._enter(phase)
+        self.calls[phase, component] += 1
 
     def _enter(self, phase: str) -> None:
         if phase == self._current:
@@ -75,8 +210,7 @@ class PhaseMeter:
         self._leave()
         with torch.profiler.record_function(_MARK + phase):
             self._current = phase
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self._gauge.begin()
         self._started = time.perf_counter()
 
     def _leave(self) -> None:
@@ -86,9 +220,8 @@ class PhaseMeter:
             torch.accelerator.synchronize(self._device)
         elapsed = time.perf_counter() - self._started
         self._seconds[self._current] = self._seconds.get(self._current, 0.0) + elapsed
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._peaks[self._current] = max(self._peaks.get(self._current, 0), peak)
+        before = self._levels.get(self._current, Level())
+        self._levels[self._current] = before.or_more(self._gauge.read())
         self._current = None
 
 

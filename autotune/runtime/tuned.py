@@ -17,6 +17,8 @@ from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import explain_plan
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.runtime.verification import Verification
+from autotune.runtime.verify import verify
 from autotune.workload.arguments import call_arguments, copies_name
 from autotune.workload.workload import Workload
 
@@ -28,12 +30,14 @@ class Tuned:
         pipe: The diffusers pipeline, configured in place.
         plan: What was decided, and why.
         device: Where it runs, ``"cuda:0"``.
+        verification: What ``verify`` measured last; ``None`` before.
     """
 
     def __init__(self, pipe: Any, plan: Plan, workload: Workload, device: str) -> None:
         self.pipe = pipe
         self.plan = plan
         self.device = device
+        self.verification: Verification | None = None
         self._workload = workload
         self._undo: Undo | None = apply_plan(pipe, plan, device)
 
@@ -67,8 +71,22 @@ class Tuned:
         return self.pipe(prompt=prompt, **options)
 
     def explain(self) -> str:
-        """The account of the plan: machine, bottleneck, what was chosen and left out, and why."""
-        return explain_plan(self.plan)
+        """The account of the plan: machine, bottleneck, what was chosen and left out, and why.
+
+        Where it was verified: what was measured, and what explains the difference.
+        """
+        return explain_plan(self.plan, self.verification)
+
+    def verify(self) -> Verification:
+        """Draw twice in few steps with the arguments that were planned for, and compare.
+
+        Random numbers, schedulers and the progress bar are as before afterwards.
+
+        Raises:
+            Exception: whatever the pipeline raises.
+        """
+        self.verification = verify(self, self._workload)
+        return self.verification
 
     def undo(self) -> None:
         """Put the pipeline back to the state before; a second call does nothing."""
@@ -95,7 +113,7 @@ class Tuned:
 
         def short() -> None:
             with meter.watch():
-                self(prompt, **(options | {"num_inference_steps": self._few_steps(options)}))
+                self(prompt, **(options | {"num_inference_steps": self.few_steps(options)}))
 
         return cpu_peaks(short, self._workload.weight_bytes)
 
@@ -112,7 +130,7 @@ class Tuned:
             planned[copies] = max(1, self._workload.request.batch // prompts)
         return planned | self._workload.request.options
 
-    def _few_steps(self, options: dict[str, Any]) -> int:
+    def few_steps(self, options: dict[str, Any]) -> int:
         """So many that two are taken: pipelines that start from a picture skip a share of them."""
         planned = self._workload.request
         taken = inspect.signature(self.pipe.__call__).parameters

@@ -12,16 +12,26 @@ from autotune.runtime.account import shortage, ways_out
 from autotune.tuner.ask import Ask
 from autotune.tuner.here import Measured, Progress, device_name, machine_here
 from autotune.tuner.planning import Planned, loadable, plan_here
+from autotune.tuner.verifying import (
+    check_verify,
+    is_verified_now,
+    remember_verified,
+    verified,
+    with_note,
+)
 from autotune.workload.architecture import Architecture
 from autotune.workload.live import pipeline_dtype
 
 
-def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
+def configure_pipeline(
+    pipe: Any, ask: Ask, device: str | None = None, verify: str = "never"
+) -> Any:
     """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
     from autotune.optimizations.attention import foreign_processors
     from autotune.runtime.apply import set_by_hand
     from autotune.workload.architecture import describe_pipeline
 
+    check_verify(verify)
     architecture = describe_pipeline(pipe)
     measured = machine_here(device or _device_of(pipe))
     limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
@@ -32,17 +42,19 @@ def configure_pipeline(pipe: Any, ask: Ask, device: str | None = None) -> Any:
         vanilla = msgspec.structs.replace(measured.machine, default_attention="vanilla")
         measured = measured._replace(machine=vanilla)
     planned = plan_loaded(architecture, measured, _keeping_attention(asked, foreign), pipe)
-    return tuned(pipe, _saying_what_is_kept(planned, asked, foreign), measured)
+    return tuned(pipe, _saying_what_is_kept(planned, asked, foreign), measured, verify)
 
 
-def load_tuned(model: str, ask: Ask, device: str | None = None) -> Any:
+def load_tuned(model: str, ask: Ask, device: str | None = None, verify: str = "never") -> Any:
     """Plan, then read the weights the way the plan wants; see ``autotune.load``."""
     from autotune.runtime.load import load_pipeline
 
+    check_verify(verify)
     measured = machine_here(device)
     planned = plan_loaded(loadable(model), measured, ask)
     require_fit(planned.plan)
-    return tuned(load_pipeline(planned.architecture, planned.plan), planned, measured)
+    pipe = load_pipeline(planned.architecture, planned.plan)
+    return tuned(pipe, planned, measured, verify)
 
 
 def plan_loaded(
@@ -59,16 +71,23 @@ def plan_loaded(
     return plan_here(model, measured._replace(machine=machine), ask, progress, pipe)
 
 
-def tuned(pipe: Any, planned: Planned, measured: Measured) -> Any:
-    """Apply the plan: the ``Tuned`` pipeline.
+def tuned(pipe: Any, planned: Planned, measured: Measured, verify: str = "never") -> Any:
+    """Apply the plan, and verify it: the ``Tuned`` pipeline.
 
     Raises:
         RequestError: the plan does not fit; the pipeline is as it was.
+        OptimizationError: it cannot be applied, or fails when it is verified; likewise.
     """
     from autotune.runtime.tuned import Tuned
 
     require_fit(planned.plan)
-    return Tuned(pipe, planned.plan, planned.workload, device_name(measured.machine))
+    now, note = is_verified_now(verify, measured, planned)
+    plan = with_note(planned.plan, note)
+    made = Tuned(pipe, plan, planned.workload, device_name(measured.machine))
+    verification = verified(made, verify) if now else None
+    if verification is not None:
+        remember_verified(made, measured, planned, verification.measured)
+    return made
 
 
 def require_fit(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from autotune.decide.history import History, Misfit
+from autotune.decide.history import History, Misfit, Observation, Observed
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import counting, is_outgrown
 from autotune.decide.prediction import Budget
@@ -15,7 +15,7 @@ from autotune.errors import AutotuneError, ProfileError
 from autotune.optimizations import parse_setting
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
-from autotune.profile.profile import MisfitRecord, Profile
+from autotune.profile.profile import MisfitRecord, Profile, RunRecord
 from autotune.profile.store import load_profile, update_profile
 from autotune.tuner.here import Measured, new_profile, timestamp
 from autotune.workload.workload import Workload
@@ -35,8 +35,32 @@ def history_here(key: str, workload: Workload, machine: Machine, limits: Limits)
     profile = load_profile(key)
     if profile is None:
         return History()
-    history = History(misfits=tuple(misfits_in(profile, workload.key)))
+    history = History(
+        observations=tuple(observations_in(profile, workload.key)),
+        misfits=tuple(misfits_in(profile, workload.key)),
+    )
     return counting(history, budget_within(machine, limits))
+
+
+def verified_runs(profile: Profile, workload: str) -> Iterator[RunRecord]:
+    """Runs of a workload since the machine was measured whose first pass was measured apart.
+
+    Others hold what a first run takes: kernels being loaded, algorithms chosen.
+    """
+    since = profile.machine.measured_at or ""
+    for run in profile.runs:
+        is_steady = all(m.first_seconds is not None for m in run.measured)
+        if run.workload == workload and run.at >= since and run.measured and is_steady:
+            yield run
+
+
+def observations_in(profile: Profile, workload: str) -> Iterator[Observation]:
+    """What verified runs showed of this workload; sets with unknown members are passed over."""
+    for run in verified_runs(profile, workload):
+        settings = _parsed(run.optimizations)
+        if settings is not None:
+            phases = (Observed(m.name, m.seconds, m.peak_bytes) for m in run.measured)
+            yield Observation(settings, tuple(phases))
 
 
 def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:
@@ -44,11 +68,16 @@ def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:
     for record in profile.misfits:
         if record.workload != workload:
             continue
-        try:
-            settings = tuple(map(parse_setting, record.optimizations))
-        except AutotuneError:  # of a package that is gone, or edited by hand
-            continue
-        yield Misfit(settings, record.available_bytes, record.of_host)
+        settings = _parsed(record.optimizations)
+        if settings is not None:
+            yield Misfit(settings, record.available_bytes, record.of_host)
+
+
+def _parsed(optimizations: Iterable[str]) -> tuple[Setting, ...] | None:
+    try:
+        return tuple(map(parse_setting, optimizations))
+    except AutotuneError:  # of a package that is gone, or edited by hand
+        return None
 
 
 def remember_misfit(measured: Measured, record: MisfitRecord, available: Budget) -> None:

@@ -7,11 +7,13 @@ import logging
 import msgspec
 
 from autotune.decide.corrections import replayable
+from autotune.decide.plan import Plan
 from autotune.decide.prediction import Prediction
 from autotune.probe.machine import Machine
 from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
 from autotune.profile.store import load_profile, update_profile
 from autotune.tuner.here import Measured, new_profile, timestamp
+from autotune.tuner.history import verified_runs
 from autotune.tuner.planning import Planned
 from autotune.workload.workload import Workload
 
@@ -25,7 +27,7 @@ def remember_run(
     plan = planned.plan
     record = RunRecord(
         workload=planned.workload.key,
-        optimizations=tuple(map(str, plan.optimizations)),
+        optimizations=_set_of(plan),
         predicted=tuple(
             PhaseMeasurement(p.name, p.seconds, p.peak_bytes) for p in plan.prediction.phases
         ),
@@ -62,12 +64,14 @@ def _forgotten(machine: Machine, workload: Workload) -> Machine:
 
 
 def was_verified(measured: Measured, planned: Planned) -> bool:
-    """Whether the profile already has memory and time of this very plan."""
+    """Whether the profile has a verified run of this very plan on the machine as it is."""
     profile = load_profile(measured.key)
-    chosen = tuple(map(str, planned.plan.optimizations))
+    chosen = _set_of(planned.plan)
     return profile is not None and any(
-        run.workload == planned.workload.key
-        and run.optimizations == chosen
-        and all(m.peak_bytes is not None for m in run.measured)
-        for run in profile.runs
+        run.optimizations == chosen for run in verified_runs(profile, planned.workload.key)
     )
+
+
+def _set_of(plan: Plan) -> tuple[str, ...]:
+    """What is on, set by hand or chosen."""
+    return tuple(map(str, (*plan.kept, *plan.optimizations)))

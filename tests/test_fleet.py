@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from autotune.probe import devices, host, live, nvml, software
 from autotune.probe.machine import Device, GpuProcess, Machine, OperatorTime
 from autotune.profile import coding
 from autotune.profile.profile import Profile, RunRecord
-from autotune.profile.store import list_profiles, load_profile, save_profile
+from autotune.profile.store import load_profile, save_profile
 from autotune.tuner import changes_here, fleet
 from autotune.tuner import here as here_stage
 
@@ -72,15 +71,14 @@ def there(here: Device, rtx_3080: Machine) -> Profile:
     )
 
 
-def put(file: Path, profile: Profile, **changes: Any) -> Path:
-    file.write_bytes(coding.encode(replace(profile, machine=replace(profile.machine, **changes))))
-    return file
+def taken_over(profile: Profile, **changes: Any) -> Profile:
+    """The profile of a machine with some differences, imported here."""
+    exported = coding.encode(replace(profile, machine=replace(profile.machine, **changes)))
+    return fleet.import_profile(coding.decode(exported, "it"), "it")
 
 
-def test_the_same_kind_of_machine_takes_it_over(
-    here: Device, there: Profile, tmp_path: Path
-) -> None:
-    stored = fleet.import_profile(put(tmp_path / "image.json", there))
+def test_the_same_kind_of_machine_takes_it_over(here: Device, there: Profile) -> None:
+    stored = taken_over(there)
     assert load_profile("GPU-here") == stored
     assert load_profile("GPU-there") is None
     assert stored.machine.device == here
@@ -102,17 +100,14 @@ def test_the_same_kind_of_machine_takes_it_over(
         ({"driver": "590.44"}, "driver 590.44 there, 580.82 here"),
     ],
 )
-def test_another_device_is_refused(
-    change: dict[str, Any], told: str, there: Profile, tmp_path: Path
-) -> None:
-    other = put(tmp_path / "x.json", there, device=replace(there.machine.device, **change))
+def test_another_device_is_refused(change: dict[str, Any], told: str, there: Profile) -> None:
     with pytest.raises(ProfileError, match="another kind of machine") as raised:
-        fleet.import_profile(other)
+        taken_over(there, device=replace(there.machine.device, **change))
     assert told in raised.value.message
     assert load_profile("GPU-here") is None
 
 
-def test_other_software_and_another_computer_are_refused(there: Profile, tmp_path: Path) -> None:
+def test_other_software_and_another_computer_are_refused(there: Profile) -> None:
     machine = there.machine
     assert machine.link is not None
     for change in (
@@ -121,53 +116,44 @@ def test_other_software_and_another_computer_are_refused(there: Profile, tmp_pat
         {"link": replace(machine.link, pcie_generation_max=4, pcie_width_max=8)},
     ):
         with pytest.raises(ProfileError, match=r"(torch|CPU|PCIe) .* there, .* here"):
-            fleet.import_profile(put(tmp_path / "x.json", there, **change))
+            taken_over(there, **change)
 
 
-def test_another_amount_of_ram_is_no_other_kind(there: Profile, tmp_path: Path) -> None:
+def test_another_amount_of_ram_is_no_other_kind(there: Profile) -> None:
     more = replace(there.machine.host, ram_total_bytes=1 << 45)
-    stored = fleet.import_profile(put(tmp_path / "x.json", there, host=more))
+    stored = taken_over(there, host=more)
     assert stored.machine.host.ram_total_bytes < 1 << 45
 
 
-def test_what_is_remembered_here_stays(there: Profile, here: Device, tmp_path: Path) -> None:
+def test_what_is_remembered_here_stays(there: Profile, here: Device) -> None:
     own = replace(RUN, workload="own")
     operators = {"b": OperatorTime(2.0)}
     machine = replace(there.machine, device=here, operators=operators)
     save_profile(replace(there, key="GPU-here", machine=machine, runs=(own,)))
-    stored = fleet.import_profile(put(tmp_path / "x.json", there))
+    stored = taken_over(there)
     assert set(stored.runs) == {RUN, own}
     assert set(stored.machine.operators) == {"a", "b"}
 
 
 def test_a_backup_of_this_machine_is_taken_back_and_found_stale(
-    there: Profile, here: Device, tmp_path: Path
+    there: Profile, here: Device
 ) -> None:
     backup = replace(there, key="GPU-here")
     device = replace(here, driver="570.10")
-    stored = fleet.import_profile(put(tmp_path / "x.json", backup, device=device))
+    stored = taken_over(backup, device=device)
     assert stored.key == "GPU-here"
     assert [change.what for change in changes_here(stored)] == ["driver"]
 
 
-def test_a_file_that_is_none_leaves_everything_alone(here: Device, tmp_path: Path) -> None:
-    file = tmp_path / "bad.json"
-    file.write_text("{")
-    with pytest.raises(ProfileError, match="not a readable profile"):
-        fleet.import_profile(file)
-    assert file.exists()
-    assert list_profiles() == ()
-
-
 def test_a_processors_profile_is_the_processors(
-    there: Profile, here: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: Profile, here: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the default device is a GPU."""
     asked: list[str | None] = []
     cpu = Device(kind="cpu", name=host.cpu_name(), total_bytes=GIB, free_bytes=GIB)
     monkeypatch.setattr(devices, "choose_device", lambda name: asked.append(name))
     monkeypatch.setattr(devices, "describe", lambda *_: cpu)
-    stored = fleet.import_profile(put(tmp_path / "x.json", there, device=cpu, link=None))
+    stored = taken_over(there, device=cpu, link=None)
     assert asked == ["cpu"]
     assert stored.key == live.identity("cpu")
     assert here_stage.why_stale(stored) == ()

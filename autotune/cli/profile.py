@@ -13,7 +13,8 @@ from autotune.cli.options import Device
 from autotune.cli.output import JsonFlag, print_json
 from autotune.cli.profile_show import print_list, print_profile
 from autotune.errors import MachineError, ProfileError
-from autotune.profile import store
+from autotune.profile import coding, store
+from autotune.profile.files import MAX_FILE_BYTES
 from autotune.profile.profile import Profile
 from autotune.profile.staleness import Change, reasons
 from autotune.profile.store import StoredProfile
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Show, compare, move or delete what was measured on this machine.", no_args_is_help=True
 )
 
+_STANDARD = "-"
 _KEY_HELP = "A profile's key, its beginning, its file's name, or a file."
 KeyArgument = Annotated[str | None, typer.Argument(metavar="KEY", help=_KEY_HELP)]
 
@@ -109,12 +111,17 @@ def clear(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write; - for standard output.")
+    ],
     key: Annotated[str | None, typer.Option(help="Which profile; default: this machine's.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Write this machine's profile, or the only one, to a file."""
     stored = _find(key) if key else _own_or_only()
+    if str(file) == _STANDARD:
+        sys.stdout.buffer.write(store.exported(stored.path)[1])
+        return
     profile = store.export_profile(stored.path, file)
     if json:
         print_json({"key": profile.key, "path": file})
@@ -124,7 +131,9 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file from `export`.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file from `export`; - for standard input.")
+    ],
     device: Device = None,
     json: JsonFlag = False,
 ) -> None:
@@ -132,14 +141,22 @@ def import_(
 
     Same device, driver, CPU and software; what is free is read here. Runs already remembered stay.
     """
-    from autotune.tuner import import_profile
+    from autotune.tuner import import_profile, why_stale
 
-    profile = import_profile(file, device)
+    profile = import_profile(_read(file), str(file), device)
     stored_at = store.profile_path(profile.key)
     if json:
         print_json({"key": profile.key, "path": stored_at})
     else:
         typer.echo(f"Stored as the profile of {profile.machine.device.name} here, in {stored_at}")
+        for reason in why_stale(profile):
+            typer.echo(f"At the next start: {reason}")
+
+
+def _read(file: Path) -> Profile:
+    if str(file) != _STANDARD:
+        return store.read_profile(file)
+    return coding.decode(sys.stdin.buffer.read(MAX_FILE_BYTES + 1), "standard input")
 
 
 def _own_keys() -> tuple[str, ...]:

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 import typer
 
-from autotune.cli.output import console
-from autotune.cli.profile_show import add_row, age, chosen, measured_at, table_of
+from autotune.cli.profile_show import add_row, age, chosen, measured_at, print_table, table_of
 from autotune.probe.machine import AttentionRate, Figure, Machine
 from autotune.profile.profile import PlanRecord, Profile
 from autotune.profile.store import StoredProfile
@@ -102,9 +101,11 @@ def print_difference(first: StoredProfile, second: StoredProfile, found: Differe
     _print_figures(found.figures)
     _print_plans(found.plans)
     if not (found.machine or found.software or found.figures or found.plans):
-        typer.echo("Nothing differs.")
+        typer.echo("\nNothing differs.")
     if found.within_noise and not any(f.is_noise for f in found.figures):
-        typer.echo(f"{found.within_noise} figures differ by no more than noise; --all shows them.")
+        typer.echo(
+            f"\n{found.within_noise} figures differ by no more than noise; --all shows them."
+        )
 
 
 def _title(stored: StoredProfile) -> str:
@@ -241,22 +242,22 @@ def _seconds(plan: PlanRecord | None) -> float | None:
 def _print_facts(title: str, facts: tuple[FactDifference, ...]) -> None:
     if not facts:
         return
-    table = table_of("", "A", "B", wrapped=("A", "B"), title=title)
+    table = table_of("", "A", "B", wrapped=("A", "B"))
     for fact in facts:
         add_row(table, fact.name, fact.a or "-", fact.b or "-")
-    console().print(table)
+    print_table(title, table)
 
 
 def _print_figures(figures: tuple[FigureDifference, ...]) -> None:
     if not figures:
         return
-    table = table_of("", "A", "B", "B / A", wrapped=(), title="Measured")
+    table = table_of("", "A", "B", "B / A", wrapped=(), right=("A", "B", "B / A"))
     for figure in figures:
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}"
         add_row(
             table, figure.name, _shown(figure.a, figure.unit), _shown(figure.b, figure.unit), ratio
         )
-    console().print(table)
+    print_table("Measured", table)
 
 
 def _shown(value: float | None, unit: str) -> str:
@@ -273,10 +274,10 @@ def _print_plans(plans: tuple[PlanDifference, ...]) -> None:
     if not plans:
         return
     columns = ("workload", "A", "B")
-    table = table_of(*columns, wrapped=columns, title="Plans")
+    table = table_of(*columns, wrapped=columns)
     for plan in plans:
         add_row(table, plan.workload, _plan(plan.a, plan.a_seconds), _plan(plan.b, plan.b_seconds))
-    console().print(table)
+    print_table("Plans", table)
 
 
 def _plan(optimizations: tuple[str, ...] | None, seconds: float | None) -> str:

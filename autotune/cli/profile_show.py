@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -40,9 +40,13 @@ def print_profile(profile: Profile, path: Path, changes: Sequence[Change] | None
     """
     for label, text in _lines(profile, path, changes):
         typer.echo(typer.style(f"{label:<{_LABEL}}", bold=True) + printable(text))
-    tables = (_plan_table(profile), _misfit_table(profile), _run_table(profile))
-    for table in filter(None, tables):
-        console().print(table)
+    for title, table in (
+        ("Plans", _plan_table(profile)),
+        ("What did not fit", _misfit_table(profile)),
+        ("Runs", _run_table(profile)),
+    ):
+        if table is not None:
+            print_table(title, table)
     if not (profile.plans or profile.misfits or profile.runs):
         typer.echo("No plans and no runs remembered yet.")
 
@@ -82,17 +86,22 @@ def age(timestamp: str) -> str:
     return _span((datetime.now(timezone.utc) - then).total_seconds()) + " ago"
 
 
-def table_of(*columns: str, wrapped: Sequence[str], title: str | None = None) -> Table:
+def table_of(*columns: str, wrapped: Sequence[str], right: Sequence[str] = ()) -> Table:
     """A table whose ``wrapped`` columns give way on a narrow terminal; figures stay whole."""
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold"
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
-        table.add_column(name, no_wrap=name not in wrapped, overflow="fold")
+        justify: Literal["right", "left"] = "right" if name in right else "left"
+        table.add_column(name, no_wrap=name not in wrapped, overflow="fold", justify=justify)
     return table
+
+
+def print_table(title: str, table: Table) -> None:
+    """Print a table below its title."""
+    typer.echo(typer.style(f"\n{title}", bold=True))
+    console().print(table)
 
 
 def add_row(table: Table, *cells: str) -> None:
@@ -114,7 +123,8 @@ def _lines(
     yield "Profile", f"{profile.key}, {path}"
     yield "Measured", f"{age(measured_at(profile))} ({measured_at(profile)})"
     if profile.changed_at:
-        yield "Changed", f"{age(profile.changed_at)} ({profile.changed_at})"
+        when = f"{age(profile.changed_at)} ({profile.changed_at})"
+        yield "Changed", f"{when}: what is older is of the machine as it was"
     if changes is None:
         yield "Stale", "unknown: this is another machine's"
         return
@@ -135,7 +145,7 @@ def _plan_table(profile: Profile) -> Table | None:
     if not profile.plans:
         return None
     columns = ("when", "workload", "chosen", "predicted", "measured")
-    table = table_of(*columns, wrapped=("when", "workload", "chosen"), title="Plans")
+    table = table_of(*columns, wrapped=("when", "workload", "chosen"))
     for plan in reversed(profile.plans):
         run = _last_run(profile, plan)
         add_row(
@@ -162,7 +172,7 @@ def _misfit_table(profile: Profile) -> Table | None:
     if not profile.misfits:
         return None
     columns = ("when", "workload", "set", "predicted", "had", "ran out in")
-    table = table_of(*columns, wrapped=("when", "workload", "set"), title="What did not fit")
+    table = table_of(*columns, wrapped=("when", "workload", "set"))
     for misfit in reversed(profile.misfits):
         add_row(
             table,
@@ -181,7 +191,7 @@ def _run_table(profile: Profile) -> Table | None:
     if not profile.runs:
         return None
     columns = ("when", "workload", "chosen", "predicted", "measured")
-    table = table_of(*columns, wrapped=("when", "workload", "chosen"), title="Runs")
+    table = table_of(*columns, wrapped=("when", "workload", "chosen"))
     for run in reversed(profile.runs):
         what = (run.workload, chosen(run.optimizations))
         add_row(table, _when(profile, run), *what, _total(run.predicted), _total(run.measured))

@@ -96,24 +96,32 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def replace_file(path: Path, data: bytes, hint: str) -> None:
+def replace_file(path: Path, data: bytes, hint: str, *, private: bool = True) -> None:
     """Replace ``path`` by ``data`` in one step: a reader sees the old file or the new one.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        hint: What to do where that fails.
+        private: Only the owner may read it; otherwise who may read any new file.
 
     Raises:
         ProfileError: it cannot be written; the file from before is intact.
     """
-    import tempfile
-
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    made = False
     try:
-        descriptor, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        descriptor = os.open(temporary, flags, 0o600 if private else 0o666)
+        made = True
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        _discard(temporary)
+        if made:
+            _discard(temporary)
         if isinstance(error, OSError):
             raise_from(error, f"cannot write {path}", hint)
         raise
@@ -164,10 +172,9 @@ def raise_from(error: OSError, message: str, hint: str = FOLDER_HINT) -> NoRetur
     raise ProfileError(f"{message}: {error.strerror or error}", hint) from error
 
 
-def _discard(temporary: str | None) -> None:
-    if temporary is not None:
-        with suppress(OSError):
-            os.unlink(temporary)
+def _discard(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink()
 
 
 def _tidy(folder: Path) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "cache_folder",
     "clear_profiles",
     "export_profile",
+    "exported",
     "list_profiles",
     "load_profile",
     "profile_files",
@@ -170,22 +171,32 @@ def clear_profiles(source: str | Path | None = None) -> tuple[Path, ...]:
 
 
 def export_profile(source: str | Path, file: Path) -> Profile:
-    """Write the profile of a key (or of a profile file's path) to ``file``.
+    """Write the profile of a key (or of a profile file's path) to ``file``, for anybody to read.
+
+    Raises:
+        ProfileError: there is no such profile, or ``file`` cannot be written.
+    """
+    profile, data = exported(source)
+    target = file.resolve()
+    if target.exists() and not target.is_file():
+        raise ProfileError(f"{file} is not a regular file", "name a file to write")
+    replace_file(target, data, "name a file that you can write", private=False)
+    return profile
+
+
+def exported(source: str | Path) -> tuple[Profile, bytes]:
+    """The profile of a key (or of a profile file's path) as it leaves this machine, and its bytes.
 
     Which processes held memory stays here.
 
     Raises:
-        ProfileError: there is no such profile, or ``file`` cannot be written.
+        ProfileError: there is no such profile.
     """
     path = _path(source)
     if not path.exists():
         raise ProfileError(f"no profile of {source} to export", MEASURE_HINT)
     profile = _without_processes(read_profile(path))
-    target = file.resolve()
-    if target.exists() and not target.is_file():
-        raise ProfileError(f"{file} is not a regular file", "name a file to write")
-    replace_file(target, encode(profile), "name a file that you can write")
-    return profile
+    return profile, encode(profile)
 
 
 def _without_processes(profile: Profile) -> Profile:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from autotune.errors import ProfileError
@@ -13,18 +11,19 @@ from autotune.probe.software import installed_versions
 from autotune.profile.merging import with_machine, with_records
 from autotune.profile.profile import Profile
 from autotune.profile.staleness import Change, changes, facts_of
-from autotune.profile.store import read_profile, update_profile
+from autotune.profile.store import update_profile
 from autotune.tuner.here import facts_here, timestamp
 
 
-def import_profile(file: Path, device: str | None = None) -> Profile:
-    """Store the profile in a file as this machine's.
+def import_profile(imported: Profile, source: str, device: str | None = None) -> Profile:
+    """Store a profile that was measured here or on a machine of the same kind as this machine's.
 
-    What identifies the machine and what is free is read here. The file's figures take the place of
-    those stored before, which only fill its gaps; runs, plans and misfits of both are kept.
+    What identifies the machine and what is free is read here. The imported figures take the place
+    of those stored before, which only fill gaps; runs, plans and misfits of both are kept.
 
     Args:
-        file: From ``export_profile``.
+        imported: As it was exported.
+        source: What it is called in errors, such as the file it comes from.
         device: For which of this machine's devices; by default the one that it would be for a
             pipeline, and for the profile of a CPU the CPU.
 
@@ -32,18 +31,17 @@ def import_profile(file: Path, device: str | None = None) -> Profile:
         The profile as stored.
 
     Raises:
-        ProfileError: the file is no readable profile, is of a machine of another kind, or the cache
-            folder cannot be written.
+        ProfileError: the profile is of a machine of another kind, or the cache folder cannot be
+            written.
         MachineError: there is no such device.
     """
-    imported = read_profile(file)
     on_cpu = imported.machine.device.kind == "cpu"
     machine = _as_here(imported.machine, device or ("cpu" if on_cpu else None))
     key = profile_key(machine)
     differences = kind_differences(imported.machine, machine)
     if differences and imported.key != key:
         raise ProfileError(
-            f"{file} is of another kind of machine: {'; '.join(differences)}",
+            f"{source} is of another kind of machine: {'; '.join(differences)}",
             "measure this one: `autotune probe`; compare them: `autotune profile diff FILE`",
         )
     # Of this very machine, from before a change: then that is what it stays, and is found stale.

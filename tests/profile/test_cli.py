@@ -296,6 +296,8 @@ def test_export(tmp_path: Path, profile: Profile) -> None:
     assert "--key" in problem("export", file)
     assert "Test GPU" in output("export", file, "--key", "third")
     assert store.read_profile(Path(file)).key == "third"
+    (tmp_path / "plain").touch()
+    assert Path(file).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_import_takes_what_was_exported_here(tmp_path: Path, cpu: Profile) -> None:
@@ -306,6 +308,27 @@ def test_import_takes_what_was_exported_here(tmp_path: Path, cpu: Profile) -> No
     assert "here, in" in output("import", file)
     assert as_json("import", file)["key"] == live.identity("cpu")
     assert "cannot read" in problem("import", file + ".missing")
+
+
+def test_between_two_computers_a_pipe_is_enough(
+    cpu: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_profile(cpu)
+    sent = CliRunner().invoke(cli.app, ["export", "-", "--key", cpu.key]).stdout_bytes
+    store.clear_profiles()
+    received = CliRunner().invoke(cli.app, ["import", "-"], input=sent)
+    assert received.exception is None
+    stored = store.load_profile(cpu.key)
+    assert stored is not None
+    assert stored.machine.kernels == cpu.machine.kernels
+    refused = CliRunner().invoke(cli.app, ["import", "-"], input=b"{")
+    assert "standard input is not a readable profile" in str(refused.exception)
+
+
+def test_a_backup_from_before_a_change_says_what_follows(tmp_path: Path, cpu: Profile) -> None:
+    file = tmp_path / "out.json"
+    file.write_bytes(coding.encode(changed(cpu, torch="1.0")))
+    assert "At the next start: torch 1.0 → " in output("import", str(file))
 
 
 def test_import_refuses_another_kind_of_machine(tmp_path: Path, profile: Profile) -> None:

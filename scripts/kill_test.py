@@ -259,12 +259,14 @@ def main() -> int:
             print(f"storing, killed at {calls} of its calls: always readable, stored again")
             kill_at_random(options.stores, machine, chance)
             print(f"storing, killed at {options.stores} random moments: the same", flush=True)
-            for line in kill_programs(options.kills, Path(folder), cache, chance):
-                print(line, flush=True)
+            if options.kills:
+                for line in kill_programs(options.kills, Path(folder), cache, chance):
+                    print(line, flush=True)
         except Exception as error:
             print(f"FAILED: {type(error).__name__}: {error}", file=sys.stderr)
             return 1
-    print(f"{options.kills} programs killed: always readable, the next run always worked")
+    if options.kills:
+        print(f"{options.kills} programs killed: always readable, the next run always worked")
     return 0
 
 

@@ -4,13 +4,11 @@ import errno
 import json
 import logging
 import os
-import random
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -451,16 +449,6 @@ def test_two_keys_have_two_files(keys: list[str]) -> None:
 # --- several writers
 
 
-UPDATE = """
-import sys, msgspec
-from autotune.profile import store
-def change(profile):
-    run = msgspec.structs.replace(profile.runs[0], at=sys.argv[2] + "-" + str(number))
-    return msgspec.structs.replace(profile, runs=(*profile.runs, run))
-for number in range(10**6):
-    store.update_profile(sys.argv[1], change)
-"""
-
 # Each of the processes measures the machine, times operators, plans, runs, and runs out of memory.
 WORK = """
 import sys
@@ -555,20 +543,6 @@ def test_a_held_lock_is_named_and_a_killed_holder_does_not_block(
         holder.send_signal(signal.SIGKILL)
         holder.communicate(timeout=10)
     store.save_profile(profile)
-
-
-def test_killed_writers_leave_a_readable_profile(cache: Path, profile: Profile) -> None:
-    store.save_profile(profile)
-    chance = random.Random(0)
-    for number in range(8):
-        writer = python(UPDATE, profile.key, str(number))
-        time.sleep(0.2 + 0.1 * chance.random())
-        writer.kill()
-        writer.communicate(timeout=10)
-        assert store.load_profile(profile.key) is not None
-    store.save_profile(profile)
-    assert set_aside(cache) == []
-    assert list(cache.glob(".*.tmp")) == []
 
 
 def test_an_update_may_fail_and_changes_nothing(profile: Profile) -> None:

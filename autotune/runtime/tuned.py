@@ -18,7 +18,7 @@ from autotune.runtime.account import explain_plan
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
 from autotune.runtime.verification import Verification
-from autotune.runtime.verify import verify
+from autotune.runtime.verify import Applied, verify
 from autotune.workload.arguments import call_arguments, copies_name
 from autotune.workload.workload import Workload
 
@@ -85,7 +85,8 @@ class Tuned:
         Raises:
             Exception: whatever the pipeline raises.
         """
-        self.verification = verify(self, self._workload)
+        applied = Applied(self.pipe, self.plan, self._workload, self.device, self._few_steps({}))
+        self.verification = verify(applied, lambda arguments: self(**arguments))
         return self.verification
 
     def undo(self) -> None:
@@ -113,7 +114,7 @@ class Tuned:
 
         def short() -> None:
             with meter.watch():
-                self(prompt, **(options | {"num_inference_steps": self.few_steps(options)}))
+                self(prompt, **(options | {"num_inference_steps": self._few_steps(options)}))
 
         return cpu_peaks(short, self._workload.weight_bytes)
 
@@ -130,7 +131,7 @@ class Tuned:
             planned[copies] = max(1, self._workload.request.batch // prompts)
         return planned | self._workload.request.options
 
-    def few_steps(self, options: dict[str, Any]) -> int:
+    def _few_steps(self, options: dict[str, Any]) -> int:
         """So many that two are taken: pipelines that start from a picture skip a share of them."""
         planned = self._workload.request
         taken = inspect.signature(self.pipe.__call__).parameters

@@ -25,96 +25,105 @@ from autotune.workload.workload import Phase, Workload
 
 if TYPE_CHECKING:
     from autotune.decide.plan import Plan
-    from autotune.runtime.tuned import Tuned
 
-MOST_PLANS = 4
-"""A plan that runs out of memory gives way to another, which must then be verified in its place."""
+QUICK_S = 0.5
+"""Small models take more steps than two for as long: those of a few milliseconds scatter."""
+
+Draw = Callable[[dict[str, Any]], Any]
+
+
+class Applied(NamedTuple):
+    """What is verified.
+
+    Attributes:
+        pipe: A pipeline with a plan applied.
+        plan: The plan.
+        workload: What it was made for.
+        device: Where it runs, ``"cuda:0"``.
+        few_steps: The fewest denoise steps that are typical.
+    """
+
+    pipe: Any
+    plan: Plan
+    workload: Workload
+    device: str
+    few_steps: int
+
+    @property
+    def planned_steps(self) -> int:
+        """Denoise steps of a generation."""
+        return self.workload.request.steps
+
+    @property
+    def short_steps(self) -> int:
+        """Denoise steps of each timed pass: about two, or all where what is computed changes."""
+        if self.plan.execution.step_cache is not None:
+            return self.planned_steps
+        slowest = max(p.seconds for p in self.plan.prediction.phases)
+        quick = int(self.planned_steps * QUICK_S / slowest)
+        return min(max(self.few_steps, quick), self.planned_steps)
 
 
 class _Pass(NamedTuple):
-    """One short generation, as it was."""
+    """One short generation, as it was; scales make seconds those of a whole one."""
 
     phases: dict[str, PhaseMeasurement]
     scales: dict[str, float]
 
 
-def verify(tuned: Tuned, workload: Workload) -> Verification:
+def verify(applied: Applied, draw: Draw) -> Verification:
     """Run what was rehearsed in few steps, twice, and compare with the plan's prediction.
 
     On a CPU a third pass measures memory. The random state, schedulers, progress bar and the
     pipeline's own attributes are as before afterwards.
 
     Args:
-        tuned: A pipeline with its plan applied.
-        workload: What was planned for.
+        applied: The pipeline and its plan.
+        draw: Calls the pipeline with these arguments and as it is: plans nothing anew.
 
     Raises:
         Exception: whatever the pipeline raises; out of memory among it.
     """
     started = time.perf_counter()
-    with _untouched(tuned.pipe, tuned.device), quiet():
-        passes, plan = _passes(tuned, workload)
-    first, second = passes[0], passes[1]
-    predicted = {p.name: p for p in plan.prediction.phases}
+    with _untouched(applied.pipe, applied.device), quiet():
+        foreign = _foreign_bytes(applied)
+        first, second = (_one_pass(applied, draw, foreign) for _ in range(2))
+        if applied.device == "cpu":
+            second = _with_peaks(second, _peaks(applied, draw))
+    predicted = {p.name: p for p in applied.plan.prediction.phases}
     measured = [_whole(second, first, name) for name in predicted if name in second.phases]
-    steps, planned = short_steps(tuned, workload), workload.request.steps
     return Verification(
         phases=tuple(check_phase(predicted[m.name], m) for m in measured),
-        steps=steps,
-        planned_steps=planned,
-        passes=passes_on(tuned.device),
+        steps=applied.short_steps,
+        planned_steps=applied.planned_steps,
+        passes=passes_on(applied.device),
         seconds=time.perf_counter() - started,
-        notes=tuple(_notes(second, steps, planned)),
+        notes=tuple(_notes(second, applied)),
     )
 
 
-QUICK_S = 0.5
-"""Small models take more steps than two for as long: those of a few milliseconds scatter."""
-
-
-def short_steps(tuned: Tuned, workload: Workload) -> int:
-    """Denoise steps of each timed pass: about two, or all where what is computed changes."""
-    planned = workload.request.steps
-    if tuned.plan.execution.step_cache is not None:
-        return planned
-    slowest = max(p.seconds for p in tuned.plan.prediction.phases)
-    return min(max(tuned.few_steps({}), int(planned * QUICK_S / slowest)), planned)
-
-
-def _passes(tuned: Tuned, workload: Workload) -> tuple[list[_Pass], Plan]:
-    """Two passes with one plan, and that plan."""
-    for _ in range(MOST_PLANS):
-        plan, foreign = tuned.plan, _foreign_bytes(tuned)
-        passes = [_one_pass(tuned, workload, foreign) for _ in range(2)]
-        peaks = _peaks(tuned, workload) if tuned.device == "cpu" else {}
-        if tuned.plan is plan:
-            break
-    return [_with_peaks(p, peaks) for p in passes], tuned.plan
-
-
-def _one_pass(tuned: Tuned, workload: Workload, foreign: int) -> _Pass:
-    meter = PhaseMeter(tuned.pipe, workload, tuned.device, device_gauge(tuned.device))
-    call = _call(tuned, workload, short_steps(tuned, workload))
+def _one_pass(applied: Applied, draw: Draw, foreign: int) -> _Pass:
+    pipe, workload, device = applied.pipe, applied.workload, applied.device
+    meter = PhaseMeter(pipe, workload, device, device_gauge(device))
+    arguments = _arguments(applied, applied.short_steps)
     with meter.watch():
-        call()
+        draw(arguments)
     phases = {m.name: _without(m, foreign) for m in meter.measured}
     return _Pass(phases, {p.name: _scale(p, meter) for p in workload.phases})
 
 
-def _peaks(tuned: Tuned, workload: Workload) -> dict[str, int]:
-    meter = PhaseMeter(tuned.pipe, workload, tuned.device)
-    call = _call(tuned, workload, min(tuned.few_steps({}), workload.request.steps))
+def _peaks(applied: Applied, draw: Draw) -> dict[str, int]:
+    meter = PhaseMeter(applied.pipe, applied.workload, applied.device)
+    arguments = _arguments(applied, min(applied.few_steps, applied.planned_steps))
 
     def watched() -> None:
         with meter.watch():
-            call()
+            draw(arguments)
 
-    return cpu_peaks(watched, workload.weight_bytes)
+    return cpu_peaks(watched, applied.workload.weight_bytes)
 
 
 def _with_peaks(one: _Pass, peaks: dict[str, int]) -> _Pass:
-    if not peaks:
-        return one
     phases = {
         name: msgspec.structs.replace(m, peak_bytes=peaks.get(name))
         for name, m in one.phases.items()
@@ -122,20 +131,20 @@ def _with_peaks(one: _Pass, peaks: dict[str, int]) -> _Pass:
     return one._replace(phases=phases)
 
 
-def _call(tuned: Tuned, workload: Workload, steps: int) -> Callable[[], Any]:
-    """A short call with the arguments that were rehearsed, on the pipeline's device."""
-    rehearsed = call_arguments(tuned.pipe, workload.request)
-    arguments = {n: _placed(n, v, tuned) for n, v in rehearsed.items()}
+def _arguments(applied: Applied, steps: int) -> dict[str, Any]:
+    """Those that were rehearsed, on the pipeline's device."""
+    rehearsed = call_arguments(applied.pipe, applied.workload.request)
+    arguments = {n: _placed(n, v, applied) for n, v in rehearsed.items()}
     if "num_inference_steps" in arguments:
         arguments["num_inference_steps"] = steps
-    return lambda: tuned(**arguments)
+    return arguments
 
 
-def _placed(name: str, value: Any, tuned: Tuned) -> Any:
+def _placed(name: str, value: Any, applied: Applied) -> Any:
     """Embeddings are expected where, and in the dtype in which, encoders leave them."""
     if not isinstance(value, torch.Tensor) or "embeds" not in name:
         return value
-    return value.to(tuned.device, getattr(tuned.pipe, "dtype", value.dtype))
+    return value.to(applied.device, getattr(applied.pipe, "dtype", value.dtype))
 
 
 # ---- from a short pass to a whole generation -----------------------------------------------------
@@ -156,7 +165,8 @@ def _whole(steady: _Pass, first: _Pass, name: str) -> PhaseMeasurement:
     return msgspec.structs.replace(phase, seconds=seconds, first_seconds=max(0.0, seconds + longer))
 
 
-def _notes(steady: _Pass, steps: int, planned: int) -> Iterator[str]:
+def _notes(steady: _Pass, applied: Applied) -> Iterator[str]:
+    steps, planned = applied.short_steps, applied.planned_steps
     scaled = [name for name, scale in steady.scales.items() if scale != 1]
     if scaled and steps < planned:
         yield f"{', '.join(scaled)}: seconds of {steps} of {planned} steps, scaled to all"
@@ -169,16 +179,16 @@ def _without(measured: PhaseMeasurement, foreign: int) -> PhaseMeasurement:
     return msgspec.structs.replace(measured, **{n: max(0, b - foreign) for n, b in known.items()})
 
 
-def _foreign_bytes(tuned: Tuned) -> int:
+def _foreign_bytes(applied: Applied) -> int:
     """Allocated on a GPU by this process, but for other pipelines and tensors."""
-    device = torch.device(tuned.device)
+    device = torch.device(applied.device)
     if device.type != "cuda":
         return 0
     fixed = max(
         p.needed_bytes - p.resident_bytes - p.activation_bytes - p.margin_bytes
-        for p in tuned.plan.prediction.phases
+        for p in applied.plan.prediction.phases
     )
-    own = sum(t.nbytes for t in _tensors(tuned.pipe) if t.device == device)
+    own = sum(t.nbytes for t in _tensors(applied.pipe) if t.device == device)
     return max(0, torch.cuda.memory_allocated(device) - own - fixed)
 
 

@@ -15,7 +15,7 @@ from autotune.errors import AutotuneError, ProfileError
 from autotune.optimizations import parse_setting
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
-from autotune.profile.profile import MisfitRecord, Profile, RunRecord
+from autotune.profile.profile import MisfitRecord, Profile, RunRecord, is_before
 from autotune.profile.store import load_profile, update_profile
 from autotune.tuner.here import Measured, new_profile, timestamp
 from autotune.workload.workload import Workload
@@ -47,10 +47,10 @@ def verified_runs(profile: Profile, workload: str) -> Iterator[RunRecord]:
 
     Others hold what a first run takes: kernels being loaded, algorithms chosen.
     """
-    since = profile.machine.measured_at or ""
     for run in profile.runs:
-        is_steady = all(m.first_seconds is not None for m in run.measured)
-        if run.workload == workload and run.at >= since and run.measured and is_steady:
+        is_steady = run.measured and all(m.first_seconds is not None for m in run.measured)
+        is_old = profile.is_outdated(run) or is_before(run.at, profile.machine.measured_at)
+        if run.workload == workload and is_steady and not is_old:
             yield run
 
 

@@ -21,10 +21,11 @@ from autotune.probe.reference import load_machine
 from autotune.profile.profile import PhaseMeasurement
 from autotune.profile.store import load_profile, update_profile
 from autotune.runtime import measure
+from autotune.runtime import verify as passes
 from autotune.runtime.measure import CudaGauge, Level, PhaseMeter, RamGauge
 from autotune.runtime.tuned import Tuned
 from autotune.runtime.verification import Verification, check_phase, joined
-from autotune.runtime.verify import _scale, short_steps
+from autotune.runtime.verify import Applied, _scale
 from autotune.testing.state import differences, whole_state
 from autotune.tuner import Ask, Measured, Planned, make_plan, remember_run
 from autotune.tuner.history import observations_in
@@ -107,25 +108,6 @@ def test_it_is_verified_while_weights_are_offloaded(
     assert torch.equal(draw(sd_pipe), plain)
 
 
-def test_a_plan_that_gives_way_meanwhile_is_verified_anew(sd_pipe: Any, plan_of: PlanOf) -> None:
-    plan, workload = plan_of(sd_pipe)
-    smaller = msgspec.structs.replace(plan, notes=("smaller",))
-
-    class GivingWay(Tuned):
-        calls = 0
-
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            self.calls += 1
-            if self.calls == 2:
-                self.plan = smaller
-            return super().__call__(*args, **options)
-
-    tuned = GivingWay(sd_pipe, plan, workload, "cpu")
-    tuned.verify()
-    assert tuned.calls == 6
-    assert tuned.plan is smaller
-
-
 def test_seconds_are_scaled_by_calls_of_the_denoiser(sd_pipe: Any, plan_of: PlanOf) -> None:
     """Not by steps: some schedulers take more calls than that."""
     workload = plan_of(sd_pipe)[1]
@@ -144,19 +126,18 @@ def test_few_steps_or_as_many_as_take_half_a_second(sd_pipe: Any, plan_of: PlanO
     plan, workload = plan_of(sd_pipe)
     request = msgspec.structs.replace(workload.request, steps=20)
     workload = msgspec.structs.replace(workload, request=request)
-    tuned = Tuned(sd_pipe, plan, workload, "cpu")
 
     def steps(seconds: float, step_cache: StepCache | None = None) -> int:
         phases = tuple(
             msgspec.structs.replace(p, seconds=seconds if p.name == "denoise" else 0.0)
             for p in plan.prediction.phases
         )
-        tuned.plan = msgspec.structs.replace(
+        planned = msgspec.structs.replace(
             plan,
             prediction=msgspec.structs.replace(plan.prediction, phases=phases),
             execution=msgspec.structs.replace(plan.execution, step_cache=step_cache),
         )
-        return short_steps(tuned, workload)
+        return Applied(sd_pipe, planned, workload, "cpu", 2).short_steps
 
     assert (steps(60.0), steps(1.0), steps(0.01)) == (2, 10, 20)
     assert steps(60.0, StepCache("first_block", 0.1)) == 20
@@ -364,6 +345,21 @@ def test_otherwise_the_pipeline_is_as_it_was(
 
 
 # ---- the way through -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_what_is_verified_is_the_plan_for_all_steps(
+    sd_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the passes take fewer, which another plan might be made for."""
+    monkeypatch.setattr(passes, "QUICK_S", 0.0)
+    tuned = autotune.configure(sd_pipe, height=64, width=64, steps=5, device="cpu")
+    found = tuned.verification
+    assert found is not None
+    assert (found.steps, found.planned_steps, tuned.plan.workload.steps) == (2, 5, 5)
+    predicted = {p.name: p.seconds for p in tuned.plan.prediction.phases}
+    assert {p.name: p.predicted.seconds for p in found.phases} == predicted
+    assert found.notes == ("denoise: seconds of 2 of 5 steps, scaled to all",)
 
 
 @pytest.mark.usefixtures("measured_here")

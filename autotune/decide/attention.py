@@ -16,7 +16,7 @@ FUSED_FRACTION = 0.5
 
 
 class Kernel(NamedTuple):
-    """``"sdpa"``, ``"xformers"``, ``"vanilla"``, or ``"sliced"`` with its slices."""
+    """``"sdpa"``, ``"xformers"``, ``"sage"``, ``"vanilla"``, or ``"sliced"`` with its slices."""
 
     implementation: str
     slices: str = ""
@@ -31,10 +31,15 @@ def transient_bytes(kernel: Kernel, shape: AttentionShape, dtype: str) -> int:
     """Memory of its own while it runs, inputs and output excluded.
 
     Vanilla holds the scores twice (diffusers' ``get_attention_scores``: product and softmax);
-    slicing holds so many heads of it; fused kernels keep one float32 per query (log-sum-exp).
+    slicing holds so many heads of it; fused kernels keep one float32 per query (log-sum-exp), and
+    SageAttention its inputs in fewer bits: queries and keys in 8, values in up to 16.
     """
     if not kernel.writes_scores:
-        return 4 * shape.batch * shape.heads * shape.q_tokens
+        kept = 4 * shape.batch * shape.heads * shape.q_tokens
+        if kernel.implementation != "sage":
+            return kept
+        values = shape.q_tokens + 3 * shape.kv_tokens
+        return kept + shape.batch * shape.heads * shape.head_dim * values
     at_once = shape.batch * shape.heads
     if kernel.implementation == "sliced":
         at_once = max(1, shape.heads // 2) if kernel.slices == "auto" else 1

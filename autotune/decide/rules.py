@@ -19,7 +19,9 @@ STEP_CACHES = frozenset(
 PLACEMENTS = OFFLOADS | {"device_map"}
 """What decides where the weights are."""
 COMPUTE_SAVERS = STEP_CACHES | {"tome"}
-KERNEL_TUNING = frozenset({"channels_last", "fuse_qkv", "compile", "attention_backend"})
+KERNEL_TUNING = frozenset(
+    {"channels_last", "fuse_qkv", "compile", "attention_backend", "sage_attention"}
+)
 PROCESSORS = frozenset({"xformers", "attention_slicing"})
 
 
@@ -35,8 +37,15 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "one-kernel",
         "each chooses the attention kernel: the last one wins, silently",
-        frozenset({"attention_backend"}),
+        frozenset({"attention_backend", "sage_attention"}),
         PROCESSORS,
+        "overrides",
+    ),
+    Rule(
+        "one-named-kernel",
+        "each names the attention kernel of the same layers: the last one wins, silently",
+        frozenset({"attention_backend"}),
+        frozenset({"sage_attention"}),
         "overrides",
     ),
     Rule(

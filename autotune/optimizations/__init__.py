@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.attention import AttentionSlicing, XFormers
-from autotune.optimizations.backends import AttentionBackend
+from autotune.optimizations.backends import AttentionBackend, SageAttention
 from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.compilation import Compile
@@ -34,6 +34,7 @@ CATALOGUE = Catalogue(
         XFormers(),
         AttentionSlicing(),
         AttentionBackend(),
+        SageAttention(),
         ComponentsOnGpus(),
         TextEncoderOffload(),
         ModelCpuOffload(),

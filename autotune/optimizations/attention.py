@@ -194,7 +194,7 @@ class AttentionSlicing(Optimization):
 
     def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
         # "auto" is half of the heads: of one head that is none, on which diffusers divides by zero.
-        heads = [a.heads for a in _denoise_attention(workload)]
+        heads = [a.heads for a in denoise_attention(workload)]
         sizes = ("auto", "max") if min(heads, default=0) > 1 else ("max",)
         return tuple({"slices": size} for size in sizes)
 
@@ -224,7 +224,8 @@ class AttentionSlicing(Optimization):
         return {"slices": "max" if all(p.slice_size == 1 for p in sliced) else "auto"}
 
 
-def _denoise_attention(workload: Workload) -> list[AttentionShape]:
+def denoise_attention(workload: Workload) -> list[AttentionShape]:
+    """Every shape of attention in the denoisers."""
     runs = workload.runs_as("denoiser")
     return [o.attention for r in runs for o in r.trace.operators if o.attention is not None]
 
@@ -235,7 +236,7 @@ def _denoise_attention(workload: Workload) -> list[AttentionShape]:
 KERNELS = {"flash": "_native_flash", "efficient": "_native_efficient", "cudnn": "_native_cudnn"}
 """Kernel → diffusers' name of it. The probe times each as ``sdpa_`` and its name."""
 
-_KNOWN_BACKENDS = ("xformers", *KERNELS.values())
+_KNOWN_BACKENDS = ("xformers", "sage", *KERNELS.values())
 """Kernels by name that an optimization here stands for."""
 
 

@@ -45,6 +45,7 @@ _MESSAGE_LENGTH = 240
 # Relative error that rounding explains, with room: about ten units in the last place of the dtype,
 # where float32 may be computed in TF32 (ten bits, as float16).
 _TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+_TOLERANCE_OF_8_BITS = 0.2
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def measure_attention(
 def implementations_on(device: torch.device) -> dict[str, Attention]:
     """Those to call: with each kernel that SDPA chooses from, where it lets itself be told."""
     backends = {"cuda": tuple(BACKENDS), "cpu": ("sdpa_flash", "sdpa_math")}
-    return IMPLEMENTATIONS | dict.fromkeys(backends.get(device.type, ()), sdpa)
+    named = dict.fromkeys(backends.get(device.type, ()), sdpa)
+    has_sage = device.type == "cuda" and importlib.util.find_spec("sageattention") is not None
+    return IMPLEMENTATIONS | named | ({"sage": sage} if has_sage else {})
 
 
 def measure_shape(
@@ -220,6 +223,14 @@ def sliced(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
         part = slice(start, start + half)
         output[part] = _scores_and_sum(*(tensor[part] for tensor in folded))
     return output.reshape(query.shape)
+
+
+def sage(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """SageAttention 2: products of 8 bits, for ``[batch, heads, tokens, head_dim]``."""
+    with quiet():
+        package: Any = importlib.import_module("sageattention")
+    attended: torch.Tensor = package.sageattn(query, key, value, tensor_layout="HND")
+    return attended
 
 
 IMPLEMENTATIONS: dict[str, Attention] = {
@@ -295,7 +306,8 @@ def _measure(
     try:
         with _backend(name, told):
             extra, deviation = _first_call(timer.device, call, tensors, reference)
-            if not deviation <= _TOLERANCE[query.dtype]:
+            tolerance = _TOLERANCE_OF_8_BITS if name == "sage" else _TOLERANCE[query.dtype]
+            if not deviation <= tolerance:
                 wrong = f"{WRONG}: {deviation:.1e} relative deviation from a float64 reference"
                 return structs.replace(
                     result, extra_bytes=extra, deviation=_finite(deviation), error=wrong

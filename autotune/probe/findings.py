@@ -160,8 +160,9 @@ def _xformers_remedy(machine: Machine) -> str:
 
 def _wrong_attention(machine: Machine) -> Iterator[str]:
     for rate in machine.attention:
-        if rate.implementation in BACKENDS and not (rate.error or "").startswith(WRONG):
-            continue  # that SDPA refuses a backend is no news: it chooses another
+        picky = rate.implementation in BACKENDS or rate.implementation == "sage"
+        if picky and not (rate.error or "").startswith(WRONG):
+            continue  # SDPA then chooses another; SageAttention is for some head sizes only
         if rate.implementation != "xformers" and rate.error:
             tokens = f"{rate.q_tokens} tokens, head size {rate.head_dim}"
             yield f"The {rate.implementation} attention fails at {tokens}: {rate.error}."

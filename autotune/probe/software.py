@@ -14,6 +14,7 @@ DISTRIBUTIONS = (
     "accelerate",
     "transformers",
     "xformers",
+    "sageattention",
     "tomesd",
     "torchao",
     "safetensors",

@@ -25,6 +25,7 @@ STALE: Final[Mapping[str, frozenset[Part]]] = {
     "hip": _STACK,
     "xpu": _STACK,
     "xformers": frozenset(("attention",)),
+    "sageattention": frozenset(("attention",)),
     # Only Python that runs between kernels: of models, of hooks, or the interpreter itself.
     "diffusers": frozenset(("dispatch",)),
     "accelerate": frozenset(("dispatch",)),
@@ -43,7 +44,16 @@ STALE: Final[Mapping[str, frozenset[Part]]] = {
 _HOST: Final = ("CPU", "cores", "OS")
 """Where the device is the CPU, these are about the device."""
 
-PACKAGES: Final = ("torch", "cuda", "hip", "xpu", "xformers", "diffusers", "accelerate")
+PACKAGES: Final = (
+    "torch",
+    "cuda",
+    "hip",
+    "xpu",
+    "xformers",
+    "sageattention",
+    "diffusers",
+    "accelerate",
+)
 """Of the software, what decisions depend on. "cuda" is the version that torch was built for."""
 
 _NAMES: Final[Mapping[Part, str]] = {

@@ -84,6 +84,34 @@ def kernels_on_cpu() -> Iterator[None]:
 
 
 @contextmanager
+def sage_on_cpu() -> Iterator[list[Any]]:
+    """SageAttention's kernel is PyTorch's, of queries and keys rounded to 8 bits; its calls."""
+    from diffusers.models import attention_dispatch
+
+    calls: list[Any] = []
+
+    def kernel(q: Any, k: Any, v: Any, tensor_layout: str, is_causal: bool, **_: Any) -> Any:
+        calls.append(q.shape)
+        assert tensor_layout == "NHD"
+        query, key, value = (t.transpose(1, 2) for t in (_rounded(q), _rounded(k), v))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal
+        )
+        return attended.transpose(1, 2)
+
+    with (
+        patch.object(attention_dispatch, "sageattn", kernel),
+        patch.object(attention_dispatch, "_CAN_USE_SAGE_ATTN", True),
+    ):
+        yield calls
+
+
+def _rounded(tensor: Any) -> Any:
+    scale = tensor.abs().amax().clamp(min=1e-8) / 127
+    return (tensor / scale).round() * scale
+
+
+@contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Compiling takes a minute and a compiler: what is compiled is called as it is."""
     with patch.object(torch, "compile", lambda function, *_, **__: partial(function)):
@@ -95,6 +123,7 @@ StandIn = Callable[[], AbstractContextManager[object]]
 _NEEDED_BY: dict[str, StandIn] = {
     "attention_backend": kernels_on_cpu,
     "compile": nothing_compiled,
+    "sage_attention": sage_on_cpu,
     "xformers": xformers_on_cpu,
     "sequential_cpu_offload": sequential_on_cpu,
 }

@@ -106,7 +106,13 @@ def _device_of(pipe: Any) -> str | None:
     return None if where.startswith(("cpu", "meta")) else where
 
 
-_REPLACES_ATTENTION = ("xformers", "attention_slicing", "attention_backend", "fuse_qkv")
+_REPLACES_ATTENTION = (
+    "xformers",
+    "attention_slicing",
+    "attention_backend",
+    "sage_attention",
+    "fuse_qkv",
+)
 
 
 def _keeping_attention(ask: Ask, foreign: tuple[str, ...]) -> Ask:

@@ -13,7 +13,7 @@ from autotune.decide.rules import LAYER_OFFLOADS, RULES
 from autotune.optimizations import find
 from autotune.optimizations.modules import denoisers
 from autotune.testing.pipelines import build_flux, build_sd, call
-from autotune.testing.standins import sequential_on_cpu
+from autotune.testing.standins import sage_on_cpu, sequential_on_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,16 @@ def test_one_kernel(xformers_on_cpu: list[Any]) -> None:
     xformers_on_cpu.clear()
     call(pipe)
     assert not xformers_on_cpu
+
+
+def test_one_named_kernel() -> None:
+    with sage_on_cpu() as calls:
+        pipe = build_flux()
+        undo = apply(pipe, "sage_attention")
+        apply(pipe, "attention_backend", kernel="flash")
+        call(pipe)
+        assert not calls
+        undo()
 
 
 def test_fused_processor() -> None:

@@ -21,10 +21,20 @@ def build_half_sdxl() -> Any:
 
 
 def with_kernels(machine: Machine) -> Machine:
-    """A machine on which each of PyTorch's kernels was timed."""
+    """A machine on which each kernel was timed."""
     timed = next(r for r in machine.attention if r.flops_per_s)
-    rates = [msgspec.structs.replace(timed, implementation=f"sdpa_{k}") for k in KERNELS]
+    names = ("sage", *(f"sdpa_{kernel}" for kernel in KERNELS))
+    rates = [msgspec.structs.replace(timed, implementation=name) for name in names]
     return msgspec.structs.replace(machine, attention=(*machine.attention, *rates))
+
+
+def build_wide_flux() -> Any:
+    """With heads of 64, which SageAttention has a kernel for."""
+    pipe = build_flux()
+    config = {**pipe.transformer.config, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    torch.manual_seed(0)
+    pipe.transformer = type(pipe.transformer).from_config(config).eval()
+    return pipe
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -35,6 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "steps": 4,
     },
     "taylorseer_cache": {"pipelines": (build_flux,), "steps": 6},  # it computes the first three
+    "sage_attention": {"pipelines": (build_wide_flux,)},
     "faster_cache": {"pipelines": (build_flux,), "steps": 4},
     "vae_bfloat16": {"pipelines": (build_half_sdxl,), "side": 32},
     # Tiles of 64 pixels cut 128. The transformer, which draws that sooner, is tried first.

@@ -299,6 +299,16 @@ def _class_of(processor: Any) -> str:
 
 
 def backend_of(attention: Any) -> str | None:
-    """The kernel that is chosen by name, if one is."""
+    """The kernel that is chosen by name, if one is: for this layer, or for all of the process."""
     backend = getattr(attention.processor, "_attention_backend", None)
+    if backend is None and hasattr(attention.processor, "_attention_backend"):
+        backend = _of_the_process()
     return None if backend is None else str(getattr(backend, "value", backend))
+
+
+def _of_the_process() -> Any:
+    """Set by a model's switch, a ``with`` block or the environment."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    return None if active is AttentionBackendName.NATIVE else active

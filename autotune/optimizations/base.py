@@ -85,7 +85,8 @@ class Optimization(ABC):
             device: Where it will run, ``"cuda:0"``.
 
         Returns:
-            A function that puts back what was there. Where ``apply`` fails, it has done so itself.
+            A function that puts back what was there; called again, also after it was interrupted,
+            it does what is left to do. Where ``apply`` fails, it has done so itself.
         """
 
     def found(self, pipe: Any) -> Parameters | None:
@@ -144,8 +145,22 @@ def undone_on_failure(undo: Undo) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        undo()
+        insist(undo)
         raise
+
+
+def insist(undo: Undo) -> None:
+    """Undo; where that is stopped half-way, once more: what is undone already is not harmed.
+
+    Raises:
+        BaseException: it fails twice, or Ctrl-C came in between; then it is undone all the same.
+    """
+    try:
+        undo()
+    except BaseException as error:
+        undo()
+        if not isinstance(error, Exception):
+            raise
 
 
 def _convert(name: str, key: str, value: Parameter, default: Parameter) -> Parameter:

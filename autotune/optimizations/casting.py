@@ -8,7 +8,12 @@ import msgspec
 
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
-from autotune.optimizations.modules import denoisers, registries_of, remove_hooks
+from autotune.optimizations.modules import (
+    denoisers,
+    registries_of,
+    remember_hooks,
+    remove_hooks,
+)
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -42,9 +47,13 @@ class LayerwiseCasting(Optimization):
             {n: p.detach().to("cpu", copy=True) for n, p in m.named_parameters()} for m in targets
         ]
 
+        put_forwards_back = remember_hooks(targets)
+
         def undo() -> None:
-            for module, weights in zip(targets, before, strict=True):
+            for module in targets:
                 _take_off(module)
+            put_forwards_back()
+            for module, weights in zip(targets, before, strict=True):
                 for name, parameter in module.named_parameters():
                     parameter.data = weights[name].to(parameter.device)
 

@@ -13,6 +13,7 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import denoisers
 from autotune.probe.machine import Machine
+from autotune.workload.live import original, parts_of
 from autotune.workload.workload import Workload
 
 SCOPES = ("regional", "whole")
@@ -59,7 +60,7 @@ class Compile(Optimization):
         return msgspec.structs.replace(execution, compiled=scope)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
-        targets = [m for m in denoisers(pipe) if not _is_compiled(m)]
+        targets = [m for m in denoisers(pipe) if _scope(m) is None]
 
         def undo() -> None:
             for module in targets:
@@ -75,11 +76,9 @@ class Compile(Optimization):
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
-        compiled = [m for m in denoisers(pipe) if _is_compiled(m)]
-        if not compiled:
-            return None
-        is_whole = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in compiled)
-        return {"scope": "whole" if is_whole else "regional"}
+        wrapped = {id(original(p)) for p in parts_of(pipe).values() if original(p) is not p}
+        scopes = {_scope(m, id(m) in wrapped) for m in denoisers(pipe)} - {None}
+        return {"scope": max(scopes)} if scopes else None  # the whole, where any is
 
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         if parameters["scope"] == "whole":
@@ -87,10 +86,16 @@ class Compile(Optimization):
         return ("pipe.{denoiser}.compile_repeated_blocks()",)
 
 
-def _is_compiled(module: Any) -> bool:
-    if hasattr(module, "_orig_mod"):
-        return True
-    return any(getattr(c, "_compiled_call_impl", None) is not None for c in module.modules())
+def _scope(module: Any, is_wrapped: bool = False) -> str | None:
+    """How much of it is compiled: in place, by its forward, or in a wrapper."""
+    forward = vars(module).get("forward")
+    if is_wrapped or _has_call(module) or hasattr(forward, "_torchdynamo_orig_callable"):
+        return "whole"
+    return "regional" if any(map(_has_call, module.modules())) else None
+
+
+def _has_call(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _has_compiler() -> bool:

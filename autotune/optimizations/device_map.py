@@ -12,11 +12,11 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import DeviceMap, Execution
 from autotune.optimizations.modules import (
     autoencoders,
-    device_of,
-    drop_bound_forwards,
     encoders,
     modules_of,
     registries_of,
+    remember_devices,
+    remember_hooks,
 )
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -104,21 +104,16 @@ class ComponentsOnGpus(Optimization):
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch
-        from accelerate.hooks import remove_hook_from_module
-
         home = torch.device(device)
         _require_unhooked(pipe)
         there = {role: _gpu(home, int(index)) for role, index in parameters.items()}
         modules = list(modules_of(pipe).values())
-        before = [(m, device_of(m)) for m in modules]
+        move_back = remember_devices(modules)
+        put_hooks_back = remember_hooks(modules)
 
         def undo() -> None:
-            for module, where in before:
-                for part in (module, *module.children()):
-                    if _is_ours(part):
-                        remove_hook_from_module(part)
-                drop_bound_forwards(module)
-                module.to(where)
+            put_hooks_back()  # ours hold nothing that would have to be let go
+            move_back()
 
         with undone_on_failure(undo):
             moved = {id(m): there["encoders"] for m in encoders(pipe)}

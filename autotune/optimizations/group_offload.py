@@ -14,9 +14,10 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Execution, GroupOffload
 from autotune.optimizations.modules import (
     denoisers,
-    device_of,
     modules_of,
     registries_of,
+    remember_devices,
+    remember_hooks,
     remove_hooks,
 )
 from autotune.optimizations.offload import READS_PAST_HOOKS
@@ -76,13 +77,15 @@ class GroupCpuOffload(Optimization):
 
         excluded = set(getattr(pipe, "_exclude_from_cpu_offload", ()))
         modules = modules_of(pipe)
-        before = [(m, device_of(m)) for m in modules.values()]
+        move_back = remember_devices(modules.values())
         folders: list[str] = []
+        put_forwards_back = remember_hooks(modules.values())
 
         def undo() -> None:
-            for module, where in before:
+            for module in modules.values():
                 _take_off(module)
-                module.to(where)
+            put_forwards_back()
+            move_back()
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
 

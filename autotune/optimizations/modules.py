@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,9 +68,59 @@ def drop_bound_forwards(module: Any) -> None:
             del child.__dict__["forward"]
 
 
+def remember_devices(modules: Iterable[Any]) -> Callable[[], None]:
+    """Undo of moving weights, also of a component that is spread over devices.
+
+    What is on the meta device has its weights elsewhere: it stays.
+    """
+    whole, apart = [], []
+    for module in modules:
+        places = list(_places(module))
+        devices = {where for *_, where in places}
+        if len(devices) == 1:
+            whole.append((module, devices.pop()))
+        else:
+            apart += places
+
+    def undo() -> None:
+        for module, where in whole:
+            module.to(where)
+        for table, name, where in apart:
+            table[name].data = table[name].data.to(where)
+
+    return undo
+
+
+def _places(module: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """A layer's table of parameters or buffers, a name in it, and where that tensor is."""
+    for layer in module.modules():
+        for table in (layer._parameters, layer._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta:
+                    yield table, name, tensor.device
+
+
+_HOOKED = ("_hf_hook", "_old_forward", "forward")
+"""What accelerate and diffusers set on a layer that they put a hook on."""
+
+
+def remember_hooks(modules: Iterable[Any]) -> Callable[[], None]:
+    """Undo of putting hooks on layers, and of taking them off half-way."""
+    layers = [layer for module in modules for layer in module.modules()]
+    before = [(layer, {n: vars(layer)[n] for n in _HOOKED if n in vars(layer)}) for layer in layers]
+
+    def undo() -> None:
+        for layer, attributes in before:
+            for name in _HOOKED:
+                vars(layer).pop(name, None)
+            vars(layer).update(attributes)
+
+    return undo
+
+
 def registries_of(module: Any) -> list[Any]:
     """What diffusers keeps its hooks in, on the layers that have any."""
-    found = (getattr(child, "_diffusers_hook", None) for child in module.modules())
+    found = (vars(child).get("_diffusers_hook") for child in module.modules())
     return [registry for registry in found if registry is not None]
 
 

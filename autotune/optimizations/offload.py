@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -14,9 +14,10 @@ from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import (
     denoisers,
     device_of,
-    drop_bound_forwards,
     encoders,
     modules_of,
+    remember_devices,
+    remember_hooks,
 )
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -57,22 +58,21 @@ class _Offload(Optimization):
         from accelerate.hooks import remove_hook_from_module
 
         modules = modules_of(pipe).values()
-        before = [(m, device_of(m)) for m in modules]
+        move_back = remember_devices(modules)
         tensors = [place for m in modules for place in _tensors(m)]
         notes = {n: pipe.__dict__[n] for n in _NOTES if n in pipe.__dict__}
+        put_hooks_back = remember_hooks(modules)
 
         def undo() -> None:
             for module in modules:  # pipe.remove_all_hooks() passes those half put on
                 remove_hook_from_module(module, recurse=True)
+            put_hooks_back()
             for name in _NOTES:
                 pipe.__dict__.pop(name, None)
             pipe.__dict__.update(notes)
             for table, name, tensor in tensors:
                 table[name] = tensor
-            for module, where in before:
-                drop_bound_forwards(module)
-                if where.type != "meta":  # it was offloaded already: there is nothing to go back to
-                    module.to(where)
+            move_back()
 
         with undone_on_failure(undo):
             # diffusers prefers a number remembered from before to the index 0 that we give.
@@ -106,7 +106,7 @@ class ModelCpuOffload(_Offload):
         pipe.enable_model_cpu_offload(device=device)
 
     def found(self, pipe: Any) -> Parameters | None:
-        moves = any(type(h).__name__ == _WHOLE for h in _hooks(pipe))
+        moves = any(type(h).__name__ == _WHOLE for h in _hooks(modules_of(pipe).values()))
         return {} if moves and getattr(pipe, "_all_hooks", None) else None
 
 
@@ -144,8 +144,8 @@ class TextEncoderOffload(_Offload):
         undo_offload = super().apply(pipe, parameters, device)
 
         def undo() -> None:
-            while handles:
-                handles.pop().remove()
+            for handle in handles:
+                handle.remove()
             undo_offload()
 
         with undone_on_failure(undo):
@@ -213,17 +213,19 @@ class SequentialCpuOffload(_Offload):
 
     def found(self, pipe: Any) -> Parameters | None:
         # A device map attaches the same hook, but leaves the weights where they are.
-        return {} if any(getattr(h, "offload", False) for h in _hooks(pipe)) else None
+        # Without the denoiser, it is something else.
+        hooks = _hooks(denoisers(pipe) or modules_of(pipe).values())
+        return {} if any(getattr(h, "offload", False) for h in hooks) else None
 
 
 def _passed_by(class_name: str) -> str:
     return f"{class_name} reads weights of its layers without calling them: they would not be moved"
 
 
-def _hooks(pipe: Any) -> list[Any]:
-    """The accelerate hooks on the pipeline's components and their layers."""
-    modules = [m for c in modules_of(pipe).values() for m in c.modules()]
-    hooks = [m._hf_hook for m in modules if hasattr(m, "_hf_hook")]
+def _hooks(components: Iterable[Any]) -> list[Any]:
+    """The accelerate hooks on components and their layers."""
+    layers = (layer for component in components for layer in component.modules())
+    hooks = [vars(layer)["_hf_hook"] for layer in layers if "_hf_hook" in vars(layer)]
     return [single for h in hooks for single in getattr(h, "hooks", (h,))]
 
 

@@ -103,8 +103,7 @@ class Quantization(Optimization):
         before: list[tuple[Any, str, Any]] = []
 
         def undo() -> None:
-            while before:
-                parent, name, layer = before.pop()
+            for parent, name, layer in reversed(before):
                 where = next(getattr(parent, name).parameters()).device
                 setattr(parent, name, layer.to(where))
 
@@ -112,8 +111,9 @@ class Quantization(Optimization):
             for module in denoisers(pipe):
                 for parent, name in _linear_layers(module):
                     layer = getattr(parent, name)
+                    before.append((parent, name, layer))
                     setattr(parent, name, _quantized(layer, scheme))
-                    before.append((parent, name, layer.to("cpu")))
+                    layer.to("cpu")
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:

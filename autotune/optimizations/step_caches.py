@@ -11,7 +11,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, StepCache
-from autotune.optimizations.modules import denoisers, drop_bound_forwards
+from autotune.optimizations.modules import denoisers, registries_of, remember_hooks
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -30,6 +30,30 @@ _TELLING = frozenset(
 GUIDED_IN_BATCH = frozenset({"CogVideoXPipeline"})
 """They compute both guided passes in one call, as one batch; of the others some call twice."""
 
+_CACHES = {
+    "fbc_leader_block_hook": "FirstBlockCacheConfig",
+    "taylorseer_cache": "TaylorSeerCacheConfig",
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcastConfig",
+    "faster_cache_block": "FasterCacheConfig",
+    "mag_cache_leader_block_hook": "MagCacheConfig",
+    "sea_cache_leader_block": "SeaCacheConfig",
+    "text_kv_cache_block": "TextKVCacheConfig",
+}
+"""diffusers' hook → the configuration that it is put on by (diffusers 0.42)."""
+
+
+def foreign_caches(pipe: Any) -> tuple[str, ...]:
+    """Caches set by hand that no optimization stands for, by their configurations' names."""
+    known = {cls.config for cls in _Cache.__subclasses__()}
+    return tuple(sorted({config for config, _ in _cache_hooks(pipe)} - known))
+
+
+def _cache_hooks(pipe: Any) -> list[tuple[str, Any]]:
+    """Configuration and hook: the caches' own functions leave no note on the network."""
+    registries = (r for module in denoisers(pipe) for r in registries_of(module))
+    named = ((name, hook) for r in registries for name, hook in r.hooks.items())
+    return [(_CACHES[name], hook) for name, hook in named if name in _CACHES]
+
 
 class _Cache(Optimization):
     """One of diffusers' caches; a network has at most one."""
@@ -40,6 +64,9 @@ class _Cache(Optimization):
     config: ClassVar[str]
     key: ClassVar[str]
     """Its parameter."""
+
+    attribute: ClassVar[str]
+    """Where diffusers' hook has it."""
 
     pipelines: ClassVar[frozenset[str]]
     """Those known to draw with it (diffusers 0.42). Others do not tell a network which guided pass
@@ -73,13 +100,14 @@ class _Cache(Optimization):
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         targets = [m for m in denoisers(pipe) if not getattr(m, "is_cache_enabled", False)]
         done: list[Any] = []
+        put_forwards_back = remember_hooks(targets)
 
         def undo() -> None:
-            while done:
-                module = done.pop()
-                module.disable_cache()
+            for module in done:
+                if module.is_cache_enabled:
+                    module.disable_cache()
                 vars(module).pop("_cache_config", None)
-                drop_bound_forwards(module)
+            put_forwards_back()
 
         with undone_on_failure(undo):
             for module in targets:
@@ -101,12 +129,8 @@ class _Cache(Optimization):
         """diffusers' configuration."""
 
     def found(self, pipe: Any) -> Parameters | None:
-        configs = [getattr(m, "_cache_config", None) for m in denoisers(pipe)]
-        mine = [c for c in configs if type(c).__name__ == self.config]
-        return self._read(mine[0]) if mine else None
-
-    @abstractmethod
-    def _read(self, config: Any) -> Parameters: ...
+        mine = [hook for config, hook in _cache_hooks(pipe) if config == self.config]
+        return {self.key: getattr(mine[0], self.attribute)} if mine else None
 
 
 class FirstBlockCache(_Cache):
@@ -116,6 +140,7 @@ class FirstBlockCache(_Cache):
     summary = "steps on which the first block changes little reuse what the other blocks added"
     pipelines = _TELLING
     method, config, key = "first_block", "FirstBlockCacheConfig", "threshold"
+    attribute = "threshold"
     defaults = {"threshold": 0.08}
     tried, least, most = (0.06, 0.08, 0.12), 0.01, 0.5
 
@@ -134,9 +159,6 @@ class FirstBlockCache(_Cache):
 
         return FirstBlockCacheConfig(threshold=parameters["threshold"])
 
-    def _read(self, config: Any) -> Parameters:
-        return {"threshold": config.threshold}
-
 
 class TaylorSeerCache(_Cache):
     """Compute one step in so many; extrapolate the result of the others."""
@@ -145,6 +167,7 @@ class TaylorSeerCache(_Cache):
     summary = "one step in so many is computed, the results of the others are extrapolated"
     pipelines = _TELLING
     method, config, key = "taylor", "TaylorSeerCacheConfig", "interval"
+    attribute = "cache_interval"
     defaults = {"interval": 3}
     tried, least, most = (3, 5), 2, 10
 
@@ -163,9 +186,6 @@ class TaylorSeerCache(_Cache):
 
         return TaylorSeerCacheConfig(cache_interval=int(parameters["interval"]), use_lite_mode=True)
 
-    def _read(self, config: Any) -> Parameters:
-        return {"interval": config.cache_interval}
-
 
 class PyramidAttentionBroadcast(_Cache):
     """Reuse the result of attention layers on steps in the middle of the schedule."""
@@ -174,6 +194,7 @@ class PyramidAttentionBroadcast(_Cache):
     summary = "in the middle of the schedule, attention is computed on one step in so many"
     pipelines = (_TELLING | {"ChromaPipeline"}) - {"QwenImagePipeline"}
     method, config, key = "attention", "PyramidAttentionBroadcastConfig", "range"
+    attribute = "block_skip_range"
     defaults = {"range": 2}
     tried, least, most = (2, 3), 2, 8
 
@@ -199,9 +220,6 @@ class PyramidAttentionBroadcast(_Cache):
             current_timestep_callback=_clock_of(pipe, self.name),
         )
 
-    def _read(self, config: Any) -> Parameters:
-        return {"range": config.spatial_attention_block_skip_range or 2}
-
 
 class FasterCache(_Cache):
     """Late in the schedule, extrapolate attention, and of guided passes the one without prompt."""
@@ -210,6 +228,7 @@ class FasterCache(_Cache):
     summary = "late in the schedule, attention and most unguided passes are extrapolated"
     pipelines = _TELLING - {"LTXPipeline", "QwenImagePipeline"} | {"ChromaPipeline"}
     method, config, key = "faster", "FasterCacheConfig", "range"
+    attribute = "block_skip_range"
     defaults = {"range": 2}
     tried, least, most = (2,), 2, 8
 
@@ -243,9 +262,6 @@ class FasterCache(_Cache):
             is_guidance_distilled=type(pipe).__name__ not in GUIDED_IN_BATCH,
             current_timestep_callback=_clock_of(pipe, self.name),
         )
-
-    def _read(self, config: Any) -> Parameters:
-        return {"range": config.spatial_attention_block_skip_range}
 
 
 def _mixes_passes(workload: Workload) -> str | None:

@@ -10,7 +10,12 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, TokenMerge
-from autotune.optimizations.modules import classes_of, denoisers, drop_bound_forwards
+from autotune.optimizations.modules import (
+    classes_of,
+    denoisers,
+    drop_bound_forwards,
+    remember_hooks,
+)
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -83,9 +88,12 @@ class ToMe(Optimization):
         for module in modules:
             _require_mergeable(module)
 
+        put_forwards_back = remember_hooks(modules)
+
         def undo() -> None:
             for module in modules:
                 _remove(module)
+            put_forwards_back()
 
         ratio, depth = float(parameters["ratio"]), int(parameters["max_downsample"])
         with undone_on_failure(undo):

@@ -8,17 +8,13 @@ from typing import Any
 from autotune.decide.plan import Plan
 from autotune.decide.rules import PLACEMENTS
 from autotune.errors import AutotuneError, OptimizationError, first_line
-from autotune.optimizations import CATALOGUE, find
-from autotune.optimizations.base import Setting, Undo, undone_on_failure
-from autotune.optimizations.modules import device_of, modules_of
+from autotune.optimizations import find
+from autotune.optimizations.base import Setting, Undo, insist, undone_on_failure
+from autotune.optimizations.modules import modules_of, remember_devices
+from autotune.runtime.by_hand import placed
+from autotune.runtime.by_hand import set_by_hand as set_by_hand
 
 log = logging.getLogger("autotune")
-
-
-def set_by_hand(pipe: Any) -> tuple[Setting, ...]:
-    """The optimizations that the pipeline already has, with the parameters they have."""
-    found = ((name, optimization.found(pipe)) for name, optimization in CATALOGUE.items())
-    return tuple(Setting(name, parameters) for name, parameters in found if parameters is not None)
 
 
 def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
@@ -41,12 +37,12 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     try:
         for setting in early:
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
-        if not _places(plan) and not _has_device_map(pipe):
+        if not PLACEMENTS & {s.name for s in settings}:
             undos.append(_move(pipe, device))
         for setting in (s for s in settings if s not in early):
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
     except BaseException as error:
-        _undo_all(undos)
+        _roll_back(undos, error)
         if isinstance(error, AutotuneError) or not isinstance(error, Exception):
             raise
         raise OptimizationError(
@@ -55,13 +51,19 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     return lambda: _undo_all(undos)
 
 
-def _places(plan: Plan) -> bool:
-    """Whether an optimization, chosen or set by hand, decides where weights are."""
-    return bool(PLACEMENTS & {s.name for s in (*plan.optimizations, *plan.kept)})
+def _roll_back(undos: list[Undo], error: BaseException) -> None:
+    """Undo what was applied before the error.
 
-
-def _has_device_map(pipe: Any) -> bool:
-    return getattr(pipe, "hf_device_map", None) is not None
+    Raises:
+        OptimizationError: not even that works.
+    """
+    try:
+        _undo_all(undos)
+    except Exception as another:
+        raise OptimizationError(
+            f"cannot apply the plan: {first_line(error)}; nor undo it: {first_line(another)}",
+            "the pipeline is half configured: load it again",
+        ) from error
 
 
 def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
@@ -70,25 +72,33 @@ def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
 
 
 def _move(pipe: Any, device: str) -> Undo:
-    before = [(m, device_of(m)) for m in modules_of(pipe).values()]
-
-    def undo() -> None:
-        for module, where in before:
-            module.to(where)
-
+    """All components but those that something set by hand moves."""
+    kept = placed(pipe)
+    free = [module for name, module in modules_of(pipe).items() if name not in kept]
+    undo = remember_devices(free)
     with undone_on_failure(undo):
-        pipe.to(device)
+        if not kept:
+            pipe.to(device)
+        for module in free if kept else ():
+            module.to(device)
     return undo
 
 
 def _undo_all(undos: list[Undo]) -> None:
-    """Newest first; one that fails does not keep the others from running."""
-    failed: Exception | None = None
-    while undos:
+    """Newest first; one that fails does not keep the others from running.
+
+    It stays to be tried again, and so do those before it: it may put back what they changed.
+    """
+    done = 0
+    failed: BaseException | None = None
+    for undo in reversed(tuple(undos)):
         try:
-            undos.pop()()
-        except Exception as error:
-            log.error("could not undo a step: %s", error)
-            failed = error
+            insist(undo)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                log.error("could not undo a step: %s", first_line(error))
+            failed = failed or error
+        done += failed is None
+    del undos[len(undos) - done :]
     if failed is not None:
         raise failed

@@ -25,11 +25,13 @@ class Interruption:
 
     Args:
         at: The call that fails, from 1; 0 for none.
+        modules: How the names of the modules begin whose functions are counted.
     """
 
-    def __init__(self, at: int = 0) -> None:
+    def __init__(self, at: int = 0, modules: tuple[str, ...] = LIBRARIES) -> None:
         self.calls = 0
         self._at = at
+        self._modules = modules
 
     def __enter__(self) -> Interruption:
         self._before = sys.getprofile()
@@ -41,7 +43,7 @@ class Interruption:
 
     def _see(self, frame: FrameType, event: str, _: Any) -> None:
         is_step = event == "call" and frame.f_code.co_name not in _NEVER
-        if is_step and str(frame.f_globals.get("__name__", "")).startswith(LIBRARIES):
+        if is_step and str(frame.f_globals.get("__name__", "")).startswith(self._modules):
             self.calls += 1
             if self.calls == self._at:
                 sys.setprofile(None)  # what puts things back is not to fail

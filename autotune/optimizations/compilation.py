@@ -77,8 +77,9 @@ class Compile(Optimization):
 
     def found(self, pipe: Any) -> Parameters | None:
         wrapped = {id(original(p)) for p in parts_of(pipe).values() if original(p) is not p}
-        scopes = {_scope(m, id(m) in wrapped) for m in denoisers(pipe)} - {None}
-        return {"scope": max(scopes)} if scopes else None  # the whole, where any is
+        scopes = {_scope(m, id(m) in wrapped) for m in denoisers(pipe)}
+        scope = next((s for s in reversed(SCOPES) if s in scopes), None)
+        return None if scope is None else {"scope": scope}
 
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         if parameters["scope"] == "whole":

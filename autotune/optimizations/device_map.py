@@ -104,6 +104,7 @@ class ComponentsOnGpus(Optimization):
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch
+
         home = torch.device(device)
         _require_unhooked(pipe)
         there = {role: _gpu(home, int(index)) for role, index in parameters.items()}

@@ -12,7 +12,13 @@ from autotune.optimizations.base import Setting
 from autotune.optimizations.modules import denoisers, modules_of, registries_of
 from autotune.optimizations.step_caches import foreign_caches
 
-_REPLACES_ATTENTION = ("xformers", "attention_slicing", "attention_backend", "fuse_qkv")
+_REPLACES_ATTENTION = (
+    "xformers",
+    "attention_slicing",
+    "attention_backend",
+    "sage_attention",
+    "fuse_qkv",
+)
 _NARROWS = ("quantization", "layerwise_casting", "fuse_qkv")
 
 

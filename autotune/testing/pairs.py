@@ -132,7 +132,9 @@ class Subject:
     def pairs(self) -> list[Pair]:
         """Those that no rule forbids in the order in which a plan is applied."""
         pairs = itertools.combinations(self.settings(), 2)
-        return [p for p in pairs if p[0].name != p[1].name and broken_rule(s.name for s in p) is None]
+        return [
+            p for p in pairs if p[0].name != p[1].name and broken_rule(s.name for s in p) is None
+        ]
 
     # ---- what is tried -------------------------------------------------------------------------
 

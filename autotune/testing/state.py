@@ -71,7 +71,7 @@ def _config(part: Any) -> Any:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _kernels(pipe: Any) -> list[tuple[Any, Any]]:
+def _kernels(pipe: Any) -> list[tuple[Any, ...]]:
     """Every attention processor and the kernel that it is told to use, by itself or its class."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     processors = [c.processor for m in modules for c in m.modules() if hasattr(c, "processor")]
@@ -92,7 +92,9 @@ def flags() -> dict[str, Any]:
     """PyTorch's and diffusers' switches for the whole process."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    deterministic: Any = torch.utils.deterministic
     return {
         "attention backend": _AttentionBackendRegistry.get_active_backend()[0],
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -116,7 +118,7 @@ def flags() -> dict[str, Any]:
         "deterministic": (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            deterministic.fill_uninitialized_memory,
         ),
         "threads": torch.get_num_threads(),
     }
@@ -126,13 +128,14 @@ def random_state() -> dict[str, int]:
     """Digests of the global generators: PyTorch's, Python's and NumPy's."""
     import numpy
 
-    states = {
+    cuda: Any = torch.cuda
+    states: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "python": random.getstate(),
-        "numpy": numpy.random.get_state()[1].tobytes(),  # type: ignore[index,union-attr]
+        "numpy": numpy.random.get_state()[1].tobytes(),  # type: ignore[index]
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
+    if cuda.is_available() and cuda.is_initialized():
+        states["cuda"] = b"".join(s.numpy().tobytes() for s in cuda.get_rng_state_all())
     return {name: hash(state) for name, state in states.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,13 +22,16 @@ from autotune.tuner.verifying import (
 from autotune.workload.architecture import Architecture
 from autotune.workload.live import pipeline_dtype
 
+if TYPE_CHECKING:
+    from autotune.runtime.by_hand import Foreign
+
 
 def configure_pipeline(
     pipe: Any, ask: Ask, device: str | None = None, verify: str = "never"
 ) -> Any:
     """Plan for a loaded pipeline and configure it in place; see ``autotune.configure``."""
     from autotune.optimizations.attention import foreign_processors
-    from autotune.runtime.apply import set_by_hand
+    from autotune.runtime.by_hand import foreign_to, set_by_hand
     from autotune.workload.architecture import describe_pipeline
 
     check_verify(verify)
@@ -37,11 +40,11 @@ def configure_pipeline(
     limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))
     dtype = pipeline_dtype(pipe) if ask.dtype == "auto" else ask.dtype
     asked = msgspec.structs.replace(ask, limits=limits, dtype=dtype)
-    foreign = foreign_processors(pipe)
-    if foreign == ("AttnProcessor",):
+    foreign = foreign_to(pipe)
+    if foreign_processors(pipe) == ("AttnProcessor",):
         vanilla = msgspec.structs.replace(measured.machine, default_attention="vanilla")
         measured = measured._replace(machine=vanilla)
-    planned = plan_loaded(architecture, measured, _keeping_attention(asked, foreign), pipe)
+    planned = plan_loaded(architecture, measured, _keeping(asked, foreign), pipe)
     return tuned(pipe, _saying_what_is_kept(planned, asked, foreign), measured, verify)
 
 
@@ -106,33 +109,20 @@ def _device_of(pipe: Any) -> str | None:
     return None if where.startswith(("cpu", "meta")) else where
 
 
-_REPLACES_ATTENTION = (
-    "xformers",
-    "attention_slicing",
-    "attention_backend",
-    "sage_attention",
-    "fuse_qkv",
-)
+def _keeping(ask: Ask, foreign: tuple[Foreign, ...]) -> Ask:
+    """What the user has set, and no optimization stands for, stays."""
+    without = dict.fromkeys((*ask.limits.without, *(n for f in foreign for n in f.without)))
+    limits = msgspec.structs.replace(ask.limits, without=tuple(without))
+    return msgspec.structs.replace(ask, limits=limits)
 
 
-def _keeping_attention(ask: Ask, foreign: tuple[str, ...]) -> Ask:
-    """What the user has put into the attention stays."""
-    if not foreign:
-        return ask
-    without = (*ask.limits.without, *_REPLACES_ATTENTION)
-    return msgspec.structs.replace(ask, limits=msgspec.structs.replace(ask.limits, without=without))
-
-
-def _saying_what_is_kept(planned: Planned, ask: Ask, foreign: tuple[str, ...]) -> Planned:
+def _saying_what_is_kept(planned: Planned, ask: Ask, foreign: tuple[Foreign, ...]) -> Planned:
     """It was not the user who left these out."""
-    if not foreign:
-        return planned
-    text = f"attention set by hand ({', '.join(foreign)}) is kept"
-    ours = [n for n in _REPLACES_ATTENTION if n not in ask.limits.without]
+    texts = {n: f.text for f in foreign for n in f.without if n not in ask.limits.without}
     rejected = tuple(
-        msgspec.structs.replace(r, text=text) if r.optimization in ours else r
+        msgspec.structs.replace(r, text=texts.get(r.optimization, r.text))
         for r in planned.plan.rejected
     )
-    notes = (*planned.plan.notes, text)
+    notes = (*planned.plan.notes, *(f.text for f in foreign))
     plan = msgspec.structs.replace(planned.plan, rejected=rejected, notes=notes)
     return planned._replace(plan=plan)

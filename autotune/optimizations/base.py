@@ -56,6 +56,7 @@ class Optimization(ABC):
         exactness: How the image may change.
         defaults: Parameters with their default values.
         before_moving: Whether it shrinks weights, so that it comes before they are moved.
+        replaces: Whether it puts a component in the place of another, so that it comes first.
         rules: What it does not go with. The built-in ones have theirs in ``decide/rules.py``.
     """
 
@@ -65,6 +66,7 @@ class Optimization(ABC):
     exactness: ClassVar[Exactness] = "exact"
     defaults: ClassVar[Parameters] = {}
     before_moving: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     @abstractmethod

@@ -35,6 +35,7 @@ class TinyAutoencoder(Optimization):
     relieves = "vram and time of decode"
     exactness = "lossy"
     defaults = {"weights": ""}
+    replaces = True
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         runs = workload.runs_as("autoencoder")

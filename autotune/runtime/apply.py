@@ -8,7 +8,7 @@ from typing import Any
 from autotune.decide.plan import Plan
 from autotune.decide.rules import PLACEMENTS
 from autotune.errors import AutotuneError, OptimizationError, first_line
-from autotune.optimizations import find
+from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting, Undo, insist, undone_on_failure
 from autotune.optimizations.modules import modules_of, remember_devices
 from autotune.runtime.by_hand import placed
@@ -67,8 +67,16 @@ def _roll_back(undos: list[Undo], error: BaseException) -> None:
 
 
 def _in_order(settings: tuple[Setting, ...]) -> list[Setting]:
-    """Offload last: its hooks wrap modules as they are by then; some patches refuse hooked ones."""
-    return sorted(settings, key=lambda s: s.name in PLACEMENTS)
+    """What takes a component's place, then what changes components, then what moves them.
+
+    Hooks wrap modules as they are by then, and some patches refuse hooked ones. Else in the order
+    of the catalogue, so that a plan that names them in another order is the same.
+    """
+    order = {name: i for i, name in enumerate(CATALOGUE)}
+    return sorted(
+        settings,
+        key=lambda s: (s.name in PLACEMENTS, not find(s.name).replaces, order[s.name]),
+    )
 
 
 def _move(pipe: Any, device: str) -> Undo:

@@ -120,6 +120,7 @@ KNOWN: list[tuple[str, str, ByHand]] = [
         "wan",
         lambda p: hooks.apply_first_block_cache(p.transformer, FIRST_BLOCK),
     ),
+    ("faster_cache:range=2", "flux", lambda p: p.transformer.enable_cache(FASTER)),
     ("taylorseer_cache:interval=4", "flux", lambda p: p.transformer.enable_cache(TAYLOR)),
     (
         "pyramid_attention_broadcast:range=3",
@@ -142,7 +143,12 @@ FOREIGN: list[tuple[str, str, ByHand]] = [
         "flux",
         lambda p: _AttentionBackendRegistry.set_active_backend(AttentionBackendName._NATIVE_MATH),
     ),
-    ("a step cache (FasterCacheConfig)", "flux", lambda p: p.transformer.enable_cache(FASTER)),
+    ("a step cache (MagCacheConfig)", "flux", lambda p: p.transformer.enable_cache(MAG)),
+    (
+        "a step cache (MagCacheConfig)",
+        "flux",
+        lambda p: hooks.apply_mag_cache(p.transformer, MAG),
+    ),
     (
         "the device of components (vae)",
         "sd",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from autotune.cli.output import console, table_of
 from autotune.decide.breakdown import ComponentPrediction
 from autotune.decide.plan import Plan, PredictionReport
@@ -121,8 +123,12 @@ def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
         for other in phase.elsewhere:
             _add_elsewhere(table, other)
         if len(within) > 1:
+            # Phases are corrected by verified runs; their parts share that.
+            factor = phase.seconds / (sum(p.prediction.seconds for p in within) or 1.0)
             for part in within:
-                _add_phase(table, f"  {part.label} ×{part.calls}", part.prediction, style="dim")
+                seconds = part.prediction.seconds * factor
+                shown = msgspec.structs.replace(part.prediction, seconds=seconds)
+                _add_phase(table, f"  {part.label} ×{part.calls}", shown, style="dim")
     return table
 
 

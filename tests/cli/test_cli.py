@@ -96,6 +96,11 @@ def test_run_draws_and_remembers(tmp_path):
     runs = shown["profile"]["runs"]
     assert len(runs) == 2
     assert {m["name"] for m in runs[0]["measured"]} == {"encode", "denoise", "decode"}
+    # Verified once: the second run is planned with what the first one showed.
+    assert "verified" in done.stdout
+    assert "held by the process besides" in " ".join(done.stdout.split())
+    assert all("first_seconds" in m and "peak_bytes" in m for m in runs[0]["measured"])
+    assert "memory was not measured in this run" in again.stdout
 
 
 def test_run_as_json(tmp_path):
@@ -108,6 +113,10 @@ def test_run_as_json(tmp_path):
     assert all(Path(i).exists() for i in shown["images"])
     assert {m["name"] for m in shown["measured"]} == {"encode", "denoise", "decode"}
     assert shown["fits"] is True
+    checked = shown["verification"]
+    assert [p["name"] for p in checked["phases"]] == ["encode", "denoise", "decode"]
+    for phase, image in zip(checked["phases"], shown["measured"], strict=True):
+        assert image["peak_bytes"] == phase["measured"]["peak_bytes"]
 
 
 def test_run_with_every_lossy_optimization_allowed(tmp_path):

@@ -45,11 +45,16 @@ _SCHEMES = (
     # One kernel reads half a byte and writes two; scales of 64 weights are quantized themselves
     # (QLoRA, Dettmers 2023: 0.127 bits per weight).
     Scheme("nf4", 4.127, 2.5, 0.0, 0.0, "", 1),
+    # Blocks of 32 with a scale of 16 bits. Multiplied by it in float16 (1 + 2), cast (2 + 2).
+    Scheme("gguf_q8_0", 8.5, 7.0, 0.0, 0.0, "", 2),
+    # Copied apart (1/2 + 1/2), shifted (1/2 + 1), masked, made signed and shifted (3 x 2),
+    # multiplied in float16 (1 + 2), cast (2 + 2).
+    Scheme("gguf_q4_0", 4.5, 15.5, 0.0, 0.0, "", 7),
 )
 
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _SCHEMES}
 """``Execution.quantization`` → how: torchao's weight-only and dynamic forms, bitsandbytes' four
-bits."""
+bits, GGUF's blocks as diffusers unpacks them in PyTorch's operators."""
 
 
 def scheme_of(execution: Execution, operator: Operator) -> Scheme | None:

@@ -10,6 +10,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.gguf_blocks import BLOCK, in_blocks, scheme_of_blocks
 from autotune.optimizations.modules import denoisers, random_state_kept
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -19,10 +20,19 @@ PACKAGES = {
     "float8": "torchao",
     "float8_dynamic": "torchao",
     "nf4": "bitsandbytes",
+    "gguf_q8_0": "gguf",
+    "gguf_q4_0": "gguf",
 }
 """Scheme → the package that has it."""
 
-QUALITIES = {"int8": "balanced", "float8": "balanced", "float8_dynamic": "fast", "nf4": "fast"}
+QUALITIES = {
+    "int8": "balanced",
+    "float8": "balanced",
+    "float8_dynamic": "fast",
+    "nf4": "fast",
+    "gguf_q8_0": "balanced",
+    "gguf_q4_0": "fast",
+}
 
 FEWEST_VALUES = 1024
 """Layers with fewer weights than this stay as they are: there is nothing to save."""
@@ -79,6 +89,14 @@ class Quantization(Optimization):
 
     def code(self, parameters: Parameters) -> tuple[str, ...]:
         scheme = str(parameters["scheme"])
+        if scheme.startswith("gguf"):
+            return (
+                "from diffusers import GGUFQuantizationConfig",
+                f"# {scheme.removeprefix('gguf_').upper()} is read from a file of the model in it:",
+                'pipe.{denoiser} = type(pipe.{denoiser}).from_single_file("file.gguf", '
+                "quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16), "
+                "torch_dtype=torch.bfloat16)",
+            )
         if scheme == "nf4":
             return (
                 "from diffusers import PipelineQuantizationConfig",
@@ -109,7 +127,7 @@ class Quantization(Optimization):
 
         with undone_on_failure(undo), random_state_kept(device):
             for module in denoisers(pipe):
-                for parent, name in _linear_layers(module):
+                for parent, name in _linear_layers(module, scheme):
                     layer = getattr(parent, name)
                     before.append((parent, name, layer))
                     setattr(parent, name, _quantized(layer, scheme))
@@ -134,9 +152,11 @@ def _multiplies_float8(machine: Machine) -> bool:
     return "float8_e4m3fn" in machine.kernels.matmul_flops_per_s
 
 
-def _linear_layers(module: Any) -> list[tuple[Any, str]]:
+def _linear_layers(module: Any, scheme: str) -> list[tuple[Any, str]]:
     """Plain linear layers: by the module that holds each, and its name there."""
     import torch
+
+    row = BLOCK if scheme.startswith("gguf") else 1
 
     return [
         (parent, name)
@@ -145,6 +165,7 @@ def _linear_layers(module: Any) -> list[tuple[Any, str]]:
         if type(child) is torch.nn.Linear
         and type(child.weight) is torch.nn.Parameter
         and child.weight.numel() >= FEWEST_VALUES
+        and child.in_features % row == 0
     ]
 
 
@@ -152,6 +173,8 @@ def _quantized(layer: Any, scheme: str) -> Any:
     """A quantized copy of one layer; the layer itself is not touched."""
     if scheme == "nf4":
         return _in_four_bits(layer)
+    if scheme.startswith("gguf"):
+        return in_blocks(layer, scheme)
     import copy
 
     import torch
@@ -188,4 +211,6 @@ def _scheme_of(layer: Any) -> str | None:
     name = type(weight).__name__
     if name == "Float8Tensor":
         return "float8_dynamic" if getattr(weight, "act_quant_kwargs", None) else "float8"
+    if name == "GGUFParameter":
+        return scheme_of_blocks(weight)
     return {"Params4bit": "nf4", "Int8Tensor": "int8"}.get(name)

@@ -39,7 +39,7 @@ def show(key: KeyArgument = None, json: JsonFlag = False) -> None:
     changes = _changes(profile)
     if json:
         stale = None if changes is None else reasons(changes, profile.machine)
-        told = None if changes is None else [change._asdict() for change in changes]
+        told = None if changes is None else list(map(_told, changes))
         print_json({"path": stored.path, "stale": stale, "changes": told, "profile": profile})
     else:
         print_profile(profile, stored.path, changes)
@@ -231,6 +231,10 @@ def _changes(profile: Profile) -> tuple[Change, ...] | None:
 
     is_here = nvml.gpu(profile.machine.device.uuid) is not None or profile.key in _own_keys()
     return changes_here(profile) if is_here else None
+
+
+def _told(change: Change) -> dict[str, Any]:
+    return {**change._asdict(), "parts": sorted(change.parts)}
 
 
 def _confirm(files: Sequence[Path]) -> None:

@@ -17,6 +17,7 @@ from autotune.profile.profile import (
     PlanRecord,
     Profile,
     RunRecord,
+    is_before,
     moment,
 )
 from autotune.profile.staleness import Change
@@ -160,12 +161,17 @@ def _plan_table(profile: Profile) -> Table | None:
 
 
 def _last_run(profile: Profile, plan: PlanRecord) -> RunRecord | None:
-    same = (
-        run
-        for run in reversed(profile.runs)
-        if (run.workload, run.optimizations) == (plan.workload, plan.optimizations)
-    )
-    return next(same, None)
+    """The last run of a plan: of its set, before the same was planned anew."""
+    plans = (p for p in profile.plans if _is_same(p, plan) and is_before(plan.at, p.at))
+    anew = next(plans, None)
+    runs = [r for r in profile.runs if _is_same(r, plan) and not is_before(r.at, plan.at)]
+    if anew is not None:
+        runs = [r for r in runs if is_before(r.at, anew.at)]
+    return runs[-1] if runs else None
+
+
+def _is_same(record: RunRecord | PlanRecord, plan: PlanRecord) -> bool:
+    return (record.workload, record.optimizations) == (plan.workload, plan.optimizations)
 
 
 def _misfit_table(profile: Profile) -> Table | None:

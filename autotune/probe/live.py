@@ -22,7 +22,7 @@ _DRIVER_NODES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg"
 
 
 def refresh(machine: Machine) -> Machine:
-    """The same machine with the memory that is free right now.
+    """The same machine with the memory that is free right now, and CUDA's number for its device.
 
     Reads NVML and the operating system; torch only where nothing else knows (ROCm, XPU, MPS, CUDA
     without NVML). A reference machine is not here and comes back as it is.
@@ -186,6 +186,7 @@ def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Devic
         free = ram_available if device.unified_memory else gpu.free_bytes
         return replace(
             device,
+            index=_cuda_index(device),
             free_bytes=device.free_bytes if free is None else free,
             used_bytes=gpu.used_bytes,
             processes=other_processes(gpu.processes),
@@ -194,6 +195,14 @@ def _refresh_device(device: Device, ram_total: int, ram_available: int) -> Devic
     if device.uuid is not None and nvml.unavailable_reason() is None:
         return device  # a GPU that does not answer any more
     return replace(device, free_bytes=_free_by_torch(device, ram_available))
+
+
+def _cuda_index(device: Device) -> int:
+    """CUDA's number for it in this process: ``CUDA_VISIBLE_DEVICES`` may be another than then."""
+    gpus = nvml.visible_gpus()
+    ordered = _visible_gpus(by_index=True) if len(gpus) > 1 else gpus
+    found = (at for at, gpu in enumerate(ordered) if gpu.uuid == device.uuid)
+    return next(found, device.index)
 
 
 def _free_by_torch(device: Device, ram_available: int) -> int:

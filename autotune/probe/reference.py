@@ -130,6 +130,8 @@ def add_machine(path: Path) -> Path:
     Raises:
         MachineError: it is not a machine, its name cannot be a file name, or a shipped one has it.
     """
+    from autotune.profile.files import cache_folder
+
     machine = read_machine(path)
     if not _NAME.fullmatch(machine.name):
         hint = "use lower-case letters, digits, dots, dashes and underscores"
@@ -137,9 +139,9 @@ def add_machine(path: Path) -> Path:
     if machine.name in _named(shipped_folder()):
         hint = f'change "name" in {path}'
         raise MachineError(f"a machine called {machine.name!r} ships with autotune", hint)
-    folder = _user_folder()
+    folder = cache_folder() / _user_folder().name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         hint = "set AUTOTUNE_CACHE to a folder that you can write"
         raise MachineError(f"cannot make the folder {folder}: {error.strerror}", hint) from error
@@ -160,9 +162,10 @@ def shipped_folder() -> Path:
 
 
 def _user_folder() -> Path:
-    from autotune.profile.store import cache_folder
+    """Made only when a machine is added: reading needs no folder that can be written."""
+    from autotune.profile.files import location
 
-    return cache_folder() / "machines"
+    return location() / "machines"
 
 
 def _named(folder: Path) -> dict[str, Path]:

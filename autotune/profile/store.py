@@ -6,6 +6,7 @@ deleted, when they cannot be understood.
 
 from __future__ import annotations
 
+import functools
 import glob
 import logging
 import os
@@ -133,8 +134,13 @@ def updated_if_possible(key: str, change: Callable[[Profile | None], Profile]) -
     try:
         return update_profile(key, change)
     except ProfileError as error:
-        log.warning("what was found out about this machine is not remembered: %s", error)
+        _warn_once(f"what was found out about this machine is not remembered: {error}")
         return None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def list_profiles() -> tuple[StoredProfile, ...]:

@@ -63,16 +63,18 @@ machine = load_machine("t4-16gb-x2")
 device = replace(machine.device, uuid={SECOND!r}, index=1)
 fresh = refresh(replace(machine, source="measured", device=device))
 others = [[gpu.index, gpu.uuid, gpu.name, gpu.free_bytes] for gpu in fresh.others]
-print(json.dumps([others, "torch" in sys.modules]))
+print(json.dumps([others, fresh.device.index, "torch" in sys.modules]))
 """
 
 
 def test_other_gpus_are_read_at_every_start(under_driver: Any) -> None:
-    others, has_torch = under_driver("two", OTHERS)
+    others, index, has_torch = under_driver("two", OTHERS)
     assert others == [[0, FIRST, "NVIDIA GeForce RTX 3080", 7 * GIB]]
+    assert index == 1
     assert not has_torch
-    assert under_driver("desktop", OTHERS) == [[], False], "what was there before is gone"
-    assert under_driver("two", OTHERS, CUDA_VISIBLE_DEVICES="1") == [[], False]
+    assert under_driver("desktop", OTHERS) == [[], 1, False], "what was there before is gone"
+    only = under_driver("two", OTHERS, CUDA_VISIBLE_DEVICES="1")
+    assert only == [[], 0, False], "the only one that this process sees is CUDA's first"
 
 
 IDENTITY = """

@@ -171,6 +171,11 @@ def test_show_has_plans_and_what_did_not_fit(fresh: Profile) -> None:
     for part in ("What did not fit", "channels_last", "3.00 GiB", "4.00 GiB", "decode"):
         assert part in text
     assert "before the change" not in text
+    later = replace(plan, basis="1", at="2026-01-05T00:00:00+00:00")
+    again = replace(run, at=later.at, measured=run_phases(7.5))
+    store.save_profile(replace(fresh, plans=(plan, later), runs=(run, again)))
+    planned = output("show").split("Runs")[0]
+    assert planned.index("7.50 s") < planned.index("1.80 s"), "each with its own, newest first"
     store.save_profile(replace(fresh, plans=plans, changed_at="2026-06-01T00:00:00Z"))
     assert "before the change" in output("show")
 

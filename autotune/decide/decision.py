@@ -42,6 +42,8 @@ from autotune.decide.prediction import Budget
 from autotune.decide.search import Candidate, Space, execution_of
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Setting
+from autotune.optimizations.execution import Execution
+from autotune.optimizations.plugins import failure_of
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -197,13 +199,24 @@ def _offered(
     offered: Options = {}
     refused = []
     for name, optimization in catalogue.items():
-        reason = _refusal(optimization, machine, workload, limits)
+        try:
+            reason = _refusal(optimization, machine, workload, limits)
+            settings = () if reason else _tried(optimization, machine, workload)
+        except Exception as error:
+            reason = failure_of(optimization, error)
         if reason is None:
-            tried = optimization.worth_trying(machine, workload)
-            offered[name] = tuple(optimization.setting(p) for p in tried)
+            offered[name] = settings
         else:
             refused.append(Rejection(name, reason))
     return offered, tuple(refused)
+
+
+def _tried(optimization: Optimization, machine: Machine, workload: Workload) -> tuple[Setting, ...]:
+    """The settings worth trying, each proven to be one that can be predicted."""
+    settings = tuple(map(optimization.setting, optimization.worth_trying(machine, workload)))
+    for setting in settings:
+        optimization.configure(Execution(), setting.parameters)
+    return settings
 
 
 def _refusal(

@@ -87,6 +87,18 @@ def flaw_of(optimization: Any) -> str | None:
     return None
 
 
+def failure_of(optimization: Optimization, error: Exception) -> str:
+    """What is said of another package's optimization that raises while it is asked for advice.
+
+    Raises:
+        Exception: the error itself, where the optimization is one of ours: that is a defect here.
+    """
+    package = type(optimization).__module__.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        raise error
+    return f"its package {package} fails: {type(error).__name__}: {first_line(error)}"
+
+
 def _installed(taken: Collection[str]) -> Iterator[_Member]:
     """What other packages register under names that are still free; the rest is said, and left."""
     from importlib.metadata import entry_points  # slow to import

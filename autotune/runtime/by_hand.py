@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from autotune.decide.rules import LAYER_OFFLOADS, PLACEMENTS, STEP_CACHES
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.attention import foreign_processors
-from autotune.optimizations.base import Setting
+from autotune.optimizations.base import Optimization, Parameters, Setting
 from autotune.optimizations.modules import denoisers, modules_of, registries_of
+from autotune.optimizations.plugins import failure_of
 from autotune.optimizations.step_caches import foreign_caches
+
+log = logging.getLogger("autotune")
 
 _REPLACES_ATTENTION = (
     "xformers",
@@ -36,8 +40,17 @@ class Foreign(NamedTuple):
 
 def set_by_hand(pipe: Any) -> tuple[Setting, ...]:
     """The optimizations that the pipeline already has, with the parameters they have."""
-    found = ((name, optimization.found(pipe)) for name, optimization in CATALOGUE.items())
+    found = ((name, _found(optimization, pipe)) for name, optimization in CATALOGUE.items())
     return tuple(Setting(name, parameters) for name, parameters in found if parameters is not None)
+
+
+def _found(optimization: Optimization, pipe: Any) -> Parameters | None:
+    try:
+        return optimization.found(pipe)
+    except Exception as error:
+        reason = failure_of(optimization, error)
+        log.warning("optimization %s is not looked for: %s", optimization.name, reason)
+        return None
 
 
 def foreign_to(pipe: Any) -> tuple[Foreign, ...]:

@@ -17,8 +17,10 @@ from autotune.cli.app import app
 from autotune.decide.rules import all_rules, require_coherent
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, parse_settings
-from autotune.optimizations.plugins import BUILT_IN, GROUP, Catalogue
+from autotune.optimizations.plugins import BUILT_IN, GROUP, Catalogue, failure_of
 from autotune.optimizations.tome import ToMe
+from autotune.runtime.by_hand import set_by_hand
+from autotune.testing.pipelines import build_sd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "chunked-feed-forward"
@@ -247,3 +249,31 @@ def test_verbs_that_need_no_catalogue_look_for_no_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False"), done.stderr
+
+
+class Broken(ToMe):
+    """Of another package by its module, and in need of a repair."""
+
+    name = "broken"
+
+    def unavailable(self, machine: Any, workload: Any) -> str | None:
+        raise ZeroDivisionError("division by zero")
+
+    def found(self, pipe: Any) -> Any:
+        raise AttributeError("no such thing")
+
+
+def test_one_that_fails_when_asked_breaks_no_plan(
+    register: Register, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(broken=f"{__name__}:Broken")
+    plan = asked_json("plan", "sd15", "--machine", "rtx-3080-10gb")
+    (said,) = [r["text"] for r in plan["rejected"] if r["optimization"] == "broken"]
+    assert said == "its package tests fails: ZeroDivisionError: division by zero"
+    assert set_by_hand(build_sd()) == ()
+    assert "broken is not looked for: its package tests fails" in caplog.text
+
+
+def test_a_defect_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        failure_of(ToMe(), ZeroDivisionError())

@@ -8,19 +8,16 @@ from typing import NamedTuple
 
 from autotune.decide.decision import TOLERANCE, Pool
 from autotune.decide.plan import Reason, Rejection
-from autotune.decide.prediction import Bottleneck, Budget, Prediction, Resource, find_bottleneck
+from autotune.decide.prediction import (
+    Bottleneck,
+    Budget,
+    Prediction,
+    Resource,
+    find_bottleneck,
+)
+from autotune.decide.wording import RESOURCES, lack_elsewhere
 from autotune.optimizations.base import Setting
 from autotune.units import format_bytes, format_seconds
-
-RESOURCES: dict[Resource, str] = {
-    "vram": "memory",
-    "ram": "host RAM",
-    "compute": "compute",
-    "memory_bandwidth": "memory bandwidth",
-    "transfer": "transfer over the link",
-    "launch": "launch overhead of the host",
-}
-"""What people call them."""
 
 
 class Terms(NamedTuple):
@@ -153,13 +150,6 @@ def _host_shortage(needs: Prediction, budget: Budget) -> str:
         f"{format_bytes(needs.host_bytes)} of host RAM are needed of "
         f"{format_bytes(budget.host_bytes or 0)}"
     )
-
-
-def lack_elsewhere(needs: Prediction, budget: Budget, gpu: int) -> str:
-    """``"decode needs 10.1 GiB of 9.16 GiB on cuda:1"``."""
-    phase = needs.binding_phase_of(gpu)
-    needed, free = phase.elsewhere_bytes[gpu], budget.elsewhere_bytes.get(gpu, 0)
-    return f"{phase.name} needs {format_bytes(needed)} of {format_bytes(free)} on cuda:{gpu}"
 
 
 # ---- left out -----------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from autotune.decide.predict import budget_of
-from autotune.decide.prediction import Budget
+from autotune.decide.prediction import Budget, budget_of
 from autotune.errors import OptimizationError, RequestError
 from autotune.optimizations import find
 from autotune.optimizations.base import QUALITIES as QUALITIES

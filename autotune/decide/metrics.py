@@ -16,7 +16,8 @@ from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import storage_of, stored_in
 from autotune.decide.placement import WHOLE_COMPONENTS, Weights, hooks_of
-from autotune.decide.predict import Path, Predictor, budget_of
+from autotune.decide.predict import Path, Predictor
+from autotune.decide.prediction import budget_of
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
 from autotune.workload.workload import AttentionShape, Component, ComponentRun, Operator

@@ -8,16 +8,18 @@ that one are considered.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from autotune.decide.history import History, Misfit
-from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget
-from autotune.decide.search import execution_of
 from autotune.errors import OptimizationError
+from autotune.optimizations import execution_of
 from autotune.units import format_bytes
+
+if TYPE_CHECKING:
+    from autotune.decide.predict import Predictor
 
 MORE = 0.02
 """What is free wanders by so much from one reading to the next: that is no more than before."""

@@ -7,18 +7,11 @@ from typing import NamedTuple
 
 from autotune.decide.allocator import rounding_bytes
 from autotune.decide.forward import ForwardCost
-from autotune.decide.prediction import LoadPrediction
+from autotune.decide.prediction import PROCESS_BYTES, LoadPrediction
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import DeviceMap, Execution, GroupOffload
 from autotune.probe.machine import Link, Machine
-from autotune.units import GIB
 from autotune.workload.workload import Component, ComponentRun, Role, Workload
-
-PROCESS_BYTES = int(0.41 * GIB)
-"""Resident size of a Python process that has imported torch, diffusers and transformers, without
-any weights (``scripts/benchmark_overhead.py``, PyTorch 2.13 for the CPU). CUDA's libraries come on
-top, as pages of their files, which the system can drop."""
-
 
 GROUP_HOOK_CALLS = {"leaf": 6, "block": 3}
 """What diffusers' hooks take of the host for each layer of a group, in dispatched operators: 67 µs

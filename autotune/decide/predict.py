@@ -19,7 +19,6 @@ from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.history import History
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import (
-    Budget,
     Elsewhere,
     LoadPrediction,
     PhasePrediction,
@@ -497,20 +496,3 @@ class Predictor:
         if execution.attention_slices:
             return Kernel("sliced", execution.attention_slices)
         return Kernel(execution.attention or self.machine.default_attention)
-
-
-def budget_of(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> Budget:
-    """What is free now, less context and reserve.
-
-    Limit and reserve are of each GPU. Where the device computes in host RAM, its budget is the
-    host's too.
-    """
-
-    def left(free: int) -> int:
-        within = free if vram_limit is None else min(free, vram_limit)
-        return max(0, within - machine.context_bytes - reserve)
-
-    shares = machine.device.kind == "cpu" or machine.device.unified_memory
-    host = None if shares else machine.host.ram_available_bytes
-    elsewhere = {gpu.index: left(gpu.free_bytes) for gpu in machine.others}
-    return Budget(left(machine.device.free_bytes), host, elsewhere)

@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from autotune.probe.machine import Machine
+from autotune.units import GIB
+
 Resource = Literal["vram", "ram", "compute", "memory_bandwidth", "transfer", "launch"]
 
 
@@ -25,6 +28,12 @@ class Elsewhere(msgspec.Struct, frozen=True):
     resident_bytes: int
     activation_bytes: int
     needed_bytes: int
+
+
+PROCESS_BYTES = int(0.41 * GIB)
+"""Resident size of a Python process that has imported torch, diffusers and transformers, without
+any weights (``scripts/benchmark_overhead.py``, PyTorch 2.13 for the CPU). CUDA's libraries come on
+top, as pages of their files, which the system can drop."""
 
 
 class PhasePrediction(msgspec.Struct, frozen=True):
@@ -200,6 +209,23 @@ class Budget(NamedTuple):
         }
         worst = max(lacking, key=lambda gpu: lacking[gpu], default=None)
         return worst if worst is not None and lacking[worst] > 1 else None
+
+
+def budget_of(machine: Machine, vram_limit: int | None = None, reserve: int = 0) -> Budget:
+    """What is free now, less context and reserve.
+
+    Limit and reserve are of each GPU. Where the device computes in host RAM, its budget is the
+    host's too.
+    """
+
+    def left(free: int) -> int:
+        within = free if vram_limit is None else min(free, vram_limit)
+        return max(0, within - machine.context_bytes - reserve)
+
+    shares = machine.device.kind == "cpu" or machine.device.unified_memory
+    host = None if shares else machine.host.ram_available_bytes
+    elsewhere = {gpu.index: left(gpu.free_bytes) for gpu in machine.others}
+    return Budget(left(machine.device.free_bytes), host, elsewhere)
 
 
 class Bottleneck(msgspec.Struct, frozen=True):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autotune.decide.explain import RESOURCES, lack_elsewhere
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
+from autotune.decide.wording import RESOURCES, lack_elsewhere
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds

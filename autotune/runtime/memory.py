@@ -9,7 +9,7 @@ import msgspec
 import psutil
 import torch
 
-from autotune.decide.placement import PROCESS_BYTES
+from autotune.decide.prediction import PROCESS_BYTES
 from autotune.optimizations.modules import modules_of
 from autotune.probe.machine import Machine, OtherGpu
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import msgspec
 
 from autotune.decide.corrections import replayable
-from autotune.decide.forward import ForwardModel
 from autotune.probe import nvml
 from autotune.probe.host import read_host
 from autotune.probe.live import identity, profile_key, refresh
@@ -142,6 +141,7 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
         return measured
     import torch
 
+    from autotune.decide.forward import ForwardModel
     from autotune.probe.replay import replay
 
     model = ForwardModel(machine, workload)

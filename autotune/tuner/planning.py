@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from autotune.decide.choose import choose
 from autotune.decide.history import History
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
@@ -86,6 +85,7 @@ def _decided(
     history: History | None = None,
 ) -> Planned:
     """Where nothing fits, other requests of the same model are traced as ways out."""
+    from autotune.decide.choose import choose  # a start with a remembered plan does without
 
     def rework(request: Request) -> Workload:
         return workload_of(architecture, request, pipe)

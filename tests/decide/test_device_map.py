@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from autotune.decide.choose import TOLERANCE, Limits, choose, predict
 from autotune.decide.metrics import expected
-from autotune.decide.predict import Predictor, budget_of
-from autotune.decide.prediction import Bottleneck
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Bottleneck, budget_of
 from autotune.decide.search import execution_of
 from autotune.errors import OptimizationError
 from autotune.optimizations import find, parse_settings

@@ -7,8 +7,8 @@ import pytest
 
 from autotune.decide.attention import Kernel, transient_bytes
 from autotune.decide.choose import execution_of, predict
-from autotune.decide.predict import Predictor, budget_of
-from autotune.decide.prediction import Budget, find_bottleneck
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Budget, budget_of, find_bottleneck
 from autotune.errors import OptimizationError
 from autotune.optimizations import parse_settings
 from autotune.optimizations.execution import Execution

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from autotune.decide.placement import PROCESS_BYTES
+from autotune.decide.prediction import PROCESS_BYTES
 from autotune.probe.machine import Machine
 from autotune.runtime import memory
 from autotune.runtime.memory import with_own_memory

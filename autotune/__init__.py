@@ -183,7 +183,7 @@ def probe(device: str | None = None) -> Machine:
         device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory, else the CPU.
 
     Raises:
-        AutotuneError: there is no such device, or the cache folder cannot be written.
+        AutotuneError: there is no such device.
     """
     from autotune.tuner import machine_here
 

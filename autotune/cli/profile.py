@@ -93,12 +93,15 @@ def path(json: JsonFlag = False) -> None:
 
 @app.command()
 def clear(
-    key: KeyArgument = None,
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="KEY", help="A profile's key, its beginning, or its file's name."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Delete one profile or all, with the files that were set aside."""
-    chosen = _find(key).path if key else None
+    chosen = _find_stored(key).path if key else None
     files = store.profile_files(chosen)
     if files and not yes:
         _confirm(files)
@@ -170,13 +173,18 @@ def _own_keys() -> tuple[str, ...]:
 
 
 def _find(key: str) -> StoredProfile:
-    """The profile with this key or file name, in this file, or the only one whose key begins so."""
+    """What ``_find_stored`` finds, or the profile in the file of that path."""
+    if Path(key).is_file() and not any(stored.path.name == key for stored in store.list_profiles()):
+        return StoredProfile(Path(key), store.read_profile(Path(key)))
+    return _find_stored(key)
+
+
+def _find_stored(key: str) -> StoredProfile:
+    """The profile with this key or file name, or the only one whose key begins so."""
     profiles = store.list_profiles()
     for stored in profiles:
         if stored.path == store.profile_path(key) or stored.path.name == key:
             return stored
-    if Path(key).is_file():
-        return StoredProfile(Path(key), store.read_profile(Path(key)))
     begun = [stored for stored in profiles if stored.profile and stored.profile.key.startswith(key)]
     if len(begun) != 1:
         count = "more than one profile has" if begun else "no profile has"
@@ -259,6 +267,8 @@ def _summary(stored: StoredProfile) -> dict[str, Any]:
         "key": profile.key,
         "device": profile.machine.device.name,
         "runs": len(profile.runs),
+        "plans": len(profile.plans),
+        "misfits": len(profile.misfits),
         "created_at": profile.created_at,
         "updated_at": profile.updated_at,
     }

@@ -292,6 +292,15 @@ def test_clear_one(profile: Profile) -> None:
     assert store.list_profiles() == ()
 
 
+def test_clear_deletes_no_file_elsewhere(tmp_path: Path, profile: Profile) -> None:
+    store.save_profile(profile)
+    copy = tmp_path / store.profile_path(profile.key).name
+    output("export", str(copy))
+    assert "no profile has a key" in problem("clear", str(copy), "--yes")
+    assert copy.exists()
+    assert store.load_profile(profile.key) == profile
+
+
 def test_export(tmp_path: Path, profile: Profile) -> None:
     file = str(tmp_path / "out.json")
     assert "no profile yet" in problem("export", file)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import filelock
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -543,6 +544,17 @@ def test_a_held_lock_is_named_and_a_killed_holder_does_not_block(
         holder.send_signal(signal.SIGKILL)
         holder.communicate(timeout=10)
     store.save_profile(profile)
+
+
+def test_a_folder_without_locks_is_read_and_not_written(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network file systems are."""
+    store.save_profile(profile)
+    monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=NotImplementedError))
+    with pytest.raises(ProfileError, match="has no locks"):
+        store.save_profile(profile)
+    assert store.load_profile(profile.key) == profile
 
 
 def test_an_update_may_fail_and_changes_nothing(profile: Profile) -> None:

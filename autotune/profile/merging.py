@@ -22,8 +22,8 @@ from autotune.profile.staleness import changes, facts_of, stale_parts
 MAX_RUNS: Final = 50
 MAX_PLANS: Final = 50
 MAX_MISFITS: Final = 50
-MAX_OPERATORS: Final = 20_000
-"""A model has some hundreds."""
+MAX_OPERATORS: Final = 10_000
+"""A model has some hundreds; so many take a few hundredths of a second to read."""
 
 
 class _Record(Protocol):

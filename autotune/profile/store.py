@@ -218,10 +218,25 @@ def _path(source: str | Path) -> Path:
 def _read_if_there(path: Path, key: str) -> Profile | None:
     if not os.path.lexists(path):
         return None
-    profile = read_profile(path)
+    profile = _read_once(path, _identity(path))
     if profile.key != key:
         raise ProfileError(f"{path} is the profile of {profile.key!r}, not of {key!r}")
     return profile
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(path: Path, identity: tuple[int, ...] | None) -> Profile:
+    """As ``read_profile``; a program asks for the same profile several times when it starts."""
+    return read_profile(path)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What is another after any change: files are replaced, never written in place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None  # a dangling link, or no permission: reading says so
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _read_or_set_aside(path: Path, key: str) -> Profile | None:

@@ -165,6 +165,20 @@ def test_any_profile_survives_the_round_trip(data: st.DataObject) -> None:
         assert store.load_profile(profile.key) == profile
 
 
+def test_another_process_change_is_seen_at_once(profile: Profile, run: RunRecord) -> None:
+    """Though a file that is the same is not read twice."""
+    store.save_profile(profile)
+    first = store.load_profile(profile.key)
+    assert store.load_profile(profile.key) is first
+    path = store.profile_path(profile.key)
+    files.replace_file(path, path.read_bytes().replace(b"580.82", b"590.44"), "")
+    changed = store.load_profile(profile.key)
+    assert changed is not None
+    assert changed.machine.device.driver == "590.44"
+    path.write_bytes(b"{")
+    assert store.load_profile(profile.key) is None
+
+
 def test_files_are_their_owners_and_say_their_schema(cache: Path, profile: Profile) -> None:
     store.save_profile(profile)
     path = store.profile_path(profile.key)

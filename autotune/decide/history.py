@@ -21,10 +21,12 @@ class Observation(msgspec.Struct, frozen=True):
     Attributes:
         settings: The optimizations that were on, those set by hand included.
         phases: In the order in which they ran.
+        expected_s: What had been predicted of all phases together, corrections included.
     """
 
     settings: tuple[Setting, ...]
     phases: tuple[Observed, ...]
+    expected_s: float | None = None
 
 
 class Misfit(msgspec.Struct, frozen=True):

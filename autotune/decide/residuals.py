@@ -36,8 +36,8 @@ FACTORS = (0.25, 4.0)
 then decides nothing."""
 
 BELIEVED = (0.5, 2.0)
-"""A generation that took less or more than this times its raw prediction ran on a machine that was
-busy, then or when its operators were timed."""
+"""A generation that took less or more than this times what was predicted of it, then and now, ran
+on a machine that was busy, then or when its operators were timed."""
 
 
 class Look(NamedTuple):
@@ -189,9 +189,14 @@ def _compared(observation: Observation, predict: RawPhases) -> list[Seen]:
         for look, raw in phases
         if raw.name in observed and raw.seconds > 0
     ]
-    measured, raw_s = sum(s.observed.seconds for s in seen), sum(s.raw.seconds for s in seen)
+    raw_s = sum(s.raw.seconds for s in seen)
+    measured = sum(s.observed.seconds for s in seen)
+    return seen if _is_near(measured, raw_s) or _is_near(measured, observation.expected_s) else []
+
+
+def _is_near(measured: float, predicted: float | None) -> bool:
     low, high = BELIEVED
-    return seen if low * raw_s <= measured <= high * raw_s else []
+    return predicted is not None and low * predicted <= measured <= high * predicted
 
 
 def explain(found: Mapping[str, OfAPhase], corrections: Mapping[str, Correction]) -> Iterator[str]:

@@ -60,7 +60,8 @@ def observations_in(profile: Profile, workload: str) -> Iterator[Observation]:
         settings = _parsed(run.optimizations)
         if settings is not None:
             phases = (Observed(m.name, m.seconds, m.peak_bytes) for m in run.measured)
-            yield Observation(settings, tuple(phases))
+            expected = sum(p.seconds for p in run.predicted)
+            yield Observation(settings, tuple(phases), expected)
 
 
 def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:

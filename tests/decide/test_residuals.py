@@ -159,8 +159,13 @@ def test_a_phase_is_corrected_by_what_looks_the_same_from_it(traced, rtx_3080):
 def test_a_busy_machine_teaches_nothing(traced, rtx_3080, factor):
     workload = traced("sd15")
     raw = predicted(rtx_3080, workload, PLAIN)
-    history = History((observed(raw, PLAIN, factor),))
-    assert predicted(rtx_3080, workload, PLAIN, history) == raw
+    run = observed(raw, PLAIN, factor)
+    far = msgspec.structs.replace(run, expected_s=raw.seconds)
+    assert predicted(rtx_3080, workload, PLAIN, History((run, far))) == raw
+    # One that has become slower by and by does: that was expected by then.
+    near = msgspec.structs.replace(run, expected_s=raw.seconds * factor * 1.1)
+    found = predicted(rtx_3080, workload, PLAIN, History((near,)))
+    assert found.seconds == pytest.approx(factor * raw.seconds)
 
 
 def test_what_is_no_longer_there_teaches_nothing(traced, rtx_3080):

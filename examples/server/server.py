@@ -42,6 +42,7 @@ class Settings(BaseModel):
     steps: int | None = Field(None, ge=1, description="denoise steps unless a request says others")
     quality: str = Field("exact", description="exact, high, balanced or fast")
     vram_limit: str | None = Field(None, description="most device memory to use, such as 8GiB")
+    verify: str = Field("auto", description="two short passes at start-up: auto, always or never")
     places: int = Field(32, ge=1, description="requests accepted at a time")
     timeout_s: float = Field(120, gt=0, description="most seconds that a request takes")
     grace_s: float = Field(20, ge=0, description="seconds that a stopping server goes on drawing")
@@ -63,6 +64,7 @@ class Settings(BaseModel):
             steps=self.steps,
             quality=self.quality,
             vram_limit=self.vram_limit,
+            verify=self.verify,
         )
         tuned.pipe.set_progress_bar_config(disable=True)
         return tuned

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import importlib.util
 import io
+import re
 import signal
 import socket
 import sys
@@ -124,20 +125,22 @@ def test_another_seed_is_another_image(alone: Callable[..., NDArray[Any]]) -> No
 
 # ---- the script ----------------------------------------------------------------------------------
 
+SMALL = ("--height", "64", "--width", "64", "--steps", "1")
+
 
 def test_script(
     alone: Callable[..., NDArray[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = "a handwritten seven"
-    size = ["--height", "64", "--width", "64", "--steps", "1", "--output", str(tmp_path / "new")]
-    assert example("script/draw.py").main([PROMPT, other, "--seed", "5", *size]) == 0
+    output = ["--output", str(tmp_path / "new")]
+    assert example("script/draw.py").main([PROMPT, other, "--seed", "5", *SMALL, *output]) == 0
     assert "bottleneck" in capsys.readouterr().out
     assert same(Image.open(tmp_path / "new" / "5.png"), alone(5))
     assert same(Image.open(tmp_path / "new" / "6.png"), alone(6, prompt=other))
 
 
 def test_script_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert example("script/draw.py").main([PROMPT, "--vram-limit", "1MiB"]) == 1
+    assert example("script/draw.py").main([PROMPT, *SMALL, "--vram-limit", "1MiB"]) == 1
     said = capsys.readouterr().err
     assert "does not fit" in said
     assert "try: " in said
@@ -146,8 +149,7 @@ def test_script_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> No
 # ---- the server ----------------------------------------------------------------------------------
 
 LIMIT = "24MiB"
-TOO_LARGE = {"height": 512, "width": 512}
-"""Needs 107 MiB to decode."""
+TOO_LARGE = {"height": 16384, "width": 16384}
 
 
 class Running:
@@ -190,8 +192,8 @@ class Running:
 def serving(**options: Any) -> Iterator[Running]:
     """The server of the example with the demo, on a port of its own, in a thread."""
     module = example("server/server.py")
-    options = {"height": 64, "width": 64, "steps": 1, "vram_limit": LIMIT, "port": 0} | options
-    settings = module.Settings(**options)
+    fixed = {"height": 64, "width": 64, "steps": 1, "vram_limit": LIMIT, "port": 0}
+    settings = module.Settings(**fixed, verify="never", **options)
     server = module.Server(module.create_app(settings), settings)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -245,7 +247,7 @@ def test_a_hundred_at_once_with_few_places(alone: Callable[..., NDArray[Any]]) -
         assert statuses[503] > 0
         assert running.outcomes() == {
             name: statuses[status]
-            for name, status in (("drawn", 200), ("full", 503), ("impossible", 422))
+            for name, status in (("drawn", 200), ("full", 503), ("invalid", 422))
             if statuses[status]
         }
         # Asked again, no more at a time than there are places, every one of them is settled.
@@ -254,8 +256,7 @@ def test_a_hundred_at_once_with_few_places(alone: Callable[..., NDArray[Any]]) -
             for body, response in zip(part, asyncio.run(flood(running, part)), strict=True):
                 assert response.status_code == (422 if "height" in body else 200)
                 check(body, response, alone)
-        assert running.outcomes() == {"drawn": 80, "full": statuses[503], "impossible": 20}
-        assert "does not fit" in running.post(**TOO_LARGE).json()["error"]
+        assert running.outcomes() == {"drawn": 80, "full": statuses[503], "invalid": 20}
         assert same(image_of(running.post(seed=1)), alone(1))  # usable as before
 
 
@@ -402,14 +403,13 @@ def test_page(
 
         image, seconds, account = draw(64, "exact")
         assert same(Image.open(image), alone(2))
-        assert seconds.startswith("predicted 0.0")
-        assert "measured" in seconds
+        assert re.fullmatch(r"predicted \d+\.\d\d s, measured \d+\.\d\d s \(.+%\)", seconds)
         assert "64x64" in account
         with pytest.raises(AppError, match="does not fit"):
-            draw(512, "exact")
-        image, _, account = draw(128, "high")
-        assert same(Image.open(image), alone(2, side=128))
-        assert "128x128" in account
+            draw(256, "exact")
+        image, _, account = draw(64, "fast")  # configured anew, after what did not fit
+        assert pixels(Image.open(image)).shape == alone(2).shape
+        assert "64x64" in account
     finally:
         page.close()
         studio.undo()

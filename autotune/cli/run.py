@@ -143,21 +143,23 @@ def run(
     planned = planned._replace(plan=with_note(planned.plan, note))
     tuned = _load(planned, measured)
     arguments = {"seed": seed, **job.arguments, **_repeated(tuned.pipe, planned, job.arguments)}
-    verification = _verify(tuned, verify) if now else None
+    if now:
+        _verify(tuned, verify)
     result, phases = tuned.measure(**arguments)
     job = job._replace(files=save(result[0], job.files, fps))
     if len(job.files) < ask.batch:
         typer.echo(f"warning: the pipeline drew {len(job.files)} of {ask.batch}", err=True)
     planned = planned._replace(plan=tuned.plan)
+    verification = tuned.verification  # of the plan that has drawn
     if verification is not None:
         phases = joined(phases, verification)
     _remember(measured, planned, phases)
     _report(planned, phases, verification, job, seed, json)
 
 
-def _verify(tuned: Any, mode: str) -> Verification | None:
+def _verify(tuned: Any, mode: str) -> None:
     with progress("Verifying in short passes"):
-        return verified(tuned, mode)
+        verified(tuned, mode)
 
 
 def _remember(measured: Measured, planned: Planned, phases: tuple[PhaseMeasurement, ...]) -> None:

@@ -191,12 +191,15 @@ def _compared(observation: Observation, predict: RawPhases) -> list[Seen]:
     ]
     raw_s = sum(s.raw.seconds for s in seen)
     measured = sum(s.observed.seconds for s in seen)
-    return seen if _is_near(measured, raw_s) or _is_near(measured, observation.expected_s) else []
+    if _is_within(BELIEVED, measured, raw_s):
+        return seen
+    was_expected = _is_within(BELIEVED, measured, observation.expected_s or 0.0)
+    return seen if was_expected and _is_within(FACTORS, measured, raw_s) else []
 
 
-def _is_near(measured: float, predicted: float | None) -> bool:
-    low, high = BELIEVED
-    return predicted is not None and low * predicted <= measured <= high * predicted
+def _is_within(factors: tuple[float, float], measured: float, predicted: float) -> bool:
+    low, high = factors
+    return low * predicted <= measured <= high * predicted
 
 
 def explain(found: Mapping[str, OfAPhase], corrections: Mapping[str, Correction]) -> Iterator[str]:

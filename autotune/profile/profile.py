@@ -38,6 +38,7 @@ class RunRecord(Value, frozen=True):
         optimizations: Settings as written on the command line, ``"tome:ratio=0.3"``.
         predicted: The prediction per phase, in the same form as the measurement.
         measured: The measurement per phase.
+        weight_bytes: All weights: tells pipelines of one name apart. ``None``: not recorded.
     """
 
     workload: str
@@ -45,6 +46,7 @@ class RunRecord(Value, frozen=True):
     predicted: tuple[PhaseMeasurement, ...]
     measured: tuple[PhaseMeasurement, ...]
     at: str
+    weight_bytes: int | None = None
 
 
 class Available(Value, frozen=True):

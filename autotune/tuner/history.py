@@ -36,13 +36,13 @@ def history_here(key: str, workload: Workload, machine: Machine, limits: Limits)
     if profile is None:
         return History()
     history = History(
-        observations=tuple(observations_in(profile, workload.key)),
+        observations=tuple(observations_in(profile, workload)),
         misfits=tuple(misfits_in(profile, workload.key)),
     )
     return counting(history, budget_within(machine, limits))
 
 
-def verified_runs(profile: Profile, workload: str) -> Iterator[RunRecord]:
+def verified_runs(profile: Profile, workload: Workload) -> Iterator[RunRecord]:
     """Runs of a workload since the machine was measured whose first pass was measured apart.
 
     Others hold what a first run takes: kernels being loaded, algorithms chosen.
@@ -50,11 +50,12 @@ def verified_runs(profile: Profile, workload: str) -> Iterator[RunRecord]:
     for run in profile.runs:
         is_steady = run.measured and all(m.first_seconds is not None for m in run.measured)
         is_old = profile.is_outdated(run) or is_before(run.at, profile.machine.measured_at)
-        if run.workload == workload and is_steady and not is_old:
+        is_same = (run.workload, run.weight_bytes) == (workload.key, workload.weight_bytes)
+        if is_same and is_steady and not is_old:
             yield run
 
 
-def observations_in(profile: Profile, workload: str) -> Iterator[Observation]:
+def observations_in(profile: Profile, workload: Workload) -> Iterator[Observation]:
     """What verified runs showed of this workload; sets with unknown members are passed over."""
     for run in verified_runs(profile, workload):
         settings = _parsed(run.optimizations)

@@ -33,6 +33,7 @@ def remember_run(
         ),
         measured=phases,
         at=timestamp(),
+        weight_bytes=planned.workload.weight_bytes,
     )
 
     def change(profile: Profile | None) -> Profile:
@@ -68,7 +69,7 @@ def was_verified(measured: Measured, planned: Planned) -> bool:
     profile = load_profile(measured.key)
     chosen = _set_of(planned.plan)
     return profile is not None and any(
-        run.optimizations == chosen for run in verified_runs(profile, planned.workload.key)
+        run.optimizations == chosen for run in verified_runs(profile, planned.workload)
     )
 
 

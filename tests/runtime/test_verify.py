@@ -283,11 +283,13 @@ def test_observations_are_the_verified_runs(planned: Planned) -> None:
     profile = load_profile("k")
     assert profile is not None
     gone = msgspec.structs.replace(profile.runs[-1], optimizations=("no_such_thing",))
-    profile = msgspec.structs.replace(profile, runs=(*profile.runs, gone))
-    (found,) = observations_in(profile, planned.workload.key)
+    namesake = msgspec.structs.replace(profile.runs[-1], weight_bytes=1)
+    profile = msgspec.structs.replace(profile, runs=(*profile.runs, gone, namesake))
+    (found,) = observations_in(profile, planned.workload)
     assert found.settings == (*planned.plan.kept, *planned.plan.optimizations)
     assert [p.name for p in found.phases] == ["encode", "denoise", "decode"]
-    assert list(observations_in(profile, "another workload")) == []
+    other = msgspec.structs.replace(planned.workload, model="another")
+    assert list(observations_in(profile, other)) == []
 
 
 @pytest.mark.parametrize("ask", [autotune.configure, autotune.load])

@@ -65,7 +65,8 @@ for _ in range(20):
     again = time.perf_counter() - begun
     planning.recall = recall
 print(json.dumps({
-    "configure_s": whole - applying, "apply_s": applying, "import_s": imported - start, "cpu_s": cpu,
+    "configure_s": whole - applying, "apply_s": applying,
+    "import_s": imported - start, "cpu_s": cpu,
     "again_s": again, "recall_s": sorted(c[0] for c in calls)[len(calls) // 2] if calls else None,
     "recalled": all(found for _, found in calls) and bool(calls), "packages": packages,
 }))

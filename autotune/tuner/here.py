@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from autotune.profile.staleness import (
 )
 from autotune.profile.store import load_profile, updated_if_possible
 from autotune.workload.workload import Workload
+
+log = logging.getLogger("autotune")
 
 REPLAY_S = 3.0
 """Seconds that a new workload may spend on timing its operators; once per workload and machine."""
@@ -84,6 +87,7 @@ def _measured(
     """Measure parts of this machine, and remember them."""
     from autotune.probe.measure import measure_machine
 
+    log.info("measuring this machine: %s", "; ".join(why))
     machine = measure_machine(device, progress=progress, known=known, parts=parts)
     # With several GPUs, the one with most free memory may have changed: then all was measured.
     found_key = profile_key(machine)

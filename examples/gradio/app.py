@@ -39,10 +39,12 @@ class Studio:
         self._vram_limit = vram_limit
         self._asked: tuple[int, str] | None = None
         self._tuned: Any = None
-        self.configure(size, QUALITIES[0])
+        self.configure(size, QUALITIES[0], verify="auto")
 
-    def configure(self, size: int, quality: str) -> str:
+    def configure(self, size: int, quality: str, verify: str = "never") -> str:
         """Configure unless it is so already; the plan's account.
+
+        Whoever waits for an image does not wait for a verification besides.
 
         Raises:
             AutotuneError: it does not fit; the pipeline is then as it was loaded.
@@ -56,6 +58,7 @@ class Studio:
                 steps=self._steps,
                 quality=quality,
                 vram_limit=self._vram_limit,
+                verify=verify,
             )
             self._asked = (size, quality)
         account: str = self._tuned.explain()

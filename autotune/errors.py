@@ -34,6 +34,10 @@ class RequestError(AutotuneError):
     """The requested image (size, batch, steps, dtype, quality) is impossible for the model."""
 
 
+class MemoryShortageError(RequestError):
+    """It does not fit in the memory there is, or ran out of it and nothing smaller was left."""
+
+
 class MachineError(AutotuneError):
     """The machine cannot be measured, or a machine file cannot be read."""
 

@@ -54,7 +54,7 @@ def test_what_ran_out_comes_back_as_decisions_take_it(
     kept(planned, cpu_machine, ran_out(planned, *SLICING))
     limits = Limits(ram_limit=100 * MIB)
     history = history_here("k", planned.workload, cpu_machine, limits)
-    assert history.misfits == (Misfit((Setting("vae_slicing"),), 100 * MIB),)
+    assert history.misfits == (Misfit((Setting("vae_slicing"),), 100 * MIB, phase="decode"),)
     more = Limits(ram_limit=110 * MIB)
     assert history_here("k", planned.workload, cpu_machine, more).misfits == ()
     other = msgspec.structs.replace(planned.workload, model="another")
@@ -78,7 +78,9 @@ def test_sets_with_unknown_members_are_passed_over(planned: Planned, cpu_machine
     kept(planned, cpu_machine, ran_out(planned, "no_such_thing"), ran_out(planned))
     profile = load_profile("k")
     assert profile is not None
-    assert list(misfits_in(profile, planned.workload.key)) == [Misfit((), 100 * MIB)]
+    assert list(misfits_in(profile, planned.workload.key)) == [
+        Misfit((), 100 * MIB, phase="decode")
+    ]
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(

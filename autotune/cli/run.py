@@ -37,6 +37,7 @@ from autotune.errors import ProfileError, RequestError
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.verification import Verification, joined
 from autotune.tuner import (
+    Ask,
     Measured,
     Planned,
     loadable,
@@ -141,7 +142,7 @@ def run(
     require_fit(planned.plan)
     now, note = is_verified_now(verify, measured, planned)
     planned = planned._replace(plan=with_note(planned.plan, note))
-    tuned = _load(planned, measured)
+    tuned = _load(planned, measured, ask)
     arguments = {"seed": seed, **job.arguments, **_repeated(tuned.pipe, planned, job.arguments)}
     if now:
         _verify(tuned, verify)
@@ -170,7 +171,7 @@ def _remember(measured: Measured, planned: Planned, phases: tuple[PhaseMeasureme
         typer.echo(f"warning: the run is not remembered: {error}", err=True)
 
 
-def _load(planned: Planned, measured: Measured) -> Any:
+def _load(planned: Planned, measured: Measured, ask: Ask) -> Any:
     from autotune.runtime.load import load_pipeline
 
     with _quiet_libraries():
@@ -178,7 +179,7 @@ def _load(planned: Planned, measured: Measured) -> Any:
         pipe = _as_planned(pipe, planned.architecture.pipeline)
     shown = sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shown, desc="denoise", leave=False)
-    return apply_plan(pipe, planned, measured)
+    return apply_plan(pipe, planned, measured, ask)
 
 
 def _as_planned(pipe: Any, pipeline: str) -> Any:

@@ -11,11 +11,13 @@ from autotune.decide import residuals
 from autotune.decide.decision import TOLERANCE, Catalogue, Decision, decide, select
 from autotune.decide.explain import Terms, explain_chosen, explain_rejected
 from autotune.decide.history import History
+from autotune.decide.keeping import keeping, said_of_kept
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, budget_within, check_limits
 from autotune.decide.plan import (
     Bottlenecks,
     Plan,
     PredictionReport,
+    Reason,
     Rejection,
     summarize_machine,
     summarize_workload,
@@ -52,6 +54,7 @@ def choose(
     catalogue: Catalogue = CATALOGUE,
     rework: Rework | None = None,
     history: History | None = None,
+    applied: tuple[Setting, ...] | None = None,
 ) -> Plan:
     """Decide for a workload on a machine.
 
@@ -63,6 +66,7 @@ def choose(
         rework: Traces the same model for another request. Called a few times, and only where
             nothing fits: then smaller images are predicted as ways out.
         history: What the machine taught about the workload.
+        applied: The set that is on: kept where it does as well as the best.
 
     Raises:
         RequestError: an unknown quality level or priority.
@@ -71,6 +75,8 @@ def choose(
     limits = limits or Limits()
     predictor = Predictor(machine, workload, limits.images, history)
     decision = decide(predictor, limits, catalogue)
+    if applied is not None:
+        decision = keeping(decision, applied)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
     execution = execution_of((*decision.kept, *chosen))
@@ -91,7 +97,7 @@ def choose(
         prediction=terms.chosen,
         baseline=baseline,
         reasons=tuple(
-            explain_chosen(s, decision.space.predict(_others(chosen, s)), terms) for s in chosen
+            _reason(s, decision.space.predict(_others(chosen, s)), terms, applied) for s in chosen
         ),
         rejected=tuple(_rejections(decision, terms)),
         execution=execution,
@@ -101,6 +107,7 @@ def choose(
         priority=limits.priority,
         fastest_seconds=decision.pool.fastest_seconds,
         remedies=remedies,
+        phase_budget_bytes=dict(decision.budget.phase_bytes),
         elsewhere_budget_bytes=dict(decision.budget.elsewhere_bytes),
         validity=validity_of(decision, limits.priority),
     )
@@ -109,6 +116,13 @@ def choose(
 def _corrected(predictor: Predictor, execution: Execution) -> Iterator[str]:
     """What verified runs have changed in the prediction."""
     return residuals.explain(predictor.residuals, predictor.corrections(execution))
+
+
+def _reason(
+    setting: Setting, without: Prediction, terms: Terms, applied: tuple[Setting, ...] | None
+) -> Reason:
+    reason = explain_chosen(setting, without, terms)
+    return reason if applied is None else said_of_kept(reason, without, terms)
 
 
 def _others(settings: tuple[Setting, ...], setting: Setting) -> tuple[Setting, ...]:

@@ -124,15 +124,18 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
     space = Space(predictor, options, kept)
     candidates = space.candidates()
     available = budget_within(machine, limits)
-    budget = misfits.lowered(available, predictor)
-    pool = pool_of(candidates, budget, limits.priority)
+    for step in misfits.STEPS:
+        budget = misfits.lowered(available, predictor, step)
+        pool = pool_of(candidates, budget, limits.priority)
+        if budget.holds(pool.candidates[0]):
+            break
     return Decision(
         space=space,
         options=options,
         offered=offered,
         refused=(*refused, *too_lossy),
         kept=kept,
-        notes=(*notes, *misfits.notes(available, predictor)),
+        notes=(*notes, *misfits.notes(available, predictor, step)),
         budget=budget,
         candidates=candidates,
         pool=pool,

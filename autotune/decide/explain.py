@@ -15,7 +15,7 @@ from autotune.decide.prediction import (
     Resource,
     find_bottleneck,
 )
-from autotune.decide.wording import RESOURCES, lack_elsewhere
+from autotune.decide.wording import RESOURCES, as_much_ran_out, lack_elsewhere
 from autotune.optimizations.base import Setting
 from autotune.units import format_bytes, format_seconds
 
@@ -139,6 +139,9 @@ def _shortage(without: Prediction, terms: Terms) -> str:
         gpu = budget.short_gpu(without)
         if gpu is not None:
             return lack_elsewhere(without, budget, gpu)
+        phase = budget.short_phase(without)
+        if phase is not None:
+            return as_much_ran_out(without, phase)
         return _host_shortage(without, budget)
     if not budget.holds(terms.chosen):
         return f"even further from fitting in {device}"
@@ -199,6 +202,9 @@ def _verdict(added: Prediction, terms: Terms) -> str:
     gpu = budget.short_gpu(added)
     if gpu is not None:
         return f"would not fit: {lack_elsewhere(added, budget, gpu)}"
+    phase = budget.short_phase(added)
+    if phase is not None:
+        return f"would not fit: {as_much_ran_out(added, phase)}"
     if added == chosen:
         needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.mean_seconds)
         return f"changes nothing: {seconds} and {needed} with and without it"

@@ -36,11 +36,13 @@ class Misfit(msgspec.Struct, frozen=True):
         settings: The optimizations that were on, those set by hand included.
         available_bytes: Of the device, for the pipeline, when it ran out: the budget then.
         of_host: It was host RAM that ran out, beside a device with memory of its own, and is meant.
+        phase: In which phase it ran out; ``None``: nobody knows, or while loading.
     """
 
     settings: tuple[Setting, ...]
     available_bytes: int
     of_host: bool = False
+    phase: str | None = None
 
 
 class History(msgspec.Struct, frozen=True):

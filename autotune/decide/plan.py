@@ -198,6 +198,8 @@ class Plan(msgspec.Struct, frozen=True):
         fastest_seconds: Of the fastest set in the choice: the tolerance counts from there.
         remedies: The ways out with their predictions.
         elsewhere_budget_bytes: As ``budget_bytes``, of the other GPUs, by CUDA's index.
+        phase_budget_bytes: The most that a phase may be predicted to need, where one ran out of
+            memory before.
         validity: The budgets between which the same is chosen; ``None`` where nothing fits.
     """
 
@@ -222,11 +224,17 @@ class Plan(msgspec.Struct, frozen=True):
     remedies: tuple[WayOut, ...] = ()
     elsewhere_budget_bytes: dict[int, int] = {}
     validity: Validity | None = None
+    phase_budget_bytes: dict[str, int] = {}
 
     @property
     def budget(self) -> Budget:
         """What must hold the prediction."""
-        return Budget(self.budget_bytes, self.host_budget_bytes, self.elsewhere_budget_bytes)
+        return Budget(
+            self.budget_bytes,
+            self.host_budget_bytes,
+            self.elsewhere_budget_bytes,
+            self.phase_budget_bytes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON object, as plain Python values."""

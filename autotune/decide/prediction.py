@@ -145,6 +145,11 @@ class Prediction(msgspec.Struct, frozen=True):
         return most_of_each(p.elsewhere_bytes for p in self.phases)
 
     @property
+    def phase_needs(self) -> dict[str, int]:
+        """Phase → device memory that must be free in it."""
+        return {p.name: p.needed_bytes for p in self.phases}
+
+    @property
     def slowest_phase(self) -> PhasePrediction:
         """The phase that takes the most time."""
         return max(self.phases, key=lambda p: p.seconds)
@@ -173,16 +178,22 @@ class Needs(Protocol):
     def elsewhere_bytes(self) -> dict[int, int]:
         """Of other GPUs' memory, by their index."""
 
+    @property
+    def phase_needs(self) -> dict[str, int]:
+        """Phase → device memory that must be free in it."""
+
 
 class Budget(NamedTuple):
     """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's.
 
-    ``elsewhere_bytes`` is that of other GPUs, by CUDA's index.
+    ``elsewhere_bytes`` is that of other GPUs, by CUDA's index. ``phase_bytes`` is the most that a
+    phase may be predicted to need of the device's, where one ran out of memory before.
     """
 
     device_bytes: int
     host_bytes: int | None
     elsewhere_bytes: Mapping[int, int] = MappingProxyType({})
+    phase_bytes: Mapping[str, int] = MappingProxyType({})
 
     def holds(self, needs: Needs) -> bool:
         """Whether it fits on device and host."""
@@ -199,7 +210,14 @@ class Budget(NamedTuple):
             share = max(share, needs.host_bytes / max(self.host_bytes, 1))
         for gpu, needed in needs.elsewhere_bytes.items():
             share = max(share, needed / max(self.elsewhere_bytes.get(gpu, 0), 1))
+        for phase, most in self.phase_bytes.items():
+            share = max(share, needs.phase_needs.get(phase, 0) / max(most, 1))
         return share
+
+    def short_phase(self, needs: Needs) -> str | None:
+        """The phase that needs as much as what ran out of memory in it; ``None``: none does."""
+        found = needs.phase_needs if self.phase_bytes else {}
+        return next((p for p, most in self.phase_bytes.items() if found.get(p, 0) > most), None)
 
     def short_gpu(self, needs: Needs) -> int | None:
         """The other GPU that lacks most, ``None`` where it fits on all of them."""
@@ -244,6 +262,9 @@ def find_bottleneck(prediction: Prediction, budget: Budget) -> Bottleneck:
     short = budget.short_gpu(prediction)
     if short is not None:
         return Bottleneck("vram", prediction.binding_phase_of(short).name)
+    ran_out = budget.short_phase(prediction)
+    if ran_out is not None:
+        return Bottleneck("vram", ran_out)
     phase = prediction.slowest_phase
     shares: dict[Resource, float] = {
         "compute": phase.compute_s,

@@ -41,6 +41,7 @@ class Candidate(NamedTuple):
         phases_bytes: The needs of all phases together: where the largest is the same, the others
             may still be smaller.
         elsewhere_bytes: Of other GPUs' memory, by their index.
+        phase_needs: Of device memory, by phase.
     """
 
     settings: tuple[Setting, ...]
@@ -50,6 +51,7 @@ class Candidate(NamedTuple):
     loss: Loss
     phases_bytes: int
     elsewhere_bytes: dict[int, int]
+    phase_needs: dict[str, int]
 
 
 def loss_of(settings: Iterable[Setting]) -> Loss:
@@ -236,6 +238,7 @@ class Space:
         prediction = self._predictor.predict(execution)
         has_others = execution.device_map is not None
         taken, loss = sum(m.bit for m in members), _loss(members)
+        names = [p.name for p in prediction.phases]
         fronts = [self._front(phase, taken, execution) for phase in range(len(prediction.phases))]
         for parts in itertools.product(*fronts):
             chosen = sorted((*members, *(m for p in parts for m in p.members)))
@@ -249,6 +252,7 @@ class Space:
                 elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts)
                 if has_others
                 else {},
+                phase_needs=dict(zip(names, [p.needed_bytes for p in parts], strict=True)),
             )
 
     def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:

@@ -75,4 +75,5 @@ def _times(budget: Budget, factor: float | None) -> Budget:
         more(budget.device_bytes),
         None if budget.host_bytes is None else more(budget.host_bytes),
         {gpu: more(size) for gpu, size in budget.elsewhere_bytes.items()},
+        budget.phase_bytes,
     )

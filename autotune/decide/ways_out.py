@@ -148,7 +148,7 @@ class _Search(NamedTuple):
 
     def more_host_memory(self) -> Iterator[WayOut]:
         """The least that would do, where only host RAM is missing."""
-        (device, host, _), candidates = self._available, self._within_other_gpus()
+        (device, host, *_), candidates = self._available, self._within_other_gpus()
         enough = [c.host_bytes for c in candidates if c.needed_bytes <= device]
         if host is None or not enough or min(enough) <= host:
             return
@@ -160,7 +160,7 @@ class _Search(NamedTuple):
     def more_memory(self) -> Iterator[WayOut]:
         """What the nearest miss lacks, unless it is host RAM alone."""
         available, candidates = self._available, self._within_other_gpus()
-        device, host, elsewhere = available
+        device, host, elsewhere = available[:3]
         nearest = min(candidates, key=lambda c: (available.lacks(c), c.seconds))
         if nearest.needed_bytes <= device:
             return

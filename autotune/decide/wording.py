@@ -21,3 +21,9 @@ def lack_elsewhere(needs: Prediction, budget: Budget, gpu: int) -> str:
     phase = needs.binding_phase_of(gpu)
     needed, free = phase.elsewhere_bytes[gpu], budget.elsewhere_bytes.get(gpu, 0)
     return f"{phase.name} needs {format_bytes(needed)} of {format_bytes(free)} on cuda:{gpu}"
+
+
+def as_much_ran_out(needs: Prediction, phase: str) -> str:
+    """``"decode needs 10.1 GiB, and no more than that ran out of memory in it"``."""
+    needed = format_bytes(needs.phase_needs[phase])
+    return f"{phase} needs {needed}, and no more than that ran out of memory in it"

@@ -35,6 +35,28 @@ def refresh(machine: Machine) -> Machine:
     return replace(machine, host=host, device=device, others=other_gpus(device))
 
 
+def refresh_free(machine: Machine) -> Machine:
+    """The same machine with the memory that is free right now, and nothing else read.
+
+    Takes less than a millisecond where ``refresh`` takes several: it is asked before every image.
+    """
+    if machine.source == "datasheet":
+        return machine
+    total, available = ram()
+    device = machine.device
+    host = replace(machine.host, ram_total_bytes=total, ram_available_bytes=available)
+    others = tuple(
+        replace(gpu, free_bytes=gpu.free_bytes if free is None else free)
+        for gpu, free in ((gpu, nvml.free_bytes(gpu.uuid)) for gpu in machine.others)
+    )
+    if device.kind == "cpu" or device.unified_memory:
+        free = available
+    else:
+        told = nvml.free_bytes(device.uuid)
+        free = _free_by_torch(device, available) if told is None else told
+    return replace(machine, host=host, others=others, device=replace(device, free_bytes=free))
+
+
 def other_gpus(device: Device) -> tuple[OtherGpu, ...]:
     """The NVIDIA GPUs beside this one that the process sees, with what is free now.
 

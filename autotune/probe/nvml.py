@@ -210,6 +210,13 @@ def gpu(uuid: str | None) -> Gpu | None:
     )
 
 
+def free_bytes(uuid: str | None) -> int | None:
+    """Memory that is free on the GPU right now, in two queries; ``None`` where NVML is silent."""
+    handle = _handle(uuid) if uuid else None
+    memory = None if handle is None else _session.ask("nvmlDeviceGetMemoryInfo", handle)
+    return None if memory is None else int(memory.free)
+
+
 def link_state(uuid: str | None) -> tuple[int | None, int | None]:
     """PCIe generation and width right now: read it while copies run, an idle link steps down."""
     handle = _handle(uuid) if uuid else None

@@ -80,9 +80,11 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         with open(path, "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ProfileError(f"{path} is not a regular file", MEASURE_HINT)
-            data = file.read(MAX_FILE_BYTES + 1)
+            # All that may be read is allocated first, where memory may have run out.
+            data = file.read(min(status.st_size, MAX_FILE_BYTES) + 1)
     except OSError as error:
         raise_from(error, f"cannot read {path}", MEASURE_HINT)
     if len(data) > MAX_FILE_BYTES:

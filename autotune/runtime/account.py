@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
-from autotune.decide.wording import RESOURCES, lack_elsewhere
+from autotune.decide.wording import RESOURCES, as_much_ran_out, lack_elsewhere
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds
@@ -127,6 +127,9 @@ def shortage(plan: Plan) -> str:
     elsewhere = plan.budget.short_gpu(plan.prediction)
     if elsewhere is not None and plan.prediction.needed_bytes <= plan.budget_bytes:
         return f"does not fit: {lack_elsewhere(plan.prediction, plan.budget, elsewhere)}"
+    ran_out = plan.budget.short_phase(plan.prediction)
+    if ran_out is not None and plan.prediction.needed_bytes <= plan.budget_bytes:
+        return f"does not fit: {as_much_ran_out(plan.prediction, ran_out)}"
     phase = plan.prediction.binding_phase
     return (
         f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
@@ -12,46 +12,74 @@ import torch
 from autotune.decide.prediction import PROCESS_BYTES
 from autotune.optimizations.modules import modules_of
 from autotune.probe.machine import Machine, OtherGpu
+from autotune.runtime.claims import promised_beside
 
 _CPU = torch.device("cpu")
 
 
-def with_own_memory(machine: Machine, device: str, pipe: Any = None) -> Machine:
+class Held(NamedTuple):
+    """Bytes of a pipeline's weights: on the device, in host RAM, on other GPUs by CUDA's index."""
+
+    device_bytes: int
+    ram_bytes: int
+    elsewhere_bytes: dict[int, int]
+
+
+def held_by(pipe: Any, device: str, machine: Machine) -> Held:
+    """Where the pipeline's weights are now; it looks at every tensor."""
+    gpus = [gpu.index for gpu in machine.others]
+    return Held(
+        _bytes_on(torch.device(device), pipe),
+        _bytes_on(_CPU, pipe),
+        {gpu: _bytes_on(torch.device("cuda", gpu), pipe) for gpu in gpus},
+    )
+
+
+def with_own_memory(
+    machine: Machine, device: str, pipe: Any = None, held: Held | None = None
+) -> Machine:
     """The machine with the memory that planning counts anew given back to what is free.
 
     A plan counts the pipeline's weights, this process and the runtime's context. Where the pipeline
-    is loaded and the context is there, the memory just read is already without them.
+    is loaded and the context is there, the memory just read is already without them. What other
+    pipelines of this process have been promised is not free.
 
     Args:
         machine: Its free memory read now.
         device: Where the pipeline will run, ``"cuda:0"``.
         pipe: The loaded pipeline; ``None`` when its weights are still to be read.
+        held: Where its weights are, when that is known.
     """
     where = torch.device(device)
-    in_ram = _bytes_on(_CPU, pipe)
-    own = min(in_ram, _private_bytes()) if where.type == "cpu" else _bytes_on(where, pipe)
+    held = held or held_by(pipe, device, machine)
+    own = min(held.ram_bytes, _private_bytes()) if where.type == "cpu" else held.device_bytes
     if where.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # Reserved and unused: the allocator gives it to the next tensor that asks.
-        own += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-        own += machine.context_bytes
+        own += _unused_bytes(where) + machine.context_bytes
+    promised, promised_ram = promised_beside(pipe, device)
     free = min(machine.device.free_bytes + own, machine.device.total_bytes)
-    others = tuple(_with_own(gpu, pipe) for gpu in machine.others)
-    held = min(in_ram + PROCESS_BYTES, _private_bytes())
-    available = min(machine.host.ram_available_bytes + held, machine.host.ram_total_bytes)
+    others = tuple(_with_own(gpu, held) for gpu in machine.others)
+    given = min(held.ram_bytes + PROCESS_BYTES, _private_bytes())
+    available = min(machine.host.ram_available_bytes + given, machine.host.ram_total_bytes)
     return msgspec.structs.replace(
         machine,
         others=others,
-        device=msgspec.structs.replace(machine.device, free_bytes=free),
-        host=msgspec.structs.replace(machine.host, ram_available_bytes=available),
+        device=msgspec.structs.replace(machine.device, free_bytes=max(0, free - promised)),
+        host=msgspec.structs.replace(
+            machine.host, ram_available_bytes=max(0, available - promised_ram)
+        ),
     )
 
 
-def _with_own(gpu: OtherGpu, pipe: Any) -> OtherGpu:
+def _unused_bytes(where: torch.device) -> int:
+    """Reserved and unused: the allocator gives it to the next tensor that asks."""
+    return torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+
+
+def _with_own(gpu: OtherGpu, held: Held) -> OtherGpu:
     """The same for another GPU; whether it has a context already is not known, and not counted."""
-    where = torch.device("cuda", gpu.index)
-    own = _bytes_on(where, pipe)
+    own = held.elsewhere_bytes.get(gpu.index, 0)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        own += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        own += _unused_bytes(torch.device("cuda", gpu.index))
     return msgspec.structs.replace(gpu, free_bytes=min(gpu.free_bytes + own, gpu.total_bytes))
 
 

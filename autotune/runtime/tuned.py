@@ -2,44 +2,99 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import math
 import secrets
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import msgspec
 
 from autotune.decide.plan import Plan
-from autotune.errors import RequestError
+from autotune.decide.prediction import PROCESS_BYTES
+from autotune.errors import AutotuneError, MemoryShortageError, RequestError
 from autotune.optimizations import find
 from autotune.optimizations.base import Undo
 from autotune.profile.profile import PhaseMeasurement
-from autotune.runtime.account import explain_plan
+from autotune.runtime.account import explain_plan, shortage, ways_out
+from autotune.runtime.allocator import device_load, hold_limits
 from autotune.runtime.apply import apply_plan
+from autotune.runtime.asking import asked_for, drawn_by
+from autotune.runtime.claims import Claim, release, stake, turn_of
+from autotune.runtime.guard import (
+    RETRIES,
+    Before,
+    Decided,
+    Planner,
+    describe_failure,
+    describe_next,
+    describe_set,
+    shortage_after,
+)
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
+from autotune.runtime.spilling import is_spilling, spilling_system
 from autotune.runtime.verification import Verification
 from autotune.runtime.verify import Applied, verify
+from autotune.units import format_bytes, format_seconds
 from autotune.workload.arguments import call_arguments, copies_name
-from autotune.workload.workload import Workload
+from autotune.workload.live import has_own_code
+from autotune.workload.workload import Request, Workload
+
+log = logging.getLogger("autotune")
+
+T = TypeVar("T")
+
+_LEAVES_MODULES = frozenset(
+    ("vae_slicing", "vae_tiling", "model_cpu_offload", "sequential_cpu_offload")
+)
+"""Optimizations with which a pipeline of diffusers' own is traced as without them."""
 
 
 class Tuned:
     """A pipeline configured for this machine. Call it like the pipeline itself.
 
+    What it is asked for is planned for, each time that it is something else; calls from several
+    threads queue. Where memory runs out, the next plan that needs less is tried.
+
     Attributes:
         pipe: The diffusers pipeline, configured in place.
-        plan: What was decided, and why.
+        plan: What was decided for the latest request, and why.
         device: Where it runs, ``"cuda:0"``.
-        verification: What ``verify`` measured last; ``None`` before.
+        verification: What ``verify`` measured of this plan; ``None`` before.
+
+    Args:
+        pipe: A loaded pipeline.
+        plan: What to apply.
+        workload: What the plan is for.
+        device: Where to run.
+        planner: Plans again; without it, there is this plan and no other.
     """
 
-    def __init__(self, pipe: Any, plan: Plan, workload: Workload, device: str) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        plan: Plan,
+        workload: Workload,
+        device: str,
+        planner: Planner | None = None,
+    ) -> None:
         self.pipe = pipe
         self.plan = plan
         self.device = device
         self.verification: Verification | None = None
+        self._request = workload.request
         self._workload = workload
-        self._undo: Undo | None = apply_plan(pipe, plan, device)
+        self._planner = planner
+        self._undo: Undo | None = None
+        self._is_over = False
+        self._images = 0
+        with turn_of(pipe):
+            self._guarded(lambda: None)
 
     def __call__(self, prompt: Any = None, *, seed: int | None = None, **options: Any) -> Any:
         """Draw with the size, steps, batch and guidance that were planned for, unless given here.
@@ -54,21 +109,12 @@ class Tuned:
 
         Raises:
             RequestError: both ``seed`` and ``generator`` are given.
+            MemoryShortageError: it does not fit, or memory ran out and nothing smaller is left.
         """
-        if "generator" not in options:
-            options["generator"] = self._generator(secrets.randbits(63) if seed is None else seed)
-        elif seed is not None:
-            raise RequestError("both seed and generator are given", "give one of them")
-        if self._undo is not None:
-            self._before_image(options["generator"])
-        prompts = _count(prompt, options.get("prompt_embeds"))
-        planned = self._planned(prompts)
-        if options.get("negative_prompt_embeds") is not None:  # they take the place of a text
-            planned.pop("negative_prompt", None)
-        options = planned | options
-        if prompt is None:  # some pipelines draw from images alone
-            return self.pipe(**options)
-        return self.pipe(prompt=prompt, **options)
+        options = self._with_generator(options, seed)
+        with turn_of(self.pipe):
+            self._meet(prompt, options)
+            return self._guarded(lambda: self._timed(prompt, options), options["generator"])
 
     def explain(self) -> str:
         """The account of the plan: machine, bottleneck, what was chosen and left out, and why.
@@ -83,57 +129,295 @@ class Tuned:
         Random numbers, schedulers and the progress bar are as before afterwards.
 
         Raises:
-            Exception: whatever the pipeline raises.
+            MemoryShortageError: memory ran out, and nothing smaller is left.
+            Exception: whatever else the pipeline raises.
         """
-        applied = Applied(self.pipe, self.plan, self._workload, self.device, self._few_steps({}))
-        self.verification = verify(applied, lambda arguments: self(**arguments))
-        return self.verification
+        with turn_of(self.pipe):
+            self._meet(None, {})
+            self.verification = self._guarded(self._verified)
+            return self.verification
 
     def undo(self) -> None:
         """Put the pipeline back to the state before; a second call does nothing."""
-        if self._undo is not None:
-            self._undo()  # interrupted, it goes on where it was when called again
-            self._undo = None
+        with turn_of(self.pipe):
+            if self._is_over:
+                return
+            self._unapply()  # interrupted, it goes on where it was when called again
+            self._is_over = True
+            release(self.pipe)
+            hold_limits(self.device)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Undone, to configure the pipeline anew inside; where that fails, it is back."""
+        self.undo()
+        try:
+            yield
+        except BaseException:
+            self._is_over = False
+            self._guarded(lambda: None)
+            raise
 
     def measure(
-        self, prompt: Any = None, **options: Any
+        self, prompt: Any = None, *, seed: int | None = None, **options: Any
     ) -> tuple[Any, tuple[PhaseMeasurement, ...]]:
         """Draw, and time every phase; on CUDA with its peak memory.
 
         Returns:
             The pipeline's output, and one measurement per phase.
         """
+        options = self._with_generator(options, seed)
+        with turn_of(self.pipe):
+            self._meet(prompt, options)
+            return self._guarded(lambda: self._metered(prompt, options), options["generator"])
+
+    def measure_peaks(
+        self, prompt: Any = None, *, seed: int | None = None, **options: Any
+    ) -> dict[str, int]:
+        """Peak bytes per phase on the CPU, from one short extra pass of few steps."""
+        options = options | {"num_inference_steps": self._few_steps(options)}
+        options = self._with_generator(options, seed)
+
+        def short() -> dict[str, int]:
+            meter = PhaseMeter(self.pipe, self._workload, self.device)
+
+            def draw() -> None:
+                with meter.watch():
+                    self._draw(prompt, options)
+
+            return cpu_peaks(draw, self._workload.weight_bytes)
+
+        with turn_of(self.pipe):
+            return self._guarded(short, options["generator"])
+
+    # ---- drawing --------------------------------------------------------------------------------
+
+    def _draw(self, prompt: Any, options: dict[str, Any]) -> Any:
+        if self._undo is not None:
+            self._before_image(options["generator"])
+        prompts = _count(prompt, options.get("prompt_embeds"))
+        planned = self._planned(prompts)
+        if options.get("negative_prompt_embeds") is not None:  # they take the place of a text
+            planned.pop("negative_prompt", None)
+        options = planned | options
+        if prompt is not None:  # some pipelines draw from images alone
+            options = {"prompt": prompt} | options
+        return self.pipe(**options)
+
+    def _timed(self, prompt: Any, options: dict[str, Any]) -> Any:
+        """Draw, and see whether the driver lent host RAM meanwhile."""
+        started = time.perf_counter()
+        output = self._draw(prompt, options)
+        if _SYSTEM:
+            self._look_for_spilling(time.perf_counter() - started)
+        return output
+
+    def _metered(
+        self, prompt: Any, options: dict[str, Any]
+    ) -> tuple[Any, tuple[PhaseMeasurement, ...]]:
         meter = PhaseMeter(self.pipe, self._workload, self.device)
         with meter.watch():
-            output = self(prompt, **options)
+            output = self._draw(prompt, options)
         return output, meter.measured
 
-    def measure_peaks(self, prompt: Any = None, **options: Any) -> dict[str, int]:
-        """Peak bytes per phase on the CPU, from one short extra pass of few steps."""
-        meter = PhaseMeter(self.pipe, self._workload, self.device)
+    def _verified(self) -> Verification:
+        applied = Applied(self.pipe, self.plan, self._workload, self.device, self._few_steps({}))
 
-        def short() -> None:
-            with meter.watch():
-                self(prompt, **(options | {"num_inference_steps": self._few_steps(options)}))
+        def draw(arguments: dict[str, Any]) -> Any:
+            options = {n: v for n, v in arguments.items() if n != "prompt"}
+            return self._draw(arguments.get("prompt"), {"generator": None} | options)
 
-        return cpu_peaks(short, self._workload.weight_bytes)
+        return verify(applied, draw)
+
+    # ---- another request, other memory ----------------------------------------------------------
+
+    def _meet(self, prompt: Any, options: dict[str, Any]) -> None:
+        """Have a plan for what is asked now, with the memory that there is now.
+
+        Raises:
+            MemoryShortageError: nothing fits.
+        """
+        planner = self._planner
+        if planner is None or self._is_over:
+            return
+        asked = self._asked(prompt, options)
+        is_same = asked == self._workload.request
+        if is_same and self._undo is not None and planner.holds(self.plan):
+            hold_limits(self.device)
+            return
+        try:
+            found = self._planned_for(planner, asked)
+        except MemoryShortageError:
+            raise
+        except AutotuneError as error:  # the pipeline will say it in its own words, or can do it
+            log.info("%s is drawn without a plan of its own: %s", _size(asked), error)
+            return
+        if found.plan.fits:
+            self._take(found)
+        elif not is_same or self._undo is None or self.plan.host_budget_bytes is None:
+            raise MemoryShortageError(shortage(found.plan), ways_out(found.plan))
+        # A device that fails does no harm: margins are wide, and it may yet suffice.
+
+    def _planned_for(self, planner: Planner, asked: Request) -> Decided:
+        if self._undo is not None and planner.must_trace(asked) and not self._is_as_loaded():
+            self._unapply()
+        applied = self.plan.optimizations if self._undo is not None else None
+        return planner.plan(asked, applied)
+
+    def _take(self, found: Decided) -> None:
+        """This plan from now on; what has to change is changed before the next call."""
+        changes = found.plan.optimizations != self.plan.optimizations
+        if changes and self._undo is not None:
+            self._unapply()
+            log.info("%s: %s", _size(found.workload.request), describe_set(found.plan))
+        self._now(found)
+        if self._undo is not None:
+            self._settle()
+
+    def _now(self, found: Decided) -> None:
+        request = self._workload.request
+        if (found.plan.optimizations, found.workload.request) != (self.plan.optimizations, request):
+            self.verification = None
+        self.plan, self._workload = found.plan, found.workload
+
+    def _asked(self, prompt: Any, options: dict[str, Any]) -> Request:
+        prompts = _count(prompt, options.get("prompt_embeds"))
+        drawn = drawn_by(self._planned(prompts), options, prompts)
+        return asked_for(self.pipe, self._request, options, drawn)
+
+    def _is_as_loaded(self) -> bool:
+        """Whether tracing the pipeline finds the same as without what is applied."""
+        is_plain = all(s.name in _LEAVES_MODULES for s in self.plan.optimizations)
+        return is_plain and not has_own_code(self.pipe)
+
+    # ---- on and off -----------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        self._undo = apply_plan(self.pipe, self.plan, self.device)
+        self._images = 0
+        self._settle()
+
+    def _unapply(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _settle(self) -> None:
+        """Say what this pipeline needs, so that others are planned for the rest."""
+        planner, prediction = self._planner, self.plan.prediction
+        if planner is None:
+            return
+        planner.look()
+        held, limits = planner.held, planner.limits
+        shares = self.plan.host_budget_bytes is None
+        stake(
+            Claim(
+                self,
+                self.pipe,
+                self.device,
+                device_bytes=prediction.needed_bytes - held.device_bytes,
+                host_bytes=0 if shares else prediction.host_bytes - _in_ram(held.ram_bytes),
+                reserve_bytes=limits.reserve,
+                most_bytes=limits.vram_limit,
+            )
+        )
+        hold_limits(self.device)
+
+    # ---- the guard ------------------------------------------------------------------------------
+
+    def _guarded(self, work: Callable[[], T], generators: Any = None) -> T:
+        """Apply the plan, if it is not, and work; with smaller plans where memory runs out.
+
+        Raises:
+            MemoryShortageError: memory ran out, and nothing smaller is left or enough was tried.
+        """
+        if self._planner is None or self._is_over:
+            if self._undo is None and not self._is_over:
+                self._apply()
+            return work()
+        before = Before(self.pipe, generators, self.device)
+        for tried in range(1, RETRIES + 2):
+            try:
+                if self._undo is None:
+                    self._apply()
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error, self._planner.is_scarce()):
+                    raise
+                failed, failure = error, failure_of(error, self.pipe, self._workload)
+            before.restore()
+            self._step_down(self._planner, failure, failed, tried)
+        raise AssertionError("the last failure raises")
+
+    def _step_down(self, planner: Planner, failure: Failure, error: Exception, tried: int) -> None:
+        """Let go of everything, and take the next plan.
+
+        Raises:
+            MemoryShortageError: there is none, or enough was tried; the pipeline is as it was.
+        """
+        free_memory(self.pipe)
+        self._unapply()
+        ran_out = self.plan
+        smaller = planner.step_down(ran_out, self._workload, failure)
+        if tried > RETRIES or not smaller.plan.fits:
+            raise shortage_after(failure, ran_out, smaller.plan, tried) from error
+        log.warning(
+            "%s; trying %s",
+            describe_failure(failure, ran_out),
+            describe_next(smaller.plan, ran_out, failure),
+        )
+        self._now(smaller)
+
+    def _look_for_spilling(self, seconds: float) -> None:
+        """Where the driver lent host RAM to the device, the next call takes a smaller plan."""
+        load, prediction = device_load(self.device), self.plan.prediction
+        once = 0.0 if self._images else prediction.once_s + (prediction.first_image_extra_s or 0.0)
+        self._images += 1
+        expected = prediction.seconds + once
+        if load is None or not is_spilling(seconds, expected, load, _SYSTEM):
+            return
+        assert self._planner is not None
+        took = f"{format_seconds(seconds)} instead of {format_seconds(expected)}"
+        free = f"{format_bytes(load.free_bytes)} of {format_bytes(load.total_bytes)} free"
+        failure = Failure(f"{took}, {free}: spilling into host RAM", None, False)
+        smaller = self._planner.step_down(self.plan, self._workload, failure)
+        if smaller.plan.fits:
+            what = f"the next image is drawn with {describe_next(smaller.plan, self.plan, failure)}"
+        else:
+            what = f"nothing smaller is left; try {ways_out(smaller.plan)}"
+        log.warning("%s: %s", failure.text, what)
+        if smaller.plan.fits:
+            self._take(smaller)
+
+    # ---- arguments ------------------------------------------------------------------------------
+
+    def _with_generator(self, options: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        if "generator" not in options:
+            drawn = secrets.randbits(63) if seed is None else seed
+            return options | {"generator": self._generator(drawn)}
+        if seed is not None:
+            raise RequestError("both seed and generator are given", "give one of them")
+        return options
 
     def _planned(self, prompts: int) -> dict[str, Any]:
         """The arguments that were rehearsed, but for the texts and pictures."""
-        rehearsed = call_arguments(self.pipe, self._workload.request)
-        planned = {
-            name: value
-            for name, value in rehearsed.items()
-            if isinstance(value, (bool, int, float, str)) and name not in ("prompt", "output_type")
-        }
+        planned = dict(self._rehearsed)
         copies = copies_name(planned)
         if copies is not None:
-            planned[copies] = max(1, self._workload.request.batch // prompts)
-        return planned | self._workload.request.options
+            planned[copies] = max(1, self._request.batch // prompts)
+        return planned | self._request.options
+
+    @functools.cached_property
+    def _rehearsed(self) -> dict[str, bool | int | float | str]:
+        return {
+            name: value
+            for name, value in call_arguments(self.pipe, self._request).items()
+            if isinstance(value, (bool, int, float, str)) and name not in ("prompt", "output_type")
+        }
 
     def _few_steps(self, options: dict[str, Any]) -> int:
         """So many that two are taken: pipelines that start from a picture skip a share of them."""
-        planned = self._workload.request
+        planned = self._request
         taken = inspect.signature(self.pipe.__call__).parameters
         default = taken["strength"].default if "strength" in taken else None
         strength = options.get("strength", planned.options.get("strength", default))
@@ -152,6 +436,19 @@ class Tuned:
         seed = 0 if first is None else first.initial_seed()
         for setting in self.plan.optimizations:
             find(setting.name).before_image(self.pipe, setting.parameters, seed)
+
+
+_SYSTEM = spilling_system()
+
+
+def _in_ram(weights_bytes: int) -> int:
+    """What of host RAM a plan counts that is taken already."""
+    return weights_bytes + PROCESS_BYTES
+
+
+def _size(request: Request) -> str:
+    images = f", batch {request.batch}" if request.batch > 1 else ""
+    return f"{request.width}x{request.height}, {request.steps} steps{images}"
 
 
 def _count(prompt: Any, embeddings: Any) -> int:

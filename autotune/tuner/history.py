@@ -11,7 +11,7 @@ from autotune.decide.history import History, Misfit, Observation, Observed
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import counting, is_outgrown
 from autotune.decide.prediction import Budget
-from autotune.errors import AutotuneError, ProfileError
+from autotune.errors import AutotuneError, ProfileError, first_line
 from autotune.optimizations import parse_setting
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
@@ -72,7 +72,7 @@ def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:
             continue
         settings = _parsed(record.optimizations)
         if settings is not None:
-            yield Misfit(settings, record.available_bytes, record.of_host)
+            yield Misfit(settings, record.available_bytes, record.of_host, record.phase)
 
 
 def _parsed(optimizations: Iterable[str]) -> tuple[Setting, ...] | None:
@@ -99,8 +99,8 @@ def remember_misfit(measured: Measured, record: MisfitRecord, available: Budget)
 
     try:
         update_profile(measured.key, change)
-    except ProfileError as error:
-        log.warning("what ran out of memory is not remembered: %s", error)
+    except (ProfileError, MemoryError) as error:  # there may be no memory to read it either
+        log.warning("what ran out of memory is not remembered: %s", first_line(error))
 
 
 def without_outgrown(
@@ -117,5 +117,5 @@ def without_outgrown(
 
 
 def _is_of_the_same(one: MisfitRecord, other: MisfitRecord) -> bool:
-    mine = (one.workload, one.optimizations, one.of_host)
-    return mine == (other.workload, other.optimizations, other.of_host)
+    mine = (one.workload, one.optimizations, one.of_host, one.phase)
+    return mine == (other.workload, other.optimizations, other.of_host, other.phase)

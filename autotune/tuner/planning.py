@@ -10,6 +10,7 @@ from autotune.decide.history import History
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
 from autotune.errors import ModelError
+from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
 from autotune.tuner.ask import Ask, check_ask
 from autotune.tuner.here import REPLAY_S, Measured, Progress, replayed
@@ -42,7 +43,7 @@ def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
         ModelError, RequestError, OptimizationError: see the stages.
     """
     architecture, workload = work_out(model, machine, ask)
-    return _decided(architecture, machine, workload, ask.limits)
+    return decided(architecture, machine, workload, ask.limits)
 
 
 def plan_here(
@@ -65,32 +66,43 @@ def plan_here(
     machine = replayed(measured, workload, REPLAY_S).machine
     history = history_here(measured.key, workload, machine, ask.limits)
     if history.misfits or not is_lasting(pipe):
-        return _decided(architecture, machine, workload, ask.limits, pipe, history)
+        return decided(architecture, machine, workload, ask.limits, pipe, history)
     origin = origin_of(architecture, workload.request)
     basis = basis_of(machine, workload, origin, ask.limits, history)
     plan = recall(measured.key, machine, ask.limits, basis)
     if plan is not None:
         return Planned(architecture, machine, workload, plan)
-    planned = _decided(architecture, machine, workload, ask.limits, pipe, history)
+    planned = decided(architecture, machine, workload, ask.limits, pipe, history)
     keep(measured, workload, planned.plan, basis)
     return planned
 
 
-def _decided(
+def decided(
     architecture: Architecture,
     machine: Machine,
     workload: Workload,
     limits: Limits,
     pipe: Any = None,
     history: History | None = None,
+    applied: tuple[Setting, ...] | None = None,
 ) -> Planned:
-    """Where nothing fits, other requests of the same model are traced as ways out."""
+    """Where nothing fits, other requests of the same model are traced as ways out.
+
+    Args:
+        architecture: The model.
+        machine: With the memory that is free now.
+        workload: What is asked.
+        limits: What the user allows.
+        pipe: The loaded pipeline, where there is one.
+        history: What the machine taught about the workload.
+        applied: The set that is on: kept where it does as well as the best.
+    """
     from autotune.decide.choose import choose  # a start with a remembered plan does without
 
     def rework(request: Request) -> Workload:
         return workload_of(architecture, request, pipe)
 
-    plan = choose(machine, workload, limits, rework=rework, history=history)
+    plan = choose(machine, workload, limits, rework=rework, history=history, applied=applied)
     return Planned(architecture, machine, workload, plan)
 
 

@@ -60,6 +60,7 @@ def plainly(
             loss_of(chosen),
             sum(p.needed_bytes for p in prediction.phases),
             prediction.elsewhere_bytes,
+            prediction.phase_needs,
         )
 
 

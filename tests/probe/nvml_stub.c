@@ -2,6 +2,7 @@
    named by NVML_STUB would. Compiled with -DOLD_DRIVER it lacks what came after driver 450.
 
    NVML_STUB_LOST_AFTER=N   after N calls every GPU has fallen off the bus
+   NVML_STUB_TAKEN=N        bytes that another process has taken since
    NVML_STUB_LOG=FILE       a line for every start and every shutdown */
 #include <stdio.h>
 #include <stdlib.h>
@@ -127,6 +128,8 @@ int nvmlDeviceGetUUID(device *gpu, char *uuid, unsigned int size) {
 }
 int nvmlDeviceGetMemoryInfo(device *gpu, memory *out) {
   unsigned long long total = of(gpu)->total, free = gpu->index ? 9 * GIB : of(gpu)->free;
+  const char *taken = getenv("NVML_STUB_TAKEN");
+  if (taken) free -= strtoull(taken, 0, 10);
   call();
   if (lost()) return GPU_IS_LOST;
   if (!total) return NOT_SUPPORTED;

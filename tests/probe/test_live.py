@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from autotune.errors import MachineError
 from autotune.probe import live
-from autotune.probe.live import identity, profile_key, refresh, slug
+from autotune.probe.live import identity, profile_key, refresh, refresh_free, slug
 from autotune.probe.machine import Device, GpuProcess, Machine
 from autotune.probe.reference import load_machine
 
@@ -196,3 +196,32 @@ def test_slugs_are_file_names(name: str) -> None:
 def test_slugs_of_real_names() -> None:
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz"
+
+
+# ---- free memory alone ---------------------------------------------------------------------------
+
+REFRESHED = """
+import json, msgspec, os
+from autotune.probe import nvml
+from autotune.probe.live import refresh_free
+from autotune.probe.reference import load_machine
+machine = load_machine("rtx-3080-10gb")
+(gpu,) = nvml.gpus()
+device = msgspec.structs.replace(machine.device, uuid=gpu.uuid)
+machine = msgspec.structs.replace(machine, source="measured", device=device)
+before = nvml.free_bytes(gpu.uuid)
+found = [refresh_free(machine).device.free_bytes]
+os.environ["NVML_STUB_TAKEN"] = str(3 << 30)
+found.append(refresh_free(machine).device.free_bytes)
+print(json.dumps([before, *found]))
+"""
+
+
+def test_free_memory_alone_is_read_quickly(under_driver: Any) -> None:
+    before, first, second = under_driver("desktop", REFRESHED)
+    assert before == first == 7 * GIB
+    assert second == 4 * GIB
+
+
+def test_a_recorded_machine_is_not_here(rtx_3080: Machine) -> None:
+    assert refresh_free(rtx_3080) is rtx_3080

@@ -324,6 +324,39 @@ print(json.dumps([json.loads(os.read(reader, 99)), len(nvml.gpus())]))
     assert under_driver("desktop", code) == [[True, 1, 1], 1]
 
 
+def test_workers_forked_while_other_threads_ask(under_driver: Any) -> None:
+    """No worker waits for a lock that a thread of the parent held, nor takes over its session."""
+    code = """
+import json, multiprocessing, threading
+from autotune.probe import nvml
+
+def work(answers):
+    answers.put([nvml._session._library is None, nvml.gpus()[0].name, nvml.unavailable_reason()])
+
+done = threading.Event()
+def ask():
+    while not done.is_set():
+        nvml.gpus()
+
+threads = [threading.Thread(target=ask) for _ in range(3)]
+for thread in threads:
+    thread.start()
+context = multiprocessing.get_context("fork")
+answers = context.Queue()
+workers = [context.Process(target=work, args=(answers,)) for _ in range(8)]
+for worker in workers:
+    worker.start()
+found = [answers.get(timeout=30) for _ in workers]
+for worker in workers:
+    worker.join(30)
+done.set()
+print(json.dumps([found, [worker.exitcode for worker in workers]]))
+"""
+    found, codes = under_driver("desktop", code, NVML_STUB_SLOW="1")
+    assert codes == [0] * 8
+    assert found == [[True, "NVIDIA GeForce RTX 3080", None]] * 8
+
+
 # --- what CUDA_VISIBLE_DEVICES means, by CUDA's rules ---------------------------------------------
 
 UUIDS = ("GPU-aa11", "GPU-ab22", "GPU-b333")

@@ -1,0 +1,146 @@
+"""What the pipelines configured in this process have been promised, and whose turn it is.
+
+Each is promised the memory that its plan needs. What it does not hold at the moment, such as the
+activations of an image that is not being drawn, looks free and is not: the next pipeline is planned
+for what remains. Locks make calls of one pipeline queue, and configuring, which touches state of
+the whole process, happen once at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class Claim:
+    """What one configured pipeline has been promised.
+
+    Attributes:
+        owner: The ``Tuned`` pipeline, held weakly: with it goes the claim.
+        pipe: The diffusers pipeline, likewise.
+        device: Where it runs, ``"cuda:0"``.
+        device_bytes: Of the device's memory, that it will need besides what it holds.
+        host_bytes: Of host RAM, likewise; 0 where the device computes in it.
+        reserve_bytes: To be left free for others on the device.
+        most_bytes: That it may use of the device; ``None``: no limit of its own.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        pipe: Any,
+        device: str,
+        *,
+        device_bytes: int = 0,
+        host_bytes: int = 0,
+        reserve_bytes: int = 0,
+        most_bytes: int | None = None,
+    ) -> None:
+        self.owner = weakref.ref(owner)
+        self.pipe = weakref.ref(pipe)
+        self.device = device
+        self.device_bytes = max(0, device_bytes)
+        self.host_bytes = max(0, host_bytes)
+        self.reserve_bytes = reserve_bytes
+        self.most_bytes = most_bytes
+
+
+_claims: list[Claim] = []
+_register = threading.Lock()
+_configuring = threading.RLock()
+_turns: dict[int, threading.RLock] = {}
+
+
+def stake(claim: Claim) -> None:
+    """Enter a claim, in the place of its pipeline's last one."""
+    pipe = claim.pipe()
+    with _register:
+        _claims[:] = [c for c in _living() if c.pipe() is not pipe]
+        _claims.append(claim)
+
+
+def release(pipe: Any) -> None:
+    """The pipeline needs nothing any more."""
+    with _register:
+        _claims[:] = [c for c in _living() if c.pipe() is not pipe]
+
+
+def claims_on(device: str) -> tuple[Claim, ...]:
+    """The claims on a device."""
+    with _register:
+        return tuple(c for c in _living() if c.device == device)
+
+
+def owner_of(pipe: Any) -> Any:
+    """The ``Tuned`` that has configured a pipeline; ``None`` where there is none any more."""
+    with _register:
+        return next((c.owner() for c in _living() if c.pipe() is pipe), None)
+
+
+def promised_beside(pipe: Any, device: str) -> tuple[int, int]:
+    """Memory that looks free, but is promised to other pipelines.
+
+    Args:
+        pipe: Whose budget is asked for; ``None``: of one that is not loaded yet.
+        device: Where it will run.
+
+    Returns:
+        Bytes of the device's memory, and of host RAM.
+    """
+    with _register:
+        others = [c for c in _living() if c.pipe() is not pipe]
+    of_device = sum(c.device_bytes for c in others if c.device == device)
+    return of_device, sum(c.host_bytes for c in others)
+
+
+def _living() -> Iterator[Claim]:
+    return (c for c in _claims if c.owner() is not None and c.pipe() is not None)
+
+
+# ---- turns ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def turn_of(pipe: Any) -> Iterator[None]:
+    """One at a time with this pipeline: drawing, configuring and undoing queue.
+
+    Pipelines keep the state of a call on themselves and on their scheduler.
+    """
+    with _turn(pipe):
+        yield
+
+
+@contextmanager
+def configuring() -> Iterator[None]:
+    """One at a time in this process: tracing replaces functions, and the random state meanwhile.
+
+    Who needs a pipeline's turn too takes it before.
+    """
+    with _configuring:
+        yield
+
+
+def _turn(pipe: Any) -> threading.RLock:
+    with _register:
+        lock = _turns.get(id(pipe))
+        if lock is None:
+            lock = threading.RLock()
+            with suppress(TypeError):  # nothing like a pipeline: that is said elsewhere
+                weakref.finalize(pipe, _turns.pop, id(pipe), None).atexit = False
+                _turns[id(pipe)] = lock
+        return lock
+
+
+def _start_anew() -> None:
+    """In a forked child: other threads, who may hold locks, are not there to give them back."""
+    global _register, _configuring
+    _register, _configuring = threading.Lock(), threading.RLock()
+    _turns.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -1,0 +1,274 @@
+"""Pipelines of one process share its memory, wait for their turn, and survive a fork."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from autotune.errors import AutotuneError
+from autotune.probe.machine import Machine
+from autotune.runtime import allocator, claims
+from autotune.runtime.claims import Claim, configuring, owner_of, promised_beside, turn_of
+from autotune.runtime.memory import with_own_memory
+from autotune.runtime.tuned import Tuned
+from autotune.testing.pipelines import BUILDERS
+from autotune.testing.state import differences, whole_state
+from autotune.units import GIB
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    gc.collect()
+    yield
+
+
+class Owner:
+    """Something that can be held weakly."""
+
+
+def claim(device: str = "cuda:0", **bytes_: Any) -> tuple[Owner, Owner]:
+    owner, pipe = Owner(), Owner()
+    claims.stake(Claim(owner, pipe, device, **bytes_))
+    return owner, pipe
+
+
+def configured(pipe: Any, **options: Any) -> Tuned:
+    given = {"height": 64, "width": 64, "steps": 1, "only": ("vae_slicing",)}
+    return autotune.configure(pipe, **(given | options))
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_what_others_were_promised_is_not_free(rtx_3080: Machine) -> None:
+    before = with_own_memory(rtx_3080, "cuda:0")
+    kept = claim(device_bytes=2 * GIB, host_bytes=3 * GIB)
+    other = claim("cuda:1", device_bytes=5 * GIB)
+    machine = with_own_memory(rtx_3080, "cuda:0")
+    assert before.device.free_bytes - machine.device.free_bytes == 2 * GIB
+    assert before.host.ram_available_bytes - machine.host.ram_available_bytes == 3 * GIB
+    assert promised_beside(kept[1], "cuda:0") == (0, 0), "its own promise is its own"
+    del kept, other
+    assert with_own_memory(rtx_3080, "cuda:0") == before, "released when it is gone"
+
+
+def test_it_never_gets_below_nothing(rtx_3080: Machine) -> None:
+    kept = claim(device_bytes=1000 * GIB, host_bytes=1000 * GIB)
+    machine = with_own_memory(rtx_3080, "cuda:0")
+    assert (machine.device.free_bytes, machine.host.ram_available_bytes) == (0, 0)
+    del kept
+
+
+def test_the_second_pipeline_sees_what_the_first_will_need(measured_here: None) -> None:
+    first = configured(BUILDERS["sd"](), batch=4)
+    needed = first.plan.prediction.needed_bytes - first._planner.held.device_bytes  # type: ignore[union-attr]
+    assert promised_beside(None, "cpu") == (needed, 0)
+    second = configured(BUILDERS["sd"](), batch=4)
+    assert promised_beside(None, "cpu") == (2 * needed, 0)
+    assert promised_beside(second.pipe, "cpu") == (needed, 0)
+    first.undo()
+    assert promised_beside(second.pipe, "cpu") == (0, 0)
+    del second
+    gc.collect()
+    assert promised_beside(None, "cpu") == (0, 0)
+
+
+# ---- the same pipeline twice ---------------------------------------------------------------------
+
+
+LITTLE = {"batch": 4, "guidance_scale": 1.0, "ram_limit": "9MiB"}
+"""Four images cannot be decoded at once."""
+
+
+def test_configured_again_it_is_as_if_it_had_not_been(measured_here: None) -> None:
+    pipe = BUILDERS["sd"]()
+    first = configured(pipe, **LITTLE)
+    assert [s.name for s in first.plan.optimizations] == ["vae_slicing"]
+    second = configured(pipe)
+    assert owner_of(pipe) is second
+    assert second.plan.optimizations == second.plan.kept == (), "nothing was set by hand"
+    first.undo()
+    assert owner_of(pipe) is second, "the first has nothing to undo any more"
+    drawn = first("a cat", seed=1, output_type="pt").images
+    assert drawn.shape[0] == 4, "it draws as before, with what is on now"
+
+
+def test_where_that_fails_the_first_is_back(measured_here: None) -> None:
+    pipe = BUILDERS["sd"]()
+    first = configured(pipe, **LITTLE)
+    before = whole_state(pipe)
+    with pytest.raises(AutotuneError):
+        configured(pipe, height=65)
+    assert owner_of(pipe) is first
+    assert differences(before, whole_state(pipe)) == {}
+    assert pipe.vae.use_slicing
+
+
+# ---- turns ---------------------------------------------------------------------------------------
+
+
+def at_once(*jobs: Any) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_calls_of_one_pipeline_queue(measured_here: None) -> None:
+    """The scheduler of one image would be that of the other."""
+    tuned = configured(BUILDERS["sd"](), steps=3)
+    alone = [tuned("a cat", seed=seed, output_type="pt").images for seed in range(3)]
+    found: dict[int, Any] = {}
+
+    def job(seed: int) -> Any:
+        def run() -> None:
+            found[seed] = tuned("a cat", seed=seed, output_type="pt").images
+
+        return run
+
+    at_once(*(job(seed) for seed in range(3)))
+    assert all(torch.equal(found[seed], alone[seed]) for seed in range(3))
+
+
+def test_several_threads_configure(measured_here: None) -> None:
+    """Tracing changes what the whole process shares: the random state, imports, log levels."""
+    from diffusers.utils import logging
+
+    pipes = [BUILDERS["sd"]() for _ in range(3)]
+    made: list[Tuned] = []
+    state, level = torch.get_rng_state(), logging.get_verbosity()
+
+    def job(pipe: Any, side: int) -> Any:
+        return lambda: made.append(configured(pipe, height=side, batch=2))
+
+    same = pipes[0]
+    at_once(job(same, 64), job(same, 72), job(pipes[1], 64), job(pipes[2], 80))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logging.get_verbosity() == level
+    assert len(made) == 4
+    last = owner_of(same)
+    assert {id(owner_of(p)) for p in pipes} == {id(t) for t in made if t is last or t.pipe != same}
+    assert sum(t.pipe is same for t in made) == 2
+    for tuned in made:
+        tuned.undo()
+    assert [owner_of(p) for p in pipes] == [None] * 3
+
+
+def test_configuring_waits_for_the_turn_and_nobody_for_ever(measured_here: None) -> None:
+    """A call that plans anew, and another configuration, each want what the other has."""
+    pipe = BUILDERS["sd"]()
+    tuned = configured(pipe)
+    at_once(
+        *(lambda: tuned("a cat", height=72, output_type="pt") for _ in range(2)),
+        *(lambda: configured(pipe, height=72) for _ in range(2)),
+    )
+    assert owner_of(pipe) is not tuned
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks() -> None:
+    owner = Owner()
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turn_of(owner), configuring():
+            taken.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait(30)
+    try:
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=_take_everything, args=(owner,))
+        child.start()
+        child.join(timeout=30)
+        assert child.exitcode == 0
+    finally:
+        done.set()
+        holder.join()
+
+
+def _take_everything(owner: Owner) -> None:
+    with turn_of(owner), configuring():
+        promised_beside(owner, "cpu")
+
+
+# ---- limits of the allocator ---------------------------------------------------------------------
+
+
+class Backend(SimpleNamespace):
+    """Stands in for ``torch.cuda``; what is set is written down."""
+
+    free, total, reserved, share = 7 * GIB, 10 * GIB, 1 * GIB, 1.0
+
+    def mem_get_info(self, device: str) -> tuple[int, int]:
+        return self.free, self.total
+
+    def memory_reserved(self, device: str) -> int:
+        return self.reserved
+
+    def get_per_process_memory_fraction(self, device: str) -> float:
+        return self.share
+
+    def set_per_process_memory_fraction(self, share: float, device: str) -> None:
+        assert device == "cuda:0"
+        self.share = share
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    made = Backend(share=0.9)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: made)
+    monkeypatch.setattr(allocator, "_before", {})
+    return made
+
+
+def test_a_reserve_is_held_against_what_others_use_now(backend: Backend) -> None:
+    kept = claim(reserve_bytes=2 * GIB)
+    assert allocator.hold_limits("cuda:0") == 6 * GIB
+    assert backend.share == 0.6
+    backend.free = 5 * GIB  # others have come
+    assert allocator.hold_limits("cuda:0") == 4 * GIB
+    larger = claim(reserve_bytes=3 * GIB)
+    assert allocator.hold_limits("cuda:0") == 3 * GIB, "the largest reserve"
+    del larger, kept
+    assert allocator.hold_limits("cuda:0") is None
+    assert backend.share == 0.9, "as the user had set it"
+
+
+def test_a_limit_is_held_while_all_have_one(backend: Backend) -> None:
+    first, second = claim(most_bytes=2 * GIB), claim(most_bytes=1 * GIB)
+    assert allocator.hold_limits("cuda:0") == 3 * GIB
+    third = claim(device_bytes=1)
+    assert allocator.hold_limits("cuda:0") is None
+    assert backend.share == 0.9
+    del first, second, third
+
+
+def test_no_more_than_nothing_and_everything(backend: Backend) -> None:
+    kept = claim(reserve_bytes=100 * GIB)
+    assert allocator.hold_limits("cuda:0") == 0
+    assert backend.share == 0.0
+    del kept
+    kept = claim(most_bytes=100 * GIB)
+    assert allocator.hold_limits("cuda:0") == 8 * GIB, "what is free and what is reserved already"
+    assert backend.share == 0.8
+    del kept
+
+
+def test_on_a_cpu_no_allocator_has_a_limit() -> None:
+    kept = claim("cpu", reserve_bytes=GIB)
+    assert allocator.hold_limits("cpu") is None
+    assert allocator.device_load("cpu") is None
+    del kept

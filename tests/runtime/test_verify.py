@@ -306,7 +306,7 @@ class Failing(Tuned):
 
     error: BaseException
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
+    def _draw(self, *_: Any, **__: Any) -> Any:
         raise self.error
 
 

@@ -20,11 +20,10 @@ from autotune.decide.history import History
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.plan import Plan, Validity, summarize_machine
 from autotune.decide.prediction import Budget
-from autotune.errors import ProfileError
 from autotune.optimizations import CATALOGUE
 from autotune.probe.machine import Machine
 from autotune.profile.profile import Available, PhaseMeasurement, PlanRecord, Profile
-from autotune.profile.store import load_profile, update_profile
+from autotune.profile.store import load_profile, updated_if_possible
 from autotune.tuner.here import Measured, new_profile, timestamp
 from autotune.units import format_bytes
 from autotune.workload.workload import Workload
@@ -96,10 +95,7 @@ def keep(measured: Measured, workload: Workload, plan: Plan, basis: str) -> None
         others = tuple(p for p in base.plans if p.basis != basis)
         return msgspec.structs.replace(base, plans=(*others, record), updated_at=timestamp())
 
-    try:
-        update_profile(measured.key, change)
-    except ProfileError as error:
-        log.info("the plan is not remembered: %s", error)
+    updated_if_possible(measured.key, change)
 
 
 def _lasting(machine: Machine) -> Machine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from autotune.cli.output import progress
+from autotune.decide.history import History
 from autotune.probe.machine import Machine
 from autotune.tuner import (
     REPLAY_S,
@@ -20,6 +21,7 @@ from autotune.tuner import (
     replayed,
     work_out,
 )
+from autotune.tuner.history import history_here
 from autotune.workload.architecture import Architecture, find_architecture
 from autotune.workload.workload import Workload
 
@@ -61,8 +63,8 @@ def plan_on(name: str | None, model: str, ask: Ask) -> Planned:
         return plan_here(model, measured, ask, say)
 
 
-def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Workload]:
-    """The machine as in ``plan_on``, and the workload, with its operators timed if it is here.
+def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Workload, History]:
+    """The machine as in ``plan_on``, and the workload; if it is here, operators are timed.
 
     Raises:
         MachineError: the name is unknown or the file cannot be read.
@@ -70,12 +72,13 @@ def work_out_on(name: str | None, model: str, ask: Ask) -> tuple[Machine, Worklo
     named = _named(name)
     if named is not None:
         with progress("Tracing"):
-            return named, work_out(model, named, ask)[1]
+            return named, work_out(model, named, ask)[1], History()
     check_request(find_architecture(model), ask)
     measured = this_machine()
     with progress("Tracing and timing"):
         workload = work_out(model, measured.machine, ask)[1]
-        return replayed(measured, workload, REPLAY_S).machine, workload
+        machine = replayed(measured, workload, REPLAY_S).machine
+        return machine, workload, history_here(measured.key, workload, machine, ask.limits)
 
 
 def check_request(architecture: Architecture, ask: Ask) -> None:

@@ -116,8 +116,8 @@ def predict(
     view = _view(explain)
     settings = parse_settings(with_)
     ask = make_ask(request, memory)
-    here, workload = work_out_on(machine, model, ask)
-    report = predict_set(here, workload, settings, ask.limits)
+    here, workload, history = work_out_on(machine, model, ask)
+    report = predict_set(here, workload, settings, ask.limits, history)
     execution = execution_of(settings)
     account = None if view is None else _report_memory(here, workload, execution, report)
     if json:
@@ -153,7 +153,8 @@ def _shown(view: str | None, planned: Planned, limits: Limits) -> dict[str, Any]
     if view == "memory":
         return {view: _plan_memory(planned)}
     if view == "frontier":
-        return {view: frontier_of(planned.machine, planned.workload, limits)}
+        points = frontier_of(planned.machine, planned.workload, limits, history=planned.history)
+        return {view: points}
     if view == "code":
         return {view: planned.plan.code(planned.architecture)}
     return {}

@@ -134,6 +134,7 @@ def predict(
     workload: Workload,
     settings: tuple[Setting, ...],
     limits: Limits | None = None,
+    history: History | None = None,
 ) -> PredictionReport:
     """Predict a given set without choosing.
 
@@ -142,8 +143,9 @@ def predict(
     """
     require_coherent(settings)
     limits = limits or Limits()
-    predictor = Predictor(machine, workload, limits.images)
-    prediction = predictor.predict(execution_of(settings))
+    predictor = Predictor(machine, workload, limits.images, history)
+    execution = execution_of(settings)
+    prediction = predictor.predict(execution)
     budget = budget_within(machine, limits)
     return PredictionReport(
         machine=summarize_machine(machine),
@@ -153,7 +155,11 @@ def predict(
         fits=budget.holds(prediction),
         budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
-        notes=(*workload.notes, *_notes(predictor, settings, prediction)),
+        notes=(
+            *workload.notes,
+            *_notes(predictor, settings, prediction),
+            *_corrected(predictor, execution),
+        ),
         elsewhere_budget_bytes=dict(budget.elsewhere_bytes),
     )
 

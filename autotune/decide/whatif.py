@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from autotune.decide.decision import Catalogue, decide, smallness
+from autotune.decide.history import History
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
 from autotune.decide.predict import Predictor
@@ -93,6 +94,7 @@ def frontier(
     workload: Workload,
     limits: Limits | None = None,
     catalogue: Catalogue = CATALOGUE,
+    history: History | None = None,
 ) -> tuple[FrontierPoint, ...]:
     """What memory costs in time: from the fastest coherent set to the smallest.
 
@@ -104,7 +106,7 @@ def frontier(
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
     limits = limits or Limits()
-    decision = decide(Predictor(machine, workload, limits.images), limits, catalogue)
+    decision = decide(Predictor(machine, workload, limits.images, history), limits, catalogue)
     points: list[FrontierPoint] = []
     for c in sorted(decision.candidates, key=lambda c: (c.seconds, c.needed_bytes, *smallness(c))):
         if not points or c.needed_bytes < points[-1].needed_bytes:

@@ -34,6 +34,7 @@ class Planned(NamedTuple):
     machine: Machine
     workload: Workload
     plan: Plan
+    history: History = History()
 
 
 def make_plan(model: str | Architecture, machine: Machine, ask: Ask) -> Planned:
@@ -71,7 +72,7 @@ def plan_here(
     basis = basis_of(machine, workload, origin, ask.limits, history)
     plan = recall(measured.key, machine, ask.limits, basis)
     if plan is not None:
-        return Planned(architecture, machine, workload, plan)
+        return Planned(architecture, machine, workload, plan, history)
     planned = decided(architecture, machine, workload, ask.limits, pipe, history)
     keep(measured, workload, planned.plan, basis)
     return planned
@@ -103,7 +104,7 @@ def decided(
         return workload_of(architecture, request, pipe)
 
     plan = choose(machine, workload, limits, rework=rework, history=history, applied=applied)
-    return Planned(architecture, machine, workload, plan)
+    return Planned(architecture, machine, workload, plan, history or History())
 
 
 def work_out(

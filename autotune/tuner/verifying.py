@@ -10,6 +10,7 @@ import msgspec
 from autotune.decide.plan import Plan
 from autotune.errors import AutotuneError, OptimizationError, ProfileError, RequestError, first_line
 from autotune.profile.profile import PhaseMeasurement
+from autotune.runtime.out_of_memory import is_out_of_memory
 from autotune.runtime.verification import Verification, passes_on
 from autotune.tuner.here import Measured
 from autotune.tuner.planning import Planned
@@ -85,7 +86,7 @@ def verified(tuned: Tuned, mode: str) -> Verification | None:
         return tuned.verify()
     except Exception as error:
         is_ours = isinstance(error, AutotuneError)
-        if mode == "auto" and not is_ours and not _is_out_of_memory(error):
+        if mode == "auto" and not is_ours and not is_out_of_memory(error):
             tuned.plan = with_note(tuned.plan, f"not verified: {first_line(error)}")
             return None
         tuned.undo()
@@ -98,13 +99,6 @@ def verified(tuned: Tuned, mode: str) -> Verification | None:
     except BaseException:
         tuned.undo()
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-    from torch import OutOfMemoryError
-
-    return isinstance(error, (OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
 def remember_verified(

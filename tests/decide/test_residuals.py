@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.decide.choose import Limits, choose
+from autotune.decide.choose import Limits, choose, predict
 from autotune.decide.decision import TOLERANCE, decide, select
 from autotune.decide.history import History, Observation, Observed
 from autotune.decide.limits import QUALITIES, budget_within
@@ -18,6 +18,7 @@ from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction
 from autotune.decide.residuals import LATEST, residuals_of
 from autotune.decide.search import execution_of
+from autotune.decide.whatif import frontier
 from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
@@ -187,6 +188,18 @@ def test_the_plan_says_that_it_is_corrected(traced, rtx_3080):
     line = next(n for n in notes if "verified" in n)
     assert line.startswith("predictions are corrected by 3 verified runs: encode ×1.04 +70.0 MiB")
     assert "denoise ×1.04 +70.0 MiB" in line
+
+
+def test_a_given_set_and_the_frontier_are_corrected_too(traced, rtx_3080):
+    workload = traced("sd15")
+    raw = predicted(rtx_3080, workload, PLAIN)
+    history = History((observed(raw, PLAIN, 1.5),))
+    report = predict(rtx_3080, workload, PLAIN, history=history)
+    assert report.prediction.seconds == pytest.approx(1.5 * raw.seconds)
+    assert report.notes[-1].startswith("predictions are corrected by 1 verified run: ")
+    limits = Limits(only=["vae_slicing"])
+    (point,) = frontier(rtx_3080, workload, limits, history=history)
+    assert point.seconds == report.prediction.seconds
 
 
 # ---- memory -------------------------------------------------------------------------------------

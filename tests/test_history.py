@@ -14,7 +14,7 @@ from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
 from autotune.profile.profile import MisfitRecord
 from autotune.profile.store import load_profile
-from autotune.tuner import Ask, Measured, Planned, make_plan
+from autotune.tuner import Ask, Measured, Planned, make_plan, remember_run
 from autotune.tuner.history import history_here, misfits_in, remember_misfit
 
 MIB = 1 << 20
@@ -67,6 +67,15 @@ def test_with_more_memory_it_is_dropped_at_the_next_write(
     first, second = ran_out(planned), ran_out(planned, *SLICING, available=200 * MIB)
     other = msgspec.structs.replace(first, workload="another")
     assert kept(planned, cpu_machine, first, other, second) == (other, second)
+
+
+def test_a_run_with_more_memory_drops_it_too(planned: Planned, cpu_machine: Machine) -> None:
+    other = msgspec.structs.replace(ran_out(planned), workload="another")
+    kept(planned, cpu_machine, ran_out(planned), other)
+    remember_run(Measured("k", cpu_machine, ()), planned, ())
+    profile = load_profile("k")
+    assert profile is not None
+    assert profile.misfits == (other,)
 
 
 def test_of_one_set_only_the_latest_is_kept(planned: Planned, cpu_machine: Machine) -> None:

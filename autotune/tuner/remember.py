@@ -13,7 +13,7 @@ from autotune.probe.machine import Machine
 from autotune.profile.profile import PhaseMeasurement, Profile, RunRecord
 from autotune.profile.store import load_profile, update_profile
 from autotune.tuner.here import Measured, new_profile, timestamp
-from autotune.tuner.history import verified_runs
+from autotune.tuner.history import verified_runs, without_outgrown
 from autotune.tuner.planning import Planned
 from autotune.workload.workload import Workload
 
@@ -42,7 +42,9 @@ def remember_run(
         if is_far_off(plan.prediction, phases):
             log.info("far from the prediction: the operators will be timed again")
             base = msgspec.structs.replace(base, machine=_forgotten(base.machine, planned.workload))
-        return msgspec.structs.replace(base, runs=(*base.runs, record), updated_at=now)
+        misfits = without_outgrown(base.misfits, record.workload, plan.budget)
+        runs = (*base.runs, record)
+        return msgspec.structs.replace(base, runs=runs, misfits=misfits, updated_at=now)
 
     update_profile(measured.key, change)
 

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from autotune.errors import OptimizationError
+from autotune.runtime.apply import apply_plan
 from autotune.runtime.out_of_memory import (
     failure_of,
     free_memory,
     is_of_host,
     is_out_of_memory,
 )
+from autotune.testing.pipelines import BUILDERS
+from autotune.testing.state import differences, whole_state
 from tests.workloads import workload_of
 
 ON_DEVICE = (
@@ -178,3 +181,45 @@ def test_a_model_that_offload_has_left_on_the_device_is_hooked_anew(sd_pipe: Any
     free_memory(sd_pipe)
     assert len(sd_pipe._all_hooks) == len(before)
     assert not set(map(id, before)) & set(map(id, sd_pipe._all_hooks))
+
+
+@pytest.mark.parametrize(
+    "optimizations",
+    [
+        "model_cpu_offload",
+        "group_offload",
+        "text_encoder_offload",
+        "tome:ratio=0.5:max_downsample=2",
+        "fuse_qkv,vae_slicing",
+    ],
+)
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_after_a_call_that_failed_half_way_everything_can_be_undone(
+    optimizations: str, part: str, plan_of: Any
+) -> None:
+    pipe = BUILDERS["sd"]()
+    plain = draw_one(pipe)
+    before = whole_state(pipe)
+    undo = apply_plan(pipe, plan_of(pipe, optimizations)[0], "cpu")
+    inside = {"vae": "decoder.conv_norm_out", "unet": "mid_block", "text_encoder": "encoder"}
+    module = getattr(pipe, part).get_submodule(inside[part])
+    handle = module.register_forward_pre_hook(fail)
+    error = raised(lambda: draw_one(pipe))
+    handle.remove()
+    assert is_out_of_memory(error)
+    failure_of(error, pipe, workload_of("sd"))
+    free_memory(pipe)
+    undo()
+    assert differences(before, whole_state(pipe)) == {}
+    assert torch.equal(draw_one(pipe), plain)
+
+
+def draw_one(pipe: Any) -> torch.Tensor:
+    return pipe(
+        "a cat",
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+    ).images

@@ -149,7 +149,8 @@ def test_script_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> No
 # ---- the server ----------------------------------------------------------------------------------
 
 LIMIT = "24MiB"
-TOO_LARGE = {"height": 16384, "width": 16384}
+TOO_LARGE = {"height": 256, "width": 256}
+"""Needs 35 MiB to decode."""
 
 
 class Running:
@@ -247,7 +248,7 @@ def test_a_hundred_at_once_with_few_places(alone: Callable[..., NDArray[Any]]) -
         assert statuses[503] > 0
         assert running.outcomes() == {
             name: statuses[status]
-            for name, status in (("drawn", 200), ("full", 503), ("invalid", 422))
+            for name, status in (("drawn", 200), ("full", 503), ("impossible", 422))
             if statuses[status]
         }
         # Asked again, no more at a time than there are places, every one of them is settled.
@@ -256,7 +257,10 @@ def test_a_hundred_at_once_with_few_places(alone: Callable[..., NDArray[Any]]) -
             for body, response in zip(part, asyncio.run(flood(running, part)), strict=True):
                 assert response.status_code == (422 if "height" in body else 200)
                 check(body, response, alone)
-        assert running.outcomes() == {"drawn": 80, "full": statuses[503], "invalid": 20}
+        assert running.outcomes() == {"drawn": 80, "full": statuses[503], "impossible": 20}
+        refusal = running.post(**TOO_LARGE).json()
+        assert "does not fit" in refusal["error"]
+        assert "128x128" in refusal["remedy"]
         assert same(image_of(running.post(seed=1)), alone(1))  # usable as before
 
 
@@ -392,7 +396,7 @@ def test_page(
     from gradio_client.exceptions import AppError
 
     module = example("gradio/app.py")
-    studio = module.Studio(module.load_pipeline("demo"), 64, 1, LIMIT)
+    studio = module.Studio(module.load_pipeline("demo"), 64, 1, "16MiB")
     page = module.build(studio, 64)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
@@ -406,7 +410,7 @@ def test_page(
         assert re.fullmatch(r"predicted \d+\.\d\d s, measured \d+\.\d\d s \(.+%\)", seconds)
         assert "64x64" in account
         with pytest.raises(AppError, match="does not fit"):
-            draw(256, "exact")
+            draw(128, "exact")
         image, _, account = draw(64, "fast")  # configured anew, after what did not fit
         assert pixels(Image.open(image)).shape == alone(2).shape
         assert "64x64" in account

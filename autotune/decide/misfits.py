@@ -129,7 +129,8 @@ def _note(budget: Budget, held: _Held, most: int) -> str:
     memory = " of host RAM" if misfit.of_host else ""
     where = f" in {held.phase}" if held.phase else ""
     return (
-        f"{names} ran out of memory{where} when {format_bytes(misfit.available_bytes)}{memory} "
-        f"were available; {format_bytes(now or 0)} are now: only what is predicted to need at most "
-        f"{format_bytes(most)}{where} is tried, not {format_bytes(held.needed_bytes)}"
+        f"{held.phase or 'it'} ran out of memory with {names} when "
+        f"{format_bytes(misfit.available_bytes)}{memory} were available; "
+        f"{format_bytes(now or 0)} are now: only what is predicted to need less than "
+        f"{format_bytes(most + 1)}{where} is tried (this: {format_bytes(held.needed_bytes)})"
     )

@@ -52,13 +52,14 @@ def with_own_memory(
     """
     where = torch.device(device)
     held = held or held_by(pipe, device, machine)
-    own = min(held.ram_bytes, _private_bytes()) if where.type == "cpu" else held.device_bytes
+    private = _private_bytes()
+    own = min(held.ram_bytes, private) if where.type == "cpu" else held.device_bytes
     if where.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         own += _unused_bytes(where) + machine.context_bytes
     promised, promised_ram = promised_beside(pipe, device)
     free = min(machine.device.free_bytes + own, machine.device.total_bytes)
     others = tuple(_with_own(gpu, held) for gpu in machine.others)
-    given = min(held.ram_bytes + PROCESS_BYTES, _private_bytes())
+    given = min(held.ram_bytes + PROCESS_BYTES, private)
     available = min(machine.host.ram_available_bytes + given, machine.host.ram_total_bytes)
     return msgspec.structs.replace(
         machine,

@@ -21,7 +21,7 @@ APART = Path(sys.prefix) / "torchao"
 if APART.is_dir():
     sys.path.append(str(APART))
 
-from autotune.testing.pairs import KINDS, Subject  # noqa: E402
+from autotune.testing.pairs import DRAWING, KINDS, TRIALS, Subject  # noqa: E402
 
 
 def main() -> int:
@@ -49,8 +49,9 @@ def check(kind: str, tiny: str, options: argparse.Namespace) -> int:
     subject = Subject(kind, tiny)
     pairs = [p for p in subject.pairs() if is_asked(p[0].name, p[1].name, options.pair)]
     failures = 0
+    trials = [t for t in TRIALS if not (options.without_images and t in DRAWING)]
     for pair in pairs:
-        for problem in subject.problems(pair, draws=not options.without_images):
+        for problem in subject.problems(pair, trials):
             print(problem, flush=True)
             failures += 1
     seconds = time.perf_counter() - started

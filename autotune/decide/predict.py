@@ -442,6 +442,9 @@ class Predictor:
             return Execution(), Kernel("sdpa")
         if run.role == "autoencoder":
             execution = self._decoding(execution)
+        elif execution.channels_last and execution.group and execution.group.from_disk:
+            # Files have no layout. Autoencoders are not written to any.
+            execution = msgspec.structs.replace(execution, channels_last=False)
         return execution, self._kernel(execution)
 
     def _decoding(self, execution: Execution) -> Execution:

@@ -79,12 +79,15 @@ class GroupCpuOffload(Optimization):
         modules = modules_of(pipe)
         move_back = remember_devices(modules.values())
         folders: list[str] = []
+        strided: list[tuple[Any, Any]] = []
         put_forwards_back = remember_hooks(modules.values())
 
         def undo() -> None:
             for module in modules.values():
                 _take_off(module)
             put_forwards_back()
+            for tensor, layout in strided:
+                tensor.data = tensor.data.contiguous(memory_format=layout)
             move_back()
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -104,6 +107,8 @@ class GroupCpuOffload(Optimization):
                 # A group that is interrupted has freed its weights and is not known to its layer.
                 data = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
                 with undone_on_failure(partial(_put_back, data)):
+                    if "offload_to_disk_path" in options:
+                        strided += _contiguous(module)
                     apply_group_offloading(module, torch.device(device), **options)
         return undo
 
@@ -139,6 +144,23 @@ class GroupCpuOffload(Optimization):
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
             f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",
         )
+
+
+def _contiguous(module: Any) -> list[tuple[Any, Any]]:
+    """Give up other layouts, which safetensors refuses to write; the tensors with what they had."""
+    import torch
+
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    found = [
+        (t, layouts[t.dim()])
+        for t in module.parameters()
+        if t.dim() in layouts
+        and not t.is_contiguous()
+        and t.is_contiguous(memory_format=layouts[t.dim()])
+    ]
+    for tensor, _ in found:
+        tensor.data = tensor.data.contiguous()
+    return found
 
 
 def _put_back(data: list[tuple[Any, Any]]) -> None:

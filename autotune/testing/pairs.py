@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.runtime.apply import apply_plan
 from autotune.testing.interruption import LIBRARIES, Interruption, OnPurpose, places
-from autotune.testing.pipelines import BUILDERS, arguments, call
+from autotune.testing.pipelines import BUILDERS, SIDE, arguments, call
 from autotune.testing.standins import standing_in
 from autotune.testing.state import differences, random_state, whole_state
 from autotune.workload.architecture import describe_pipeline
@@ -48,9 +49,24 @@ TELLING: dict[str, tuple[Parameters, ...]] = {
 }
 """Parameters that change something in small pipelines, where the defaults change little."""
 
+ROUNDED = frozenset({"tome", "first_block_cache"})
+"""Of what they compare, rounding decides: another token is merged, another step left out."""
+
 OURS = ("autotune.optimizations.", "autotune.runtime.")
 
 ERRORS: tuple[BaseException, ...] = (RuntimeError("on purpose"), KeyboardInterrupt())
+
+
+DRAWING = ("draws", "fails_to_draw")
+TRIALS = (
+    "comes_and_goes",
+    "step_fails",
+    "interrupted",
+    "undo_fails",
+    "undo_interrupted",
+    *DRAWING,
+)
+"""What is tried with a pair."""
 
 
 class _Kind(NamedTuple):
@@ -58,6 +74,13 @@ class _Kind(NamedTuple):
     steps: int
     dtype: str
     """That the request is judged in: some optimizations are for narrow weights only."""
+
+    rounding: float = 1e-4
+    """Largest difference of a pixel, of 1, between images drawn by the same mathematics."""
+
+    side: int = SIDE
+    about: str = ""
+    """The optimization that it is there for: only pairs with that one."""
 
 
 def _half_sdxl() -> Any:
@@ -68,7 +91,7 @@ def _half_sdxl() -> Any:
 KINDS = {
     "sd": _Kind(BUILDERS["sd"], 1, "bfloat16"),
     "sdxl": _Kind(BUILDERS["sdxl"], 1, "bfloat16"),
-    "sdxl-half": _Kind(_half_sdxl, 1, "float16"),
+    "sdxl-half": _Kind(_half_sdxl, 1, "float16", 0.02, 32, "vae_bfloat16"),
     "sd3": _Kind(BUILDERS["sd3"], 2, "bfloat16"),
     "flux": _Kind(BUILDERS["flux"], 4, "bfloat16"),
     "wan": _Kind(BUILDERS["wan"], 4, "bfloat16"),
@@ -91,6 +114,7 @@ class Subject:
         self.kind = kind
         self._tiny = tiny
         self.failed = 0
+        self._images: dict[str, torch.Tensor] = {}
         self._renew()
         self._plan, self._machine, self._workload = _planned(kind)
 
@@ -103,7 +127,8 @@ class Subject:
     def _draw(self, settings: tuple[Setting, ...] = (), **changes: Any) -> torch.Tensor:
         for setting in settings:
             find(setting.name).before_image(self.pipe, setting.parameters, 0)
-        return call(self.pipe, KINDS[self.kind].steps, **changes)
+        kind = KINDS[self.kind]
+        return call(self.pipe, kind.steps, side=kind.side, **changes)
 
     # ---- which pairs ---------------------------------------------------------------------------
 
@@ -124,6 +149,8 @@ class Subject:
         if name == "tiny_autoencoder":  # the small autoencoders are none that it was distilled from
             known = type(self.pipe).__name__.removesuffix("Pipeline") in WEIGHTS
             return known and bool(self._tiny)
+        if name == "quantization" and not find_spec("torchao"):
+            return False
         return find(name).unavailable(*self._where) is None
 
     def _weights(self, name: str) -> Parameters:
@@ -131,38 +158,28 @@ class Subject:
 
     def pairs(self) -> list[Pair]:
         """Those that no rule forbids in the order in which a plan is applied."""
-        pairs = itertools.combinations(self.settings(), 2)
-        return [
-            p for p in pairs if p[0].name != p[1].name and broken_rule(s.name for s in p) is None
-        ]
+        pairs = [(p, {s.name for s in p}) for p in itertools.combinations(self.settings(), 2)]
+        about = {KINDS[self.kind].about} - {""}
+        return [p for p, n in pairs if len(n) == 2 and about <= n and broken_rule(n) is None]
 
     # ---- what is tried -------------------------------------------------------------------------
 
-    def problems(self, pair: Pair, draws: bool = True) -> Iterator[str]:
+    def problems(self, pair: Pair, trials: Collection[str] = TRIALS) -> Iterator[str]:
         """What goes wrong with a pair, in one line each; a new pipeline is made after each.
 
         Args:
             pair: As from ``pairs``.
-            draws: Images are compared, too.
+            trials: Names of those to make, of ``TRIALS``.
         """
-        trials: list[Callable[[Pair], Iterator[str]]] = [
-            self._comes_and_goes,
-            self._step_fails,
-            self._interrupted,
-            self._undo_fails,
-            self._undo_interrupted,
-        ]
-        if draws:
-            trials += [self._draws, self._fails_to_draw]
         with standing_in(s.name for s in pair), one_thread(), own_folder() as folder:
             for trial in trials:
                 try:
-                    found = list(trial(pair))
+                    found = list(getattr(self, f"_{trial}")(pair))
                 except Exception as error:  # whatever a pair raises is what is looked for
                     found = [f"raises {type(error).__name__}: {error}".split("\n")[0]]
                 found += [f"{path.name} is left on the disk" for path in folder.iterdir()]
                 for problem in found:
-                    yield f"{self.kind} {pair[0]} + {pair[1]}: {trial.__name__[1:]}: {problem}"
+                    yield f"{self.kind} {pair[0]} + {pair[1]}: {trial}: {problem}"
                 if found:
                     self._renew()
 
@@ -181,7 +198,7 @@ class Subject:
         random, shapes = random_state(), []
         for settings in (pair, pair[::-1]):
             undo = self._apply(settings)
-            yield from (f"{s} is not found" for s in pair if not find(s.name).is_set(self.pipe))
+            yield from (f"{s} is not found" for s in self._not_found(pair))
             if random_state() != random:
                 yield "the random state has moved"
             shapes.append(_shape(self.pipe))
@@ -192,6 +209,12 @@ class Subject:
             yield from self._left("undone twice, it")
         if shapes[0] != shapes[1]:
             yield f"another order is another pipeline: {_line(differences(*shapes))}"
+
+    def _not_found(self, pair: Pair) -> list[Setting]:
+        """What is on the disk has no layout."""
+        from_disk = any(s.parameters.get("disk") for s in pair)
+        lost = {"channels_last"} if from_disk else set()
+        return [s for s in pair if s.name not in lost and not find(s.name).is_set(self.pipe)]
 
     def _step_fails(self, pair: Pair) -> Iterator[str]:
         """Each handler's, and the move to the device; on purpose and by Ctrl-C."""
@@ -255,8 +278,27 @@ class Subject:
             yield f"another order draws another image: {_apart(*images)}"
         if not torch.isfinite(images[0]).all():
             yield "it draws no image"
+        yield from self._other_than_alone(pair, images[0])
         if not torch.equal(self._draw(), self.plain):
             yield "undone, it draws another image than before"
+
+    def _other_than_alone(self, pair: Pair, image: torch.Tensor) -> Iterator[str]:
+        """What is exact changes nothing about what the other does alone."""
+        inexact = [s for s in pair if find(s.name).exactness != "exact"]
+        if len(inexact) < 2 and not {s.name for s in inexact} & ROUNDED:
+            expected = self._alone(inexact[0]) if inexact else self.plain
+            error = float((image.float() - expected.float()).abs().max())
+            if error > KINDS[self.kind].rounding:
+                yield f"it draws another image than {inexact or 'none'}: {error:.2g} apart"
+
+    def _alone(self, setting: Setting) -> torch.Tensor:
+        """The image with this one; drawn once."""
+        if str(setting) not in self._images:
+            with standing_in((setting.name,)):
+                undo = self._apply((setting,))
+                self._images[str(setting)] = self._draw((setting,))
+                undo()
+        return self._images[str(setting)]
 
     def _fails_to_draw(self, pair: Pair) -> Iterator[str]:
         undo = self._apply(pair)
@@ -272,7 +314,7 @@ class Subject:
 def _planned(kind: str) -> tuple[Plan, Machine, Workload]:
     """Any plan for it, to put optimizations into; and what says which of them are available."""
     pipe = KINDS[kind].build()
-    frames = arguments(pipe).get("num_frames", 1)
+    frames = min(arguments(pipe).get("num_frames", 1), 5)
     request = Request(128, 128, 2, 2, 5.0, KINDS[kind].dtype, frames)
     workload = trace_workload(describe_pipeline(pipe), request)
     machine = _with_kernels(load_machine("rtx-4090-24gb-x2"))

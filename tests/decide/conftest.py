@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,5 +35,7 @@ class _Tracer:
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: TempPathFactory) -> Traced:
-    """``traced("sdxl", batch=2)``: a real trace, kept for the rest of the run."""
-    return _Tracer(tmp_path_factory.mktemp("traces"), load_machine("rtx-3080-10gb"))
+    """``traced("sdxl", batch=2)``: a real trace, kept for the rest of the run, for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return _Tracer(shared / "traces", load_machine("rtx-3080-10gb"))

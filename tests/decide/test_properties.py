@@ -7,7 +7,7 @@ import math
 import re
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.decide.choose import QUALITIES, TOLERANCE, Limits, choose
@@ -23,8 +23,9 @@ from autotune.probe.machine import Machine
 from autotune.units import MIB, format_bytes, format_seconds
 from autotune.workload.workload import Workload
 from tests.decide.strategies import machines, workloads
+from tests.thorough import examples
 
-often = settings(max_examples=100, deadline=None)
+often = examples(usually=40, thoroughly=100)
 qualities = st.sampled_from(QUALITIES)
 priorities = st.sampled_from(PRIORITIES)
 more = st.integers(0, 16_000).map(lambda mib: mib * MIB)

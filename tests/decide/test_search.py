@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.decide.decision import decide, select, smallness
@@ -21,8 +21,7 @@ from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 from tests.decide.strategies import machines, workloads
-
-thorough = settings(max_examples=2000, deadline=None)
+from tests.thorough import examples
 
 some_optimizations = st.lists(st.sampled_from(tuple(CATALOGUE)), min_size=1, max_size=6).map(tuple)
 """Few enough that every set of theirs can be enumerated, thousands of times."""
@@ -69,7 +68,7 @@ def rank(candidate: Candidate) -> tuple[object, ...]:
     return smallness(candidate)[:-1]
 
 
-@thorough
+@examples(usually=300, thoroughly=2000)
 @given(
     machine=machines(),
     workload=workloads(),
@@ -102,7 +101,7 @@ def test_the_choice_is_that_of_the_plain_enumeration(
         )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(usually=30, thoroughly=60)
 @given(machine=machines(), workload=workloads(), data=st.data())
 def test_it_is_so_beside_what_was_set_by_hand(machine, workload, data):
     usable = [o for o in CATALOGUE.values() if not o.unavailable(machine, workload)]
@@ -127,7 +126,7 @@ def test_it_is_so_for_real_models(traced, rtx_3080_torch1, model, quality):
     assert rank(decision.chosen) == rank(select(everything, decision.budget))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(usually=80, thoroughly=300)
 @given(machine=machines(), workload=workloads(), data=st.data())
 def test_a_field_changes_only_what_it_can_reach(machine, workload, data):
     """The table that the search builds on, against the predictions."""

@@ -16,6 +16,7 @@ from autotune.optimizations import CATALOGUE, CLASSIC
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine, reference_machines
 from autotune.workload.workload import Workload
+from tests.thorough import part
 
 SIZES: dict[str, tuple[dict[str, int], ...]] = {
     "sd15": ({}, {"height": 768, "width": 768, "batch": 4}, {"height": 1024, "width": 1024}),
@@ -36,13 +37,19 @@ def choice(machine: Machine, workload: Workload, quality: str, only: tuple[str, 
     return decide(Predictor(machine, workload), limits, CATALOGUE)
 
 
-@pytest.mark.parametrize("quality", ["exact", "fast"])
-@pytest.mark.parametrize(
-    ("model", "size"), [(model, size) for model, sizes in SIZES.items() for size in sizes], ids=str
-)
+CASES = [
+    (model, size, quality)
+    for model, sizes in SIZES.items()
+    for size in sizes
+    for quality in ("exact", "fast")
+]
+
+
+@pytest.mark.parametrize(("model", "size", "quality"), CASES, ids=str)
 def test_on_every_reference_machine(traced, model, size, quality):
+    """One case and the next share the machines out between them, unless all are asked for."""
     workload = traced(model, **size)
-    for name in reference_machines():
+    for name in part(reference_machines(), 4, CASES.index((model, size, quality))):
         machine = load_machine(name)
         classic = choice(machine, workload, quality, CLASSIC)
         whole = choice(machine, workload, quality, ())

@@ -13,6 +13,7 @@ from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.testing import OptimizationConformance
 from autotune.testing.pipelines import build_flux, build_sd, build_sdxl
+from tests.thorough import part
 
 
 def build_half_sdxl() -> Any:
@@ -63,7 +64,9 @@ APART = ("quantization", "tiny_autoencoder")
 def _suite(name: str) -> type[OptimizationConformance]:
     """Each pair is tried once: by the first of the two, or by the one with requirements."""
     names = list(CATALOGUE)
-    others = names if name in ALONE_AVAILABLE else names[names.index(name) + 1 :]
+    index = names.index(name)
+    others = names if name in ALONE_AVAILABLE else names[index + 1 :]
+    others = part(others, 3, index)  # the rest in test_pairs.py and scripts/check_pairs.py
     attributes = {
         "optimization": CATALOGUE[name],
         "machine": with_kernels(load_machine("rtx-3080-10gb")),

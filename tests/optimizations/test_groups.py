@@ -16,6 +16,7 @@ from autotune.optimizations import find
 from autotune.optimizations.casting import LayerwiseCasting
 from autotune.optimizations.group_offload import GroupCpuOffload
 from autotune.testing.pipelines import BUILDERS, call
+from autotune.testing.state import differences, whole_state
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.groups import block_bytes
 from autotune.workload.phases import trace_workload
@@ -104,3 +105,17 @@ def test_a_level_that_does_not_exist_is_refused() -> None:
         find("group_offload").setting({"level": "row"})
     with pytest.raises(OptimizationError, match="give one of them"):
         find("group_offload").setting({"low_ram": True, "disk": True})
+
+
+def test_another_layout_is_written_to_the_disk_and_comes_back() -> None:
+    """safetensors refuses it as it lies."""
+    pipe = BUILDERS["sd"]()
+    undo_layout = find("channels_last").apply(pipe, {}, "cpu")
+    plain, before = call(pipe), whole_state(pipe)
+    given = {"level": "leaf", "stream": False, "low_ram": False, "disk": True}
+    undo = find("group_offload").apply(pipe, given, "cpu")
+    torch.testing.assert_close(call(pipe), plain, rtol=0, atol=1e-4)
+    undo()
+    call(pipe)
+    assert differences(before, whole_state(pipe)) == {}
+    undo_layout()

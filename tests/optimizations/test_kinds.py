@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pkgutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from autotune.decide.rules import broken_rule
 from autotune.errors import OptimizationError
 from autotune.optimizations import find
 from autotune.optimizations.attention import foreign_processors
@@ -380,48 +378,6 @@ def test_offloading_twice_and_back_keeps_the_weights(sequential_on_cpu: None) ->
     assert torch.equal(draw(pipe), plain)
 
 
-# ---- two at a time ------------------------------------------------------------------------------
-
-
-def coherent_pairs(kind: str) -> Iterator[tuple[Setting, Setting]]:
-    available = [s for s in SETTINGS if s.name in AVAILABLE[kind]]
-    for pair in itertools.combinations(available, 2):
-        if broken_rule(s.name for s in pair) is None:
-            yield pair
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "wan22"])
-def test_every_coherent_pair_works_together(
-    kind: str, state: Any, xformers_on_cpu: list[Any], sequential_on_cpu: None
-) -> None:
-    """What is exact changes nothing about what the other does alone."""
-    pipe = BUILDERS[kind]()
-    size = LARGE if kind == "sd3" else {}  # elsewhere tiles of 64 pixels cut nothing
-    plain = draw(pipe, **size)
-    before = state(pipe)
-    alone: dict[str, torch.Tensor] = {}
-    for setting in SETTINGS:
-        if find(setting.name).exactness != "exact" and setting.name in AVAILABLE[kind]:
-            undo = apply(pipe, setting)
-            alone[setting.name] = draw(pipe, **size)
-            undo()
-    pairs = list(coherent_pairs(kind))
-    assert len(pairs) >= 9
-    for pair in pairs:
-        # As the runtime does: offload last, since its hooks wrap modules as they are by then.
-        undos = [apply(pipe, s) for s in sorted(pair, key=lambda s: s.name in OFFLOADS)]
-        drawn = draw(pipe, **size)
-        inexact = [s.name for s in pair if s.name in alone]
-        expected = alone[inexact[0]] if inexact else plain
-        if inexact != ["tome"] and len(inexact) < 2:  # rounding may merge another token
-            torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4, msg=str(pair))
-        assert torch.isfinite(drawn).all()
-        for undo in reversed(undos):
-            undo()
-        assert differences(before, state(pipe)) == {}, pair
-    assert torch.equal(draw(pipe, **size), plain)
-
-
 # ---- failures -----------------------------------------------------------------------------------
 
 STEPS = {
@@ -482,7 +438,7 @@ def test_a_failure_at_any_step_leaves_the_pipeline_as_it_was(
     while fails_at(step):
         failures += 1
         assert differences(before, state(pipe)) == {}, step
-        step += 1 if step < 4 else step // 2  # the first ones, then here and there
+        step *= 3  # the first ones, then here and there
     assert failures >= (1 if setting.name in DECODE else 3)
 
 

@@ -49,8 +49,9 @@ TELLING: dict[str, tuple[Parameters, ...]] = {
 }
 """Parameters that change something in small pipelines, where the defaults change little."""
 
-ROUNDED = frozenset({"tome", "first_block_cache"})
-"""Of what they compare, rounding decides: another token is merged, another step left out."""
+ROUNDED = frozenset({"tome", "first_block_cache", "taylorseer_cache"})
+"""Rounding decides what they compare (another token is merged, another step left out), or is
+multiplied by what they extrapolate."""
 
 OURS = ("autotune.optimizations.", "autotune.runtime.")
 

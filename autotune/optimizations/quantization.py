@@ -153,7 +153,10 @@ def _multiplies_float8(machine: Machine) -> bool:
 
 
 def _linear_layers(module: Any, scheme: str) -> list[tuple[Any, str]]:
-    """Plain linear layers: by the module that holds each, and its name there."""
+    """Plain linear layers: by the module that holds each, and its name there.
+
+    Not those with a hook: a copy would call the layer that it is a copy of.
+    """
     import torch
 
     row = BLOCK if scheme.startswith("gguf") else 1
@@ -163,10 +166,17 @@ def _linear_layers(module: Any, scheme: str) -> list[tuple[Any, str]]:
         for parent in module.modules()
         for name, child in parent.named_children()
         if type(child) is torch.nn.Linear
+        and not _has_other_forward(child)
         and type(child.weight) is torch.nn.Parameter
         and child.weight.numel() >= FEWEST_VALUES
         and child.in_features % row == 0
     ]
+
+
+def _has_other_forward(layer: Any) -> bool:
+    """Whether it is hooked; hooks that were taken off leave the class's own forward behind."""
+    forward = vars(layer).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
 
 
 def _quantized(layer: Any, scheme: str) -> Any:
@@ -182,6 +192,8 @@ def _quantized(layer: Any, scheme: str) -> Any:
 
     holder = torch.nn.Sequential(copy.copy(layer))
     holder[0]._parameters = dict(layer._parameters)
+    for name in ("_diffusers_hook", "forward"):  # they are the layer's, not the copy's
+        vars(holder[0]).pop(name, None)
     torchao.quantize_(holder, getattr(torchao, _CONFIGS[scheme])())
     return holder[0]
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 
 from autotune.errors import OptimizationError
 from autotune.optimizations import find
+from autotune.testing.pairs import Subject
 from autotune.testing.pipelines import BUILDERS, call
 from autotune.testing.state import differences, whole_state
 from autotune.workload.components import weight_bytes
@@ -34,6 +37,27 @@ def test_layers_are_packed_and_come_back(kind: str, scheme: str) -> None:
     undo()
     assert differences(before, whole_state(pipe)) == {}
     assert torch.equal(call(pipe), plain)
+
+
+def test_hooks_that_came_and_went_do_not_hide_what_is_packed() -> None:
+    """They leave the layers' own forwards on them, which a copy would call."""
+    pipe, quantization = BUILDERS["sd"](), find("quantization")
+    plain = call(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    pipe.remove_all_hooks()
+    remove_hook_from_module(pipe.unet, recurse=True)
+    undo = quantization.apply(pipe, {"scheme": "int8"}, "cpu")
+    assert not torch.equal(call(pipe), plain)
+    undo()
+    assert torch.equal(call(pipe), plain)
+
+
+def test_pairs_with_it_come_fail_and_go() -> None:
+    subject = Subject("flux")
+    pairs = [p for p in subject.pairs() if "quantization" in {s.name for s in p}]
+    assert len(pairs) > 5
+    assert list(subject.problems(pairs[-1])) == []
 
 
 def test_a_gpu_that_does_not_multiply_float8_is_said() -> None:

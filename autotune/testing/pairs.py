@@ -92,7 +92,7 @@ def _half_sdxl() -> Any:
 KINDS = {
     "sd": _Kind(BUILDERS["sd"], 1, "bfloat16"),
     "sdxl": _Kind(BUILDERS["sdxl"], 1, "bfloat16"),
-    "sdxl-half": _Kind(_half_sdxl, 1, "float16", 0.02, 32, "vae_bfloat16"),
+    "sdxl-half": _Kind(_half_sdxl, 1, "float16", 0.1, 32, "vae_bfloat16"),
     "sd3": _Kind(BUILDERS["sd3"], 2, "bfloat16"),
     "flux": _Kind(BUILDERS["flux"], 4, "bfloat16"),
     "wan": _Kind(BUILDERS["wan"], 4, "bfloat16"),

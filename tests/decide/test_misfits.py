@@ -21,7 +21,7 @@ from autotune.workload.workload import Workload
 from tests.decide.conftest import Traced
 from tests.decide.strategies import machines, workloads
 
-often = settings(max_examples=20, deadline=None)
+often = settings(max_examples=12, deadline=None)
 qualities = st.sampled_from(QUALITIES)
 phases = st.sampled_from((None, "encode", "denoise", "decode"))
 

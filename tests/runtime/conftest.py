@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -52,16 +53,23 @@ def _workload(alike: _Alike, side: int, batch: int) -> Workload:
     return trace_workload(describe_pipeline(alike.pipe), request)
 
 
+@pytest.fixture(scope="session")
+def _traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
 @pytest.fixture
-def measured_here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine is measured, and operators are replayed, in no time."""
+def measured_here(cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch, _traces: Path) -> None:
+    """The machine is measured, operators are replayed, what was traced before is read: no time."""
     from autotune.probe import measure
     from autotune.probe.host import read_host
     from autotune.probe.software import installed_versions
     from autotune.tuner import planning
+    from autotune.workload import cache
 
     here = msgspec.structs.replace(
         cpu_machine, source="measured", host=read_host(), software=installed_versions()
     )
     monkeypatch.setattr(measure, "measure_machine", lambda *_, **__: here)
     monkeypatch.setattr(planning, "REPLAY_S", 0.0)
+    monkeypatch.setattr(cache, "cache_folder", lambda: _traces)

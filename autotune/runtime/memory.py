@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,12 +27,17 @@ class Held(NamedTuple):
 
 
 def held_by(pipe: Any, device: str, machine: Machine) -> Held:
-    """Where the pipeline's weights are now; it looks at every tensor."""
-    gpus = [gpu.index for gpu in machine.others]
+    """Where the pipeline's weights are now; it looks at every tensor, once."""
+    held: Counter[tuple[str, int]] = Counter()
+    for tensor in _tensors(pipe):
+        # What sequential offload has put away is on the meta device, and its data in RAM.
+        where = _CPU if tensor.is_meta else tensor.device
+        held[where.type, where.index or 0] += tensor.nbytes
+    here = torch.device(device)
     return Held(
-        _bytes_on(torch.device(device), pipe),
-        _bytes_on(_CPU, pipe),
-        {gpu: _bytes_on(torch.device("cuda", gpu), pipe) for gpu in gpus},
+        held[here.type, here.index or 0],
+        held["cpu", 0],
+        {gpu.index: held["cuda", gpu.index] for gpu in machine.others},
     )
 
 
@@ -94,17 +100,7 @@ def _private_bytes() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _bytes_on(device: torch.device, pipe: Any) -> int:
-    return sum(t.nbytes for t in _tensors(pipe) if _is_on(device, t))
-
-
 def _tensors(pipe: Any) -> Iterator[torch.Tensor]:
     for module in modules_of(pipe).values() if pipe is not None else ():
         yield from module.parameters()
         yield from module.buffers()
-
-
-def _is_on(device: torch.device, tensor: torch.Tensor) -> bool:
-    """What sequential offload has put away is on the meta device, and its data in RAM."""
-    where = _CPU if tensor.is_meta else tensor.device
-    return where.type == device.type and (where.index or 0) == (device.index or 0)

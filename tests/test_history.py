@@ -15,7 +15,7 @@ from autotune.probe.machine import Machine
 from autotune.profile.profile import MisfitRecord
 from autotune.profile.store import load_profile
 from autotune.tuner import Ask, Measured, Planned, make_plan, remember_run
-from autotune.tuner.history import history_here, misfits_in, remember_misfit
+from autotune.tuner.history import history_here, misfits_in, remember_misfit, without_outgrown
 
 MIB = 1 << 20
 SLICING = ("vae_slicing",)
@@ -28,7 +28,7 @@ def planned(cpu_machine: Machine) -> Planned:
 
 def ran_out(planned: Planned, *optimizations: str, available: int = 100 * MIB) -> MisfitRecord:
     return MisfitRecord(
-        workload=planned.workload.key,
+        workload=planned.workload.memory_key,
         optimizations=optimizations,
         available_bytes=available,
         predicted_bytes=90 * MIB,
@@ -42,7 +42,10 @@ def kept(planned: Planned, machine: Machine, *records: MisfitRecord) -> tuple[Mi
     """What the profile has after each of these was remembered with so much memory free."""
     for record in records:
         budget = budget_within(machine, Limits())._replace(device_bytes=record.available_bytes)
-        remember_misfit(Measured("k", machine, ()), record, budget)
+        workload = planned.workload
+        if record.workload == "another":
+            workload = msgspec.structs.replace(workload, model="another")
+        remember_misfit(Measured("k", machine, ()), workload, record, budget)
     profile = load_profile("k")
     assert profile is not None
     return profile.misfits
@@ -83,13 +86,33 @@ def test_of_one_set_only_the_latest_is_kept(planned: Planned, cpu_machine: Machi
     assert kept(planned, cpu_machine, first, again) == (again,)
 
 
+def test_only_what_is_as_it_was_counts(planned: Planned, cpu_machine: Machine) -> None:
+    kept(planned, cpu_machine, ran_out(planned))
+    profile = load_profile("k")
+    assert profile is not None
+    workload = planned.workload
+    request = msgspec.structs.replace(workload.request, steps=99)
+    slower = msgspec.structs.replace(workload, request=request)
+    assert slower.key != workload.key
+    assert len(list(misfits_in(profile, slower))) == 1, "steps take no memory"
+    (misfit,) = profile.misfits
+    of_another = msgspec.structs.replace(misfit, weight_bytes=workload.weight_bytes + 1)
+    namesake = msgspec.structs.replace(profile, misfits=(of_another,))
+    assert list(misfits_in(namesake, workload)) == []
+    changed = msgspec.structs.replace(profile, changed_at="2026-02-01T00:00:00+00:00")
+    assert list(misfits_in(changed, workload)) == []
+    later = msgspec.structs.replace(ran_out(planned, *SLICING), at="2026-03-01T00:00:00+00:00")
+    plenty = budget_within(cpu_machine, Limits())._replace(device_bytes=1)
+    assert without_outgrown(changed, workload, plenty) == (), "nor is it kept for ever"
+    both = msgspec.structs.replace(changed, misfits=(misfit, later))
+    assert without_outgrown(both, workload, plenty) == (later,)
+
+
 def test_sets_with_unknown_members_are_passed_over(planned: Planned, cpu_machine: Machine) -> None:
     kept(planned, cpu_machine, ran_out(planned, "no_such_thing"), ran_out(planned))
     profile = load_profile("k")
     assert profile is not None
-    assert list(misfits_in(profile, planned.workload.key)) == [
-        Misfit((), 100 * MIB, phase="decode")
-    ]
+    assert list(misfits_in(profile, planned.workload)) == [Misfit((), 100 * MIB, phase="decode")]
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(
@@ -104,6 +127,9 @@ def test_a_profile_that_cannot_be_written_is_a_warning(
     monkeypatch.setenv("AUTOTUNE_CACHE", str(file))
     with caplog.at_level(logging.WARNING, "autotune"):
         remember_misfit(
-            Measured("k", cpu_machine, ()), ran_out(planned), budget_within(cpu_machine, Limits())
+            Measured("k", cpu_machine, ()),
+            planned.workload,
+            ran_out(planned),
+            budget_within(cpu_machine, Limits()),
         )
     assert "not remembered" in caplog.text

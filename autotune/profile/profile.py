@@ -91,7 +91,7 @@ class MisfitRecord(Value, frozen=True):
     """A set that ran out of memory.
 
     Attributes:
-        workload: The workload's key.
+        workload: The workload's key as far as memory is concerned.
         optimizations: What was on, set by hand or chosen.
         available_bytes: The budget when it ran out, of the memory that did.
         predicted_bytes: What it was predicted to need of it.
@@ -99,6 +99,7 @@ class MisfitRecord(Value, frozen=True):
         error: The error's first line.
         at: When.
         of_host: It was host RAM, beside a device with memory of its own.
+        weight_bytes: All weights: tells pipelines of one name apart. ``None``: not recorded.
     """
 
     workload: str
@@ -109,6 +110,7 @@ class MisfitRecord(Value, frozen=True):
     error: str
     at: str
     of_host: bool = False
+    weight_bytes: int | None = None
 
 
 class Profile(Value, frozen=True):

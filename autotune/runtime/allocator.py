@@ -50,12 +50,14 @@ def _limit(device: str, reserve: int, most: int | None) -> int | None:
     if backend is None:
         return None
     free, total = backend.mem_get_info(device)
-    allowed = free + backend.memory_reserved(device) - reserve
-    allowed = max(0, allowed if most is None else min(allowed, most))
     if device not in _before:
         # PyTorch 2.6 cannot be asked.
         asked = getattr(backend, "get_per_process_memory_fraction", None)
         _before[device] = asked(device) if asked is not None else 1.0
+    allowed = free + backend.memory_reserved(device) - reserve
+    # A limit that was set by hand holds too.
+    allowed = min(allowed, int(total * _before[device]), allowed if most is None else most)
+    allowed = max(0, allowed)
     _set_share(device, min(1.0, allowed / total))
     return int(allowed)
 

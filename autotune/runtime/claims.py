@@ -26,7 +26,7 @@ class Claim:
         device_bytes: Of the device's memory, that it will need besides what it holds.
         host_bytes: Of host RAM, likewise; 0 where the device computes in it.
         reserve_bytes: To be left free for others on the device.
-        most_bytes: That it may use of the device; ``None``: no limit of its own.
+        most_bytes: That its tensors may take of the device; ``None``: no limit of its own.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Claim:
 
 
 _claims: list[Claim] = []
-_register = threading.Lock()
+_register = threading.RLock()
+"""Reentrant: what collects garbage or handles a signal meanwhile may undo a pipeline."""
+
 _configuring = threading.RLock()
 _turns: dict[int, threading.RLock] = {}
 
@@ -138,7 +140,7 @@ def _turn(pipe: Any) -> threading.RLock:
 def _start_anew() -> None:
     """In a forked child: other threads, who may hold locks, are not there to give them back."""
     global _register, _configuring
-    _register, _configuring = threading.Lock(), threading.RLock()
+    _register, _configuring = threading.RLock(), threading.RLock()
     _turns.clear()
 
 

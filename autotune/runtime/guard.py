@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
-from autotune.errors import MemoryShortageError
+from autotune.errors import AutotuneError, MemoryShortageError
 from autotune.optimizations.base import Setting
 from autotune.runtime.account import ways_out
 from autotune.runtime.memory import Held
@@ -45,6 +45,10 @@ class Planner(Protocol):
     @property
     def held(self) -> Held:
         """Where the pipeline's weights are, as noted last."""
+
+    @property
+    def context_bytes(self) -> int:
+        """Of the runtime, which no plan counts."""
 
     def look(self) -> None:
         """Note where they are: whenever they have been moved."""
@@ -170,3 +174,16 @@ def shortage_after(failure: Failure, ran_out: Plan, smaller: Plan, tried: int) -
         f"{text}, as did {tried - 1} larger plans before",
         f"draw again to try {describe_next(smaller, ran_out, failure)}",
     )
+
+
+def shortage_without_plan(failure: Failure, plan: Plan, why: AutotuneError) -> Exception:
+    """The error where what was asked for could not be planned for, and ran out.
+
+    Args:
+        failure: What ran out.
+        plan: What was on.
+        why: It had no plan of its own.
+    """
+    text = describe_failure(failure, plan)
+    hint = why.hint or "ask for a size that can be planned for"
+    return MemoryShortageError(f"{text}, drawn without a plan of its own: {why.message}", hint)

@@ -14,6 +14,7 @@ from autotune.decide.prediction import PROCESS_BYTES
 from autotune.optimizations.modules import modules_of
 from autotune.probe.machine import Machine, OtherGpu
 from autotune.runtime.claims import promised_beside
+from autotune.workload.components import tensor_bytes
 
 _CPU = torch.device("cpu")
 
@@ -28,11 +29,7 @@ class Held(NamedTuple):
 
 def held_by(pipe: Any, device: str, machine: Machine) -> Held:
     """Where the pipeline's weights are now; it looks at every tensor, once."""
-    held: Counter[tuple[str, int]] = Counter()
-    for tensor in _tensors(pipe):
-        # What sequential offload has put away is on the meta device, and its data in RAM.
-        where = _CPU if tensor.is_meta else tensor.device
-        held[where.type, where.index or 0] += tensor.nbytes
+    held = _bytes_by_place(pipe)
     here = torch.device(device)
     return Held(
         held[here.type, here.index or 0],
@@ -98,6 +95,21 @@ def _private_bytes() -> int:
     """
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def bytes_on(device: torch.device, pipe: Any) -> int:
+    """Bytes of a pipeline's weights on a device."""
+    return _bytes_by_place(pipe)[device.type, device.index or 0]
+
+
+def _bytes_by_place(pipe: Any) -> Counter[tuple[str, int]]:
+    """By type and index of device; packed weights as they are stored."""
+    held: Counter[tuple[str, int]] = Counter()
+    for tensor in _tensors(pipe):
+        # What sequential offload has put away is on the meta device, and its data in RAM.
+        where = _CPU if tensor.is_meta else tensor.device
+        held[where.type, where.index or 0] += tensor_bytes(tensor)
+    return held
 
 
 def _tensors(pipe: Any) -> Iterator[torch.Tensor]:

@@ -105,7 +105,7 @@ def failure_of(error: BaseException, pipe: Any, workload: Workload) -> Failure:
     log.debug("%s", "".join(traceback.format_exception(error)).rstrip())
     cause = next((e for e in _chain(error) if _says_so(e, is_scarce=True)), error)
     failure = Failure(_short(cause), _phase_of(error, pipe, workload), is_of_host(error))
-    for e in _chain(error):
+    for e in _chain(error, suppressed=True):
         e.__traceback__ = None
     return failure
 
@@ -137,8 +137,13 @@ def _is_of_host(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(form in text for form in _HOST_FORMS)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came of, each once."""
+def _chain(error: BaseException, suppressed: bool = False) -> Iterator[BaseException]:
+    """The error and what it came of, each once.
+
+    Args:
+        error: As caught.
+        suppressed: Also what was raised over ``from None``: it is not the cause, and is held.
+    """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -147,7 +152,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(e))
         yield e
-        waiting += [e.__cause__, None if e.__suppress_context__ else e.__context__]
+        is_seen = suppressed or not e.__suppress_context__
+        waiting += [e.__cause__, e.__context__ if is_seen else None]
 
 
 _LONGEST = 120
@@ -164,16 +170,25 @@ def _short(error: BaseException) -> str:
 
 def _phase_of(error: BaseException, pipe: Any, workload: Workload) -> str | None:
     """The phase of the component that the error came from, the outermost one."""
-    names = {id(m): name for name, m in modules_of(pipe).items()}
     phases = {(r.component, r.entry): p.name for p in workload.phases for r in p.runs}
+    entered = list(_entered(error, pipe))
+    component = entered[0][0] if entered else None
+    # Hooks and decorators come before the method: an autoencoder's may be of two phases.
+    known = (phases[entry] for entry in entered if entry[0] == component and entry in phases)
+    return next(known, None) or next((p for (c, _), p in phases.items() if c == component), None)
+
+
+def _entered(error: BaseException, pipe: Any) -> Iterator[tuple[str, str]]:
+    """Component and function of each frame of a component that the error passed, outermost first.
+
+    What is on a module itself is told by the name under which hooks have it.
+    """
+    names = {id(m): name for name, m in modules_of(pipe).items()}
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        for variable in ("self", "module"):  # hooks call it a module
+        for variable in ("self", "module"):
             component = names.get(id(frame.f_locals.get(variable)))
             if component is not None:
-                entry = frame.f_code.co_name
-                of_component = (p for (c, _), p in phases.items() if c == component)
-                return phases.get((component, entry)) or next(of_component, None)
-    return None
+                yield component, frame.f_code.co_name
 
 
 def free_memory(pipe: Any) -> None:
@@ -185,4 +200,7 @@ def free_memory(pipe: Any) -> None:
 
     with contextlib.suppress(Exception):  # of any pipeline; what it could not do, undoing does
         pipe.maybe_free_model_hooks()
+    for module in modules_of(pipe).values():
+        with contextlib.suppress(Exception):  # what a video's decode keeps from frame to frame
+            module.clear_cache()
     clear_device_cache(garbage_collection=True)

@@ -34,6 +34,7 @@ from autotune.runtime.guard import (
     describe_next,
     describe_set,
     shortage_after,
+    shortage_without_plan,
 )
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
 from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
@@ -91,7 +92,9 @@ class Tuned:
         self._workload = workload
         self._planner = planner
         self._undo: Undo | None = None
+        self._is_undoing = False
         self._is_over = False
+        self._unplanned: AutotuneError | None = None
         self._images = 0
         with turn_of(pipe):
             self._guarded(lambda: None)
@@ -240,6 +243,8 @@ class Tuned:
         planner = self._planner
         if planner is None or self._is_over:
             return
+        self._finish_undoing()
+        self._unplanned = None
         asked = self._asked(prompt, options)
         is_same = asked == self._workload.request
         if is_same and self._undo is not None and planner.holds(self.plan):
@@ -251,6 +256,7 @@ class Tuned:
             raise
         except AutotuneError as error:  # the pipeline will say it in its own words, or can do it
             log.info("%s is drawn without a plan of its own: %s", _size(asked), error)
+            self._unplanned = AutotuneError(error.message, error.hint)  # without frames: of self
             return
         if found.plan.fits:
             self._take(found)
@@ -299,8 +305,14 @@ class Tuned:
 
     def _unapply(self) -> None:
         if self._undo is not None:
+            self._is_undoing = True
             self._undo()
-            self._undo = None
+            self._undo, self._is_undoing = None, False
+
+    def _finish_undoing(self) -> None:
+        """Where it was interrupted, or failed: what is half undone cannot draw."""
+        if self._is_undoing:
+            self._unapply()
 
     def _settle(self) -> None:
         """Say what this pipeline needs, so that others are planned for the rest."""
@@ -310,6 +322,7 @@ class Tuned:
         planner.look()
         held, limits = planner.held, planner.limits
         shares = self.plan.host_budget_bytes is None
+        most = None if limits.vram_limit is None else limits.vram_limit - planner.context_bytes
         stake(
             Claim(
                 self,
@@ -318,7 +331,7 @@ class Tuned:
                 device_bytes=prediction.needed_bytes - held.device_bytes,
                 host_bytes=0 if shares else prediction.host_bytes - _in_ram(held.ram_bytes),
                 reserve_bytes=limits.reserve,
-                most_bytes=limits.vram_limit,
+                most_bytes=most,
             )
         )
         hold_limits(self.device)
@@ -331,6 +344,7 @@ class Tuned:
         Raises:
             MemoryShortageError: memory ran out, and nothing smaller is left or enough was tried.
         """
+        self._finish_undoing()
         if self._planner is None or self._is_over:
             if self._undo is None and not self._is_over:
                 self._apply()
@@ -358,6 +372,8 @@ class Tuned:
         free_memory(self.pipe)
         self._unapply()
         ran_out = self.plan
+        if self._unplanned is not None:  # nobody has predicted what ran out: nothing is learnt
+            raise shortage_without_plan(failure, ran_out, self._unplanned) from error
         smaller = planner.step_down(ran_out, self._workload, failure)
         if tried > RETRIES or not smaller.plan.fits:
             raise shortage_after(failure, ran_out, smaller.plan, tried) from error
@@ -373,14 +389,15 @@ class Tuned:
         load, prediction = device_load(self.device), self.plan.prediction
         once = 0.0 if self._images else prediction.once_s + (prediction.first_image_extra_s or 0.0)
         self._images += 1
+        is_planned = self._unplanned is None and not self._is_over
+        planner = self._planner if is_planned else None
         expected = prediction.seconds + once
-        if load is None or not is_spilling(seconds, expected, load, _SYSTEM):
+        if load is None or planner is None or not is_spilling(seconds, expected, load, _SYSTEM):
             return
-        assert self._planner is not None
         took = f"{format_seconds(seconds)} instead of {format_seconds(expected)}"
         free = f"{format_bytes(load.free_bytes)} of {format_bytes(load.total_bytes)} free"
         failure = Failure(f"{took}, {free}: spilling into host RAM", None, False)
-        smaller = self._planner.step_down(self.plan, self._workload, failure)
+        smaller = planner.step_down(self.plan, self._workload, failure)
         if smaller.plan.fits:
             what = f"the next image is drawn with {describe_next(smaller.plan, self.plan, failure)}"
         else:

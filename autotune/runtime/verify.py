@@ -18,6 +18,7 @@ import torch
 
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.measure import PhaseMeter, cpu_peaks, device_gauge
+from autotune.runtime.memory import bytes_on
 from autotune.runtime.verification import Verification, check_phase, passes_on
 from autotune.workload.arguments import call_arguments
 from autotune.workload.stage import quiet
@@ -188,14 +189,8 @@ def _foreign_bytes(applied: Applied) -> int:
         p.needed_bytes - p.resident_bytes - p.activation_bytes - p.margin_bytes
         for p in applied.plan.prediction.phases
     )
-    own = sum(t.nbytes for t in _tensors(applied.pipe) if t.device == device)
+    own = bytes_on(device, applied.pipe)
     return max(0, torch.cuda.memory_allocated(device) - own - fixed)
-
-
-def _tensors(pipe: Any) -> Iterator[torch.Tensor]:
-    for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
-        yield from module.parameters()
-        yield from module.buffers()
 
 
 # ---- nothing is left behind ----------------------------------------------------------------------

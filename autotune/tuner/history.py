@@ -37,7 +37,7 @@ def history_here(key: str, workload: Workload, machine: Machine, limits: Limits)
         return History()
     history = History(
         observations=tuple(observations_in(profile, workload)),
-        misfits=tuple(misfits_in(profile, workload.key)),
+        misfits=tuple(misfits_in(profile, workload)),
     )
     return counting(history, budget_within(machine, limits))
 
@@ -65,10 +65,13 @@ def observations_in(profile: Profile, workload: Workload) -> Iterator[Observatio
             yield Observation(settings, tuple(phases), expected)
 
 
-def misfits_in(profile: Profile, workload: str) -> Iterator[Misfit]:
-    """What ran out of memory with this workload; sets with unknown members are passed over."""
+def misfits_in(profile: Profile, workload: Workload) -> Iterator[Misfit]:
+    """What ran out of memory with this workload on the machine as it is.
+
+    Sets with unknown members are passed over.
+    """
     for record in profile.misfits:
-        if record.workload != workload:
+        if profile.is_outdated(record) or not _is_of(record, workload):
             continue
         settings = _parsed(record.optimizations)
         if settings is not None:
@@ -82,18 +85,26 @@ def _parsed(optimizations: Iterable[str]) -> tuple[Setting, ...] | None:
         return None
 
 
-def remember_misfit(measured: Measured, record: MisfitRecord, available: Budget) -> None:
+def _is_of(record: MisfitRecord, workload: Workload) -> bool:
+    same_weights = record.weight_bytes in (None, workload.weight_bytes)
+    return record.workload == workload.memory_key and same_weights
+
+
+def remember_misfit(
+    measured: Measured, workload: Workload, record: MisfitRecord, available: Budget
+) -> None:
     """Keep in the profile what did not fit; a profile that cannot be written costs a warning.
 
     Args:
         measured: Whose profile.
+        workload: What ran.
         record: What ran out of memory.
         available: What is free now: what ran out when there was less is forgotten.
     """
 
     def change(profile: Profile | None) -> Profile:
         base = profile or new_profile(measured.key, measured.machine)
-        others = without_outgrown(base.misfits, record.workload, available)
+        others = without_outgrown(base, workload, available)
         kept = tuple(m for m in others if not _is_of_the_same(m, record))
         return msgspec.structs.replace(base, misfits=(*kept, record), updated_at=timestamp())
 
@@ -104,18 +115,23 @@ def remember_misfit(measured: Measured, record: MisfitRecord, available: Budget)
 
 
 def without_outgrown(
-    records: Iterable[MisfitRecord], workload: str, available: Budget
+    profile: Profile, workload: Workload, available: Budget
 ) -> tuple[MisfitRecord, ...]:
-    """Those of other workloads, and of this one those that still count."""
+    """Misfits of other workloads, and of this one those that still count."""
 
     def counts(record: MisfitRecord) -> bool:
         settings: tuple[Setting, ...] = ()
         misfit = Misfit(settings, record.available_bytes, record.of_host)
-        return record.workload != workload or not is_outgrown(misfit, available)
+        is_over = profile.is_outdated(record) or is_outgrown(misfit, available)
+        return not (is_over and _is_of(record, workload))
 
-    return tuple(filter(counts, records))
+    return tuple(filter(counts, profile.misfits))
 
 
 def _is_of_the_same(one: MisfitRecord, other: MisfitRecord) -> bool:
-    mine = (one.workload, one.optimizations, one.of_host, one.phase)
-    return mine == (other.workload, other.optimizations, other.of_host, other.phase)
+    return _identity(one) == _identity(other)
+
+
+def _identity(record: MisfitRecord) -> tuple[object, ...]:
+    set_ = (record.optimizations, record.of_host, record.phase)
+    return record.workload, record.weight_bytes, *set_

@@ -42,7 +42,7 @@ def remember_run(
         if is_far_off(plan.prediction, phases):
             log.info("far from the prediction: the operators will be timed again")
             base = msgspec.structs.replace(base, machine=_forgotten(base.machine, planned.workload))
-        misfits = without_outgrown(base.misfits, record.workload, plan.budget)
+        misfits = without_outgrown(base, planned.workload, plan.budget)
         runs = (*base.runs, record)
         return msgspec.structs.replace(base, runs=runs, misfits=misfits, updated_at=now)
 

@@ -74,6 +74,11 @@ class Replanner:
         self._held = held_by(self._pipe, self._device, self._machine)
 
     @property
+    def context_bytes(self) -> int:
+        """Of the runtime, which no plan counts."""
+        return self._machine.context_bytes
+
+    @property
     def held(self) -> Any:
         """Where the pipeline's weights are, as noted last: ``runtime.memory.Held``."""
         if self._held is None:
@@ -153,7 +158,7 @@ class Replanner:
     def _history(self, workload: Workload, machine: Machine) -> History:
         """The profile's, and what ran out in this process where the profile cannot be written."""
         found = history_here(self._measured.key, workload, machine, self.limits)
-        here = self._misfits.get(workload.key, ())
+        here = self._misfits.get(workload.memory_key, ())
         both = msgspec.structs.replace(found, misfits=(*found.misfits, *here))
         return counting(both, budget_within(machine, self.limits))
 
@@ -194,9 +199,10 @@ class Replanner:
         there = available.host_bytes if of_host else available.device_bytes
         prediction, settings = plan.prediction, (*plan.kept, *plan.optimizations)
         misfit = Misfit(settings, there or 0, of_host, failure.phase)
-        self._misfits[workload.key] = (*self._misfits.get(workload.key, ()), misfit)
+        key = workload.memory_key
+        self._misfits[key] = (*self._misfits.get(key, ()), misfit)
         record = MisfitRecord(
-            workload=workload.key,
+            workload=key,
             optimizations=tuple(map(str, settings)),
             available_bytes=misfit.available_bytes,
             predicted_bytes=prediction.host_bytes
@@ -206,8 +212,9 @@ class Replanner:
             error=failure.text,
             at=timestamp(),
             of_host=of_host,
+            weight_bytes=workload.weight_bytes,
         )
-        remember_misfit(self._measured, record, available)
+        remember_misfit(self._measured, workload, record, available)
 
 
 SCARCE = 0.1

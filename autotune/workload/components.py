@@ -142,10 +142,10 @@ def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> C
         loaded: The module itself, where it is loaded: what is packed there is counted so.
     """
     named = (*module.named_parameters(), *module.named_buffers())
-    sizes = {path: _bytes(tensor) for path, tensor in named}
+    sizes = {path: tensor_bytes(tensor) for path, tensor in named}
     for path, tensor in () if loaded is None else loaded.named_parameters():
         if is_packed(tensor) and path in sizes:
-            sizes[path] = _bytes(tensor)
+            sizes[path] = tensor_bytes(tensor)
     owned = [
         sum(sizes.get(f"{path}.{own}".lstrip("."), 0) for own in child._parameters)
         for path, child in module.named_modules()
@@ -166,14 +166,14 @@ def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> C
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers (SD 3's position table is one), in their dtypes."""
-    return sum(_bytes(t) for t in (*module.parameters(), *module.buffers()))
+    return sum(tensor_bytes(t) for t in (*module.parameters(), *module.buffers()))
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of its data; a tensor that wraps others has theirs."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return sum(_bytes(getattr(tensor, name)) for name in names)
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
 
 

@@ -303,12 +303,18 @@ class Workload(Value, frozen=True):
     def key(self) -> str:
         """What was asked, in one line: names this workload in profiles."""
         r = self.request
+        return self._named(f" steps {r.steps} guidance {r.guidance_scale:g}")
+
+    @property
+    def memory_key(self) -> str:
+        """What was asked as far as memory goes: neither steps nor how strong guidance is."""
+        return self._named(" guided" if self.request.guidance_scale > 1 else "")
+
+    def _named(self, pace: str) -> str:
+        r = self.request
         frames = f" frames {r.frames}" if r.frames > 1 else ""
         options = "".join(f" {k}={v}" for k, v in sorted(r.options.items()))
-        return (
-            f"{self.model} {r.width}x{r.height}{frames} batch {r.batch} steps {r.steps} "
-            f"guidance {r.guidance_scale:g} {r.dtype}{options}"
-        )
+        return f"{self.model} {r.width}x{r.height}{frames} batch {r.batch}{pace} {r.dtype}{options}"
 
     def component(self, name: str) -> Component:
         """The component of that name (``KeyError`` when there is none)."""

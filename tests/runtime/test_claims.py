@@ -247,6 +247,18 @@ def test_a_reserve_is_held_against_what_others_use_now(backend: Backend) -> None
     assert backend.share == 0.9, "as the user had set it"
 
 
+def test_a_limit_set_by_hand_holds_too(backend: Backend) -> None:
+    backend.share = 0.5
+    kept = claim(reserve_bytes=GIB)
+    assert allocator.hold_limits("cuda:0") == 5 * GIB, "and not the 7 GiB that there are"
+    assert backend.share == 0.5
+    backend.free = 2 * GIB
+    assert allocator.hold_limits("cuda:0") == 2 * GIB
+    del kept
+    assert allocator.hold_limits("cuda:0") is None
+    assert backend.share == 0.5
+
+
 def test_a_limit_is_held_while_all_have_one(backend: Backend) -> None:
     first, second = claim(most_bytes=2 * GIB), claim(most_bytes=1 * GIB)
     assert allocator.hold_limits("cuda:0") == 3 * GIB

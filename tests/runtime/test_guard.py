@@ -384,6 +384,50 @@ def test_what_cannot_be_planned_is_left_to_the_pipeline(options: dict[str, Any])
     assert image(tuned).shape[0] == 1
 
 
+def test_what_ran_out_without_a_plan_of_its_own_teaches_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plan that is on is for another request: it would be blamed for what it was not for."""
+    from autotune.tuner import replan
+
+    def refuse(*_: Any) -> Any:
+        raise RequestError("height 72 is not a multiple of 16, the model's factor", "use 64 or 80")
+
+    tuned = configured()
+    monkeypatch.setattr(replan, "completed", refuse)
+    with running_out(tuned.pipe.vae.decoder, 1), pytest.raises(MemoryShortageError) as caught:
+        image(tuned, height=72)
+    assert "without a plan of its own: height 72" in caught.value.message
+    assert caught.value.hint == "use 64 or 80"
+    profile = load_profile(identity("cpu"))
+    assert profile is None or profile.misfits == ()
+    assert names(tuned) == []
+    assert image(tuned).shape[0] == 4, "configured again for what was planned"
+
+
+def test_an_interrupted_undo_is_finished_before_the_next_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half undone, a pipeline draws something else, or nothing."""
+    tuned = configured()
+    drawn = image(tuned)
+    real, calls = tuned._undo, []
+
+    def interrupted() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        assert real is not None
+        real()
+
+    tuned._undo = interrupted
+    with running_out(tuned.pipe.vae.decoder, 1), pytest.raises(KeyboardInterrupt):
+        image(tuned)
+    assert torch.equal(image(tuned), drawn)
+    assert len(calls) == 2
+    assert tuned._undo is not interrupted
+
+
 # ---- the memory there is -------------------------------------------------------------------------
 
 

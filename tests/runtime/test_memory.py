@@ -49,6 +49,21 @@ def test_weights_already_there_are_given_back(
     assert given_back(machine, "cpu") == (0, PROCESS_BYTES)
 
 
+def test_packed_weights_are_as_large_as_what_they_wrap(
+    sd_pipe: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantized ones look as large to the outside as they were before."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    monkeypatch.setattr(memory, "_private_bytes", lambda: PLENTY)
+    before, _ = given_back(machine, "cpu", sd_pipe)
+    weight = sd_pipe.unet.conv_in.weight
+    packed = TwoTensor(weight.detach().half(), weight.detach().half().clone())
+    sd_pipe.unet.conv_in.weight = nn.Parameter(packed[:, :1], requires_grad=False)
+    inner = 2 * weight[:, :1].numel() * 2
+    assert given_back(machine, "cpu", sd_pipe)[0] == before - weight.nbytes + inner
+
+
 def test_weights_in_ram_are_no_memory_of_the_device(
     sd_pipe: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from autotune.runtime.out_of_memory import (
     is_of_host,
     is_out_of_memory,
 )
-from autotune.testing.pipelines import BUILDERS
+from autotune.testing.pipelines import BUILDERS, call
 from autotune.testing.state import differences, whole_state
 from tests.workloads import workload_of
 
@@ -172,6 +172,47 @@ def test_the_tensors_that_an_error_holds_are_let_go(sd_pipe: Any) -> None:
     failure_of(error, sd_pipe, workload_of("sd"))
     free_memory(sd_pipe)
     assert all(ref() is None for ref in held)
+
+
+def test_an_autoencoder_runs_in_two_phases() -> None:
+    """Its first frame is that of a decorator, whatever is called."""
+    pipe = BUILDERS["sd-img2img"]()
+    phases = {}
+    for part in ("encoder", "decoder"):
+        handle = getattr(pipe.vae, part).register_forward_pre_hook(fail)
+        error = raised(lambda: call(pipe))
+        handle.remove()
+        phases[part] = failure_of(error, pipe, workload_of("sd-img2img")).phase
+    assert phases == {"encoder": "encode", "decoder": "decode"}
+
+
+def test_what_an_error_was_raised_over_is_let_go_too() -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def inner() -> None:
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        fail()
+
+    def outer() -> None:
+        try:
+            inner()
+        except RuntimeError:
+            raise torch.OutOfMemoryError("CUDA out of memory") from None
+
+    error = raised(outer)
+    assert held[0]() is not None
+    failure_of(error, BUILDERS["sd"](), workload_of("sd"))
+    assert held[0]() is None
+
+
+def test_what_a_videos_decode_keeps_from_frame_to_frame_is_let_go() -> None:
+    pipe = BUILDERS["wan"]()
+    pipe.vae.clear_cache()
+    pipe.vae._feat_map[0] = torch.ones(3)
+    held = weakref.ref(pipe.vae._feat_map[0])
+    free_memory(pipe)
+    assert held() is None
 
 
 def test_a_model_that_offload_has_left_on_the_device_is_hooked_anew(sd_pipe: Any) -> None:

@@ -87,6 +87,19 @@ def test_whatever_decides_is_in_the_basis(rtx_3080, sd15):
     assert basis_of(elsewhere, workload, origin, limits, History()) in bases
 
 
+def test_a_package_that_was_installed_since_is_considered(
+    rtx_3080: Machine, sd15: tuple[Workload, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody measures a machine again for the sake of tomesd."""
+    from autotune.optimizations import tome
+
+    workload, origin = sd15
+    monkeypatch.setattr(tome, "find_spec", lambda name: None)
+    without = basis_of(rtx_3080, workload, origin, Limits(), History())
+    monkeypatch.setattr(tome, "find_spec", lambda name: object())
+    assert basis_of(rtx_3080, workload, origin, Limits(), History()) != without
+
+
 def test_what_does_not_fit_is_not_kept(rtx_3080, sd15):
     workload, _ = sd15
     remembered(with_free(rtx_3080, 0.2), workload, "basis", Limits())

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from autotune.decide.limits import Limits
+from autotune.decide.prediction import PROCESS_BYTES
 from autotune.probe.reference import load_machine
 from autotune.tuner import Ask, make_plan
+from autotune.tuner.configure import _as_loaded
 from tests.probe.conftest import ROOT
 from tests.probe.conftest import stub_folders as stub_folders
 
@@ -46,6 +49,19 @@ found["smaller"] = again.plan.prediction.needed_bytes < needed
 found["seen"] = again.plan.budget_bytes == room - machine.context_bytes
 print(json.dumps(found))
 """
+
+
+def test_ram_for_reading_is_not_needed_once_all_is_read() -> None:
+    """It would be missing to every other pipeline, and looked for before each image."""
+    machine = load_machine("rtx-3080-10gb")
+    planned = make_plan("demo", machine, Ask(limits=Limits(only=("vae_slicing",))))
+    weights = planned.workload.weight_bytes
+    assert planned.plan.prediction.host_bytes == PROCESS_BYTES + weights
+    loaded = _as_loaded(planned, Ask())
+    assert loaded.plan.prediction.host_bytes == PROCESS_BYTES
+    assert loaded.plan.prediction.load == planned.plan.prediction.load
+    assert loaded.workload.is_loaded
+    assert _as_loaded(loaded, Ask()) is loaded
 
 
 def test_another_process_takes_vram_after_the_plan(

@@ -18,7 +18,7 @@ from autotune.runtime.account import ways_out
 from autotune.runtime.memory import Held
 from autotune.runtime.out_of_memory import Failure
 from autotune.units import format_bytes
-from autotune.workload.live import parts_of
+from autotune.workload.live import has_own_code, parts_of
 from autotune.workload.workload import Request, Workload
 
 RETRIES = 3
@@ -65,8 +65,21 @@ class Planner(Protocol):
     def plan(self, request: Request, applied: tuple[Setting, ...] | None = None) -> Decided:
         """The plan for a request, which keeps what is applied where that does as well."""
 
-    def step_down(self, plan: Plan, workload: Workload, failure: Failure) -> Decided:
-        """Remember what did not fit, and plan with what needs less."""
+    def step_down(
+        self, plan: Plan, workload: Workload, failure: Failure, is_on: bool = False
+    ) -> Decided:
+        """Remember what did not fit, and plan with what needs less; ``is_on``: it still is."""
+
+
+_LEAVES_MODULES = frozenset(
+    ("vae_slicing", "vae_tiling", "model_cpu_offload", "sequential_cpu_offload")
+)
+"""Optimizations with which a pipeline of diffusers' own is traced as without them."""
+
+
+def traces_as_loaded(pipe: Any, applied: tuple[Setting, ...]) -> bool:
+    """Whether tracing the pipeline finds the same as without what is applied."""
+    return all(s.name in _LEAVES_MODULES for s in applied) and not has_own_code(pipe)
 
 
 class Before:

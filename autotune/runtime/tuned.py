@@ -35,6 +35,7 @@ from autotune.runtime.guard import (
     describe_set,
     shortage_after,
     shortage_without_plan,
+    traces_as_loaded,
 )
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
 from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
@@ -43,17 +44,11 @@ from autotune.runtime.verification import Verification
 from autotune.runtime.verify import Applied, verify
 from autotune.units import format_bytes, format_seconds
 from autotune.workload.arguments import call_arguments, copies_name
-from autotune.workload.live import has_own_code
 from autotune.workload.workload import Request, Workload
 
 log = logging.getLogger("autotune")
 
 T = TypeVar("T")
-
-_LEAVES_MODULES = frozenset(
-    ("vae_slicing", "vae_tiling", "model_cpu_offload", "sequential_cpu_offload")
-)
-"""Optimizations with which a pipeline of diffusers' own is traced as without them."""
 
 
 class Tuned:
@@ -265,7 +260,8 @@ class Tuned:
         # A device that fails does no harm: margins are wide, and it may yet suffice.
 
     def _planned_for(self, planner: Planner, asked: Request) -> Decided:
-        if self._undo is not None and planner.must_trace(asked) and not self._is_as_loaded():
+        is_as_loaded = self._undo is None or traces_as_loaded(self.pipe, self.plan.optimizations)
+        if not is_as_loaded and planner.must_trace(asked):
             self._unapply()
         applied = self.plan.optimizations if self._undo is not None else None
         return planner.plan(asked, applied)
@@ -291,11 +287,6 @@ class Tuned:
         drawn = drawn_by(self._planned(prompts), options, prompts)
         return asked_for(self.pipe, self._request, options, drawn)
 
-    def _is_as_loaded(self) -> bool:
-        """Whether tracing the pipeline finds the same as without what is applied."""
-        is_plain = all(s.name in _LEAVES_MODULES for s in self.plan.optimizations)
-        return is_plain and not has_own_code(self.pipe)
-
     # ---- on and off -----------------------------------------------------------------------------
 
     def _apply(self) -> None:
@@ -308,6 +299,8 @@ class Tuned:
             self._is_undoing = True
             self._undo()
             self._undo, self._is_undoing = None, False
+            if self._planner is not None:
+                self._planner.look()  # or weights that have left the device would count twice
 
     def _finish_undoing(self) -> None:
         """Where it was interrupted, or failed: what is half undone cannot draw."""
@@ -397,7 +390,7 @@ class Tuned:
         took = f"{format_seconds(seconds)} instead of {format_seconds(expected)}"
         free = f"{format_bytes(load.free_bytes)} of {format_bytes(load.total_bytes)} free"
         failure = Failure(f"{took}, {free}: spilling into host RAM", None, False)
-        smaller = planner.step_down(self.plan, self._workload, failure)
+        smaller = planner.step_down(self.plan, self._workload, failure, is_on=True)
         if smaller.plan.fits:
             what = f"the next image is drawn with {describe_next(smaller.plan, self.plan, failure)}"
         else:

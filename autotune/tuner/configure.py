@@ -123,6 +123,7 @@ def tuned(
     """
     from autotune.runtime.tuned import Tuned
 
+    planned = _as_loaded(planned, ask)
     planner = Replanner(pipe, planned, measured, ask, say)
     planned = _as_memory_is_now(planner, planned)
     require_fit(planned.plan)
@@ -133,6 +134,20 @@ def tuned(
     if verification is not None:
         remember_verified(made, measured, planned, verification.measured)
     return made
+
+
+def _as_loaded(planned: Planned, ask: Ask) -> Planned:
+    """Reading the weights took host RAM that is no longer needed once they are on the device."""
+    if planned.workload.is_loaded:
+        return planned
+    from autotune.decide.predict import Predictor
+
+    workload = msgspec.structs.replace(planned.workload, is_loaded=True)
+    predictor = Predictor(planned.machine, workload, ask.limits.images, planned.history)
+    running = predictor.predict(planned.plan.execution)
+    prediction = msgspec.structs.replace(planned.plan.prediction, host_bytes=running.host_bytes)
+    plan = msgspec.structs.replace(planned.plan, prediction=prediction)
+    return planned._replace(workload=workload, plan=plan)
 
 
 REPLANS = 2

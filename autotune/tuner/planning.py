@@ -22,7 +22,7 @@ from autotune.workload.architecture import (
     builtin_names,
     find_architecture,
 )
-from autotune.workload.cache import is_lasting, origin_of, workload_of
+from autotune.workload.cache import is_lasting, origin_of, traced_before, workload_of
 from autotune.workload.request import complete_request
 from autotune.workload.workload import Request, Workload
 
@@ -86,6 +86,7 @@ def decided(
     pipe: Any = None,
     history: History | None = None,
     applied: tuple[Setting, ...] | None = None,
+    traces: bool = True,
 ) -> Planned:
     """Where nothing fits, other requests of the same model are traced as ways out.
 
@@ -97,11 +98,17 @@ def decided(
         pipe: The loaded pipeline, where there is one.
         history: What the machine taught about the workload.
         applied: The set that is on: kept where it does as well as the best.
+        traces: Whether the pipeline may be traced; else what was traced before must do.
     """
     from autotune.decide.choose import choose  # a start with a remembered plan does without
 
     def rework(request: Request) -> Workload:
-        return workload_of(architecture, request, pipe)
+        if traces:
+            return workload_of(architecture, request, pipe)
+        known = traced_before(architecture, request, pipe)
+        if known is None:
+            raise ModelError("it cannot be traced while optimizations are applied")
+        return known
 
     plan = choose(machine, workload, limits, rework=rework, history=history, applied=applied)
     return Planned(architecture, machine, workload, plan, history or History())

@@ -49,7 +49,8 @@ def basis_of(
     times = {o.key: machine.operators.get(o.key) for o in replayable(workload)}
     sources = {name: CATALOGUE.source(name) for name in CATALOGUE}
     asked = (origin, workload.is_loaded, limits)
-    parts = (_lasting(machine), times, asked, history, sources, _code())
+    lasting = _lasting(machine)
+    parts = (lasting, times, asked, history, sources, _offers(lasting, workload), _code())
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
 
 
@@ -106,6 +107,18 @@ def _lasting(machine: Machine) -> Machine:
     others = tuple(msgspec.structs.replace(gpu, free_bytes=0) for gpu in machine.others)
     host = msgspec.structs.replace(machine.host, ram_available_bytes=0)
     return msgspec.structs.replace(machine, device=device, others=others, host=host, operators={})
+
+
+def _offers(machine: Machine, workload: Workload) -> dict[str, tuple[object, ...]]:
+    """What each optimization says for itself: that depends on packages and compilers, too."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, optimization in CATALOGUE.items():
+        try:
+            reason = optimization.unavailable(machine, workload)
+            found[name] = (reason,) if reason else optimization.worth_trying(machine, workload)
+        except Exception as error:  # another package's may raise anything
+            found[name] = (repr(error),)
+    return found
 
 
 @functools.cache

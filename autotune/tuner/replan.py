@@ -18,13 +18,14 @@ from autotune.probe.live import refresh, refresh_free
 from autotune.probe.machine import Machine
 from autotune.profile.profile import MisfitRecord
 from autotune.runtime.claims import configuring
+from autotune.runtime.guard import traces_as_loaded
 from autotune.runtime.out_of_memory import Failure
 from autotune.tuner.ask import Ask
 from autotune.tuner.here import Measured, device_name, timestamp
 from autotune.tuner.history import history_here, remember_misfit
 from autotune.tuner.planning import Planned, completed, decided
 from autotune.workload.architecture import Architecture
-from autotune.workload.cache import workload_of
+from autotune.workload.cache import traced_before, workload_of
 from autotune.workload.workload import Phase, Repeat, Request, Workload
 
 log = logging.getLogger("autotune")
@@ -112,7 +113,9 @@ class Replanner:
 
     def must_trace(self, request: Request) -> bool:
         """Whether this request takes a new trace, of a pipeline as the user made it."""
-        return self._derived(request) is None
+        if self._derived(request) is not None:
+            return False
+        return traced_before(self._architecture, self._completed(request), self._pipe) is None
 
     def plan(self, request: Request, applied: tuple[Setting, ...] | None = None) -> Planned:
         """The plan for a request with the memory that is free now.
@@ -130,28 +133,53 @@ class Replanner:
             return known
         with configuring():
             workload = self._workload(request)
-            planned = self._planned(workload, self._own(refresh(self._machine)), applied)
+            traces = applied is None or traces_as_loaded(self._pipe, applied)
+            machine = self._own(refresh(self._machine))
+            planned = self._planned(workload, machine, applied, traces)
         _keep(self._plans, key, planned)
         return planned
 
-    def step_down(self, plan: Plan, workload: Workload, failure: Failure) -> Planned:
+    def step_down(
+        self, plan: Plan, workload: Workload, failure: Failure, is_on: bool = False
+    ) -> Planned:
         """Remember what did not fit, and plan with what is predicted to need less.
 
         Nothing of the pipeline's calls must be left in memory.
+
+        Args:
+            plan: That ran out.
+            workload: What ran.
+            failure: How.
+            is_on: The plan is applied, and will be until the next call.
         """
         self._plans.clear()
         self.look()
         machine = self._own(refresh(self._machine))  # what free memory does meanwhile is no matter
         self._remember(plan, workload, failure, budget_within(machine, self.limits))
         with configuring():
-            return self._planned(workload, machine, None)
+            traces = not is_on or traces_as_loaded(self._pipe, plan.optimizations)
+            return self._planned(workload, machine, None, traces)
 
     def _planned(
-        self, workload: Workload, machine: Machine, applied: tuple[Setting, ...] | None
+        self,
+        workload: Workload,
+        machine: Machine,
+        applied: tuple[Setting, ...] | None,
+        traces: bool,
     ) -> Planned:
-        history = self._history(workload, machine)
+        """Where what is applied changes the modules, they must not be traced, nor kept as traced.
+
+        A trace is found again by how the pipeline was loaded.
+        """
         planned = decided(
-            self._architecture, machine, workload, self.limits, self._pipe, history, applied
+            self._architecture,
+            machine,
+            workload,
+            self.limits,
+            self._pipe,
+            self._history(workload, machine),
+            applied,
+            traces,
         )
         return planned._replace(plan=self._say(planned.plan))
 
@@ -165,21 +193,23 @@ class Replanner:
     def _workload(self, request: Request) -> Workload:
         workload = self._derived(request)
         if workload is None:
-            asked = msgspec.structs.replace(
-                self._ask,
-                height=request.height,
-                width=request.width,
-                batch=request.batch,
-                steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                dtype=request.dtype,
-                frames=request.frames,
-                options=request.options,
-            )
-            checked = completed(self._architecture, self._machine, asked)
-            workload = workload_of(self._architecture, checked, self._pipe)
+            workload = workload_of(self._architecture, self._completed(request), self._pipe)
         _keep(self._workloads, _key(request), workload)
         return workload
+
+    def _completed(self, request: Request) -> Request:
+        asked = msgspec.structs.replace(
+            self._ask,
+            height=request.height,
+            width=request.width,
+            batch=request.batch,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            dtype=request.dtype,
+            frames=request.frames,
+            options=request.options,
+        )
+        return completed(self._architecture, self._machine, asked)
 
     def _derived(self, request: Request) -> Workload | None:
         """The workload where it is known, or differs from one that is in steps alone."""

@@ -44,14 +44,29 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
         ModelError: the model cannot be traced.
         RequestError: its pipeline refuses the request.
     """
+    workload = traced_before(architecture, request, pipe)
+    if workload is not None:
+        return workload
+    from autotune.workload.phases import trace_workload
+
+    workload = trace_workload(architecture, request, pipe)
+    path = _path(architecture, request) if is_lasting(pipe) else None
+    if path:
+        _write(path, workload)
+    return _named(workload, architecture, pipe)
+
+
+def traced_before(
+    architecture: Architecture, request: Request, pipe: Any = None
+) -> Workload | None:
+    """The workload from the cache; ``None`` where it is not there, or nothing is kept."""
     path = _path(architecture, request) if is_lasting(pipe) else None
     workload = _read(path) if path else None
-    if workload is None:
-        from autotune.workload.phases import trace_workload
+    return None if workload is None else _named(workload, architecture, pipe)
 
-        workload = trace_workload(architecture, request, pipe)
-        if path:
-            _write(path, workload)
+
+def _named(workload: Workload, architecture: Architecture, pipe: Any) -> Workload:
+    """What a trace does not depend on, and is not kept with it."""
     is_loaded = pipe is not None
     return msgspec.structs.replace(workload, model=architecture.name, is_loaded=is_loaded)
 

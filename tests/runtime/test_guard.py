@@ -428,6 +428,40 @@ def test_an_interrupted_undo_is_finished_before_the_next_image(
     assert tuned._undo is not interrupted
 
 
+def test_a_size_that_was_traced_in_another_process_takes_nothing_off() -> None:
+    """Taking off moves all weights, twice."""
+    image(configured(), height=96)
+    planner: Any = configured()._planner
+    asked = msgspec.structs.replace(configured()._request, height=96)
+    assert not planner.must_trace(asked)
+    assert planner.must_trace(msgspec.structs.replace(asked, height=88, width=104))
+
+
+def test_what_is_applied_is_not_traced_as_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor kept on the disk as that, for every later start."""
+    from autotune.tuner import planning
+
+    tuned = configured()
+    planner: Any = tuned._planner
+    traced: list[Any] = []
+    monkeypatch.setattr(planning, "workload_of", lambda *given: traced.append(given))
+    monkeypatch.setattr(planning, "traced_before", lambda *_: None)
+    planner.limits = msgspec.structs.replace(planner.limits, ram_limit=MIB)
+    planner._plans.clear()
+    fused = parse_settings("fuse_qkv")
+    assert not planner.plan(tuned._request, fused).plan.fits
+    assert traced == []
+
+
+def test_what_was_taken_off_does_not_count_twice() -> None:
+    tuned = configured()
+    planner: Any = tuned._planner
+    held = planner.held
+    planner._held = held._replace(device_bytes=held.device_bytes + GIB)
+    tuned._unapply()
+    assert planner.held == held
+
+
 # ---- the memory there is -------------------------------------------------------------------------
 
 
@@ -474,6 +508,18 @@ def test_memory_that_others_take_between_plan_and_apply_is_noticed(
 
 
 # ---- spilling ------------------------------------------------------------------------------------
+
+
+def test_without_a_planner_a_call_that_spilled_is_drawn(
+    sd_pipe: Any, plan_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, workload = plan_of(sd_pipe)
+    slow = msgspec.structs.replace(plan.prediction, seconds=1e-9)
+    tuned = Tuned(sd_pipe, msgspec.structs.replace(plan, prediction=slow), workload, "cpu")
+    full = Load(total_bytes=8 * GIB, free_bytes=64 * MIB, reserved_bytes=7 * GIB)
+    monkeypatch.setattr(tuned_module, "_SYSTEM", "wddm")
+    monkeypatch.setattr(tuned_module, "device_load", lambda device: full)
+    assert image(tuned).shape[0] == workload.request.batch
 
 
 def test_after_a_call_that_spilled_the_next_one_is_smaller(

@@ -50,6 +50,9 @@ class Claim:
 
 
 _claims: list[Claim] = []
+_drawing: dict[int, int] = {}
+"""Pipelines that draw, by their identity, those that began first first → bytes in use then."""
+
 _register = threading.RLock()
 """Reentrant: what collects garbage or handles a signal meanwhile may undo a pipeline."""
 
@@ -83,20 +86,45 @@ def owner_of(pipe: Any) -> Any:
         return next((c.owner() for c in _living() if c.pipe() is pipe), None)
 
 
-def promised_beside(pipe: Any, device: str) -> tuple[int, int]:
+@contextmanager
+def drawing(pipe: Any, used_bytes: int) -> Iterator[None]:
+    """While a pipeline draws: what was promised to it, it is taking.
+
+    Args:
+        pipe: Whose turn it is.
+        used_bytes: That this process uses of the device before.
+    """
+    with _register:
+        _drawing[id(pipe)] = used_bytes
+    try:
+        yield
+    finally:
+        with _register:
+            _drawing.pop(id(pipe), None)
+
+
+def promised_beside(pipe: Any, device: str, used_bytes: int = 0) -> tuple[int, int]:
     """Memory that looks free, but is promised to other pipelines.
+
+    Of those that draw at the moment, that which they have not taken yet.
 
     Args:
         pipe: Whose budget is asked for; ``None``: of one that is not loaded yet.
         device: Where it will run.
+        used_bytes: That this process uses of the device now.
 
     Returns:
         Bytes of the device's memory, and of host RAM.
     """
     with _register:
         others = [c for c in _living() if c.pipe() is not pipe]
-    of_device = sum(c.device_bytes for c in others if c.device == device)
-    return of_device, sum(c.host_bytes for c in others)
+        begun = {id(c.pipe()): c for c in others if c.device == device}
+        at_start = [used for key, used in _drawing.items() if key in begun]
+        at_work = [claim for key, claim in begun.items() if key in _drawing]
+    taken = max(0, used_bytes - at_start[0]) if at_start else 0
+    busy = sum(c.device_bytes for c in at_work)
+    idle = sum(c.device_bytes for c in begun.values()) - busy
+    return idle + max(0, busy - taken), sum(c.host_bytes for c in others)
 
 
 def _living() -> Iterator[Claim]:
@@ -142,6 +170,7 @@ def _start_anew() -> None:
     global _register, _configuring
     _register, _configuring = threading.RLock(), threading.RLock()
     _turns.clear()
+    _drawing.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -59,7 +59,7 @@ def with_own_memory(
     own = min(held.ram_bytes, private) if where.type == "cpu" else held.device_bytes
     if where.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         own += _unused_bytes(where) + machine.context_bytes
-    promised, promised_ram = promised_beside(pipe, device)
+    promised, promised_ram = promised_beside(pipe, device, used_bytes(device))
     free = min(machine.device.free_bytes + own, machine.device.total_bytes)
     others = tuple(_with_own(gpu, held) for gpu in machine.others)
     given = min(held.ram_bytes + PROCESS_BYTES, private)
@@ -72,6 +72,16 @@ def with_own_memory(
             machine.host, ram_available_bytes=max(0, available - promised_ram)
         ),
     )
+
+
+def used_bytes(device: str) -> int:
+    """Of a device's memory, by this process's tensors; 0 where nobody tells."""
+    where = torch.device(device)
+    if where.type == "cpu":
+        return _private_bytes()
+    if where.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.memory_allocated(where)
+    return 0
 
 
 def _unused_bytes(where: torch.device) -> int:

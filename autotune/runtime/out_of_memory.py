@@ -75,11 +75,14 @@ class Failure(NamedTuple):
         text: The error's first line.
         phase: In which phase of the generation, as far as is known.
         of_host: Whether it was host RAM that ran out.
+        room_bytes: Of the device, what this process had or could have had then. Others may have
+            left since. ``None`` where PyTorch does not tell.
     """
 
     text: str
     phase: str | None
     of_host: bool
+    room_bytes: int | None = None
 
 
 def is_out_of_memory(error: BaseException, is_scarce: bool = False) -> bool:

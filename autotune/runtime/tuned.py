@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,7 +24,7 @@ from autotune.runtime.account import explain_plan, shortage, ways_out
 from autotune.runtime.allocator import device_load, hold_limits
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.asking import asked_for, drawn_by
-from autotune.runtime.claims import Claim, release, stake, turn_of
+from autotune.runtime.claims import Claim, drawing, release, stake, turn_of
 from autotune.runtime.guard import (
     RETRIES,
     Before,
@@ -38,6 +38,7 @@ from autotune.runtime.guard import (
     traces_as_loaded,
 )
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.runtime.memory import used_bytes
 from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
 from autotune.runtime.spilling import is_spilling, spilling_system
 from autotune.runtime.verification import Verification
@@ -347,14 +348,23 @@ class Tuned:
             try:
                 if self._undo is None:
                     self._apply()
-                return work()
+                with drawing(self.pipe, used_bytes(self.device)):
+                    return work()
             except Exception as error:
                 if not is_out_of_memory(error, self._planner.is_scarce()):
                     raise
-                failed, failure = error, failure_of(error, self.pipe, self._workload)
+                failed, failure = error, self._failure_of(error)
             before.restore()
             self._step_down(self._planner, failure, failed, tried)
         raise AssertionError("the last failure raises")
+
+    def _failure_of(self, error: Exception) -> Failure:
+        failure = failure_of(error, self.pipe, self._workload)
+        with suppress(RuntimeError):  # of a device that answers no more
+            load = device_load(self.device)
+            if load is not None:
+                failure = failure._replace(room_bytes=load.free_bytes + load.reserved_bytes)
+        return failure
 
     def _step_down(self, planner: Planner, failure: Failure, error: Exception, tried: int) -> None:
         """Let go of everything, and take the next plan.

@@ -224,7 +224,10 @@ class Replanner:
     def _remember(
         self, plan: Plan, workload: Workload, failure: Failure, available: Budget
     ) -> None:
-        """Here and in the profile."""
+        """Here, and in the profile with what there was when it ran out.
+
+        Others may have held more then than now: what fits beside nobody is not ruled out for ever.
+        """
         of_host = failure.of_host and available.host_bytes is not None
         there = available.host_bytes if of_host else available.device_bytes
         prediction, settings = plan.prediction, (*plan.kept, *plan.optimizations)
@@ -234,7 +237,7 @@ class Replanner:
         record = MisfitRecord(
             workload=key,
             optimizations=tuple(map(str, settings)),
-            available_bytes=misfit.available_bytes,
+            available_bytes=misfit.available_bytes if of_host else self._then(misfit, failure),
             predicted_bytes=prediction.host_bytes
             if of_host
             else prediction.phase_needs.get(failure.phase or "", prediction.needed_bytes),
@@ -245,6 +248,12 @@ class Replanner:
             weight_bytes=workload.weight_bytes,
         )
         remember_misfit(self._measured, workload, record, available)
+
+    def _then(self, misfit: Misfit, failure: Failure) -> int:
+        """Device memory that was available when it ran out."""
+        if failure.room_bytes is None:
+            return misfit.available_bytes
+        return max(0, min(misfit.available_bytes, failure.room_bytes - self.limits.reserve))
 
 
 SCARCE = 0.1

@@ -60,6 +60,20 @@ def test_what_others_were_promised_is_not_free(rtx_3080: Machine) -> None:
     assert with_own_memory(rtx_3080, "cuda:0") == before, "released when it is gone"
 
 
+def test_what_others_are_drawing_with_is_not_counted_twice() -> None:
+    """It is not free any more; what they have yet to take is promised still."""
+    (_, first), (_, second) = kept = [claim(device_bytes=2 * GIB), claim(device_bytes=3 * GIB)]
+    with claims.drawing(first, 10 * GIB):
+        assert promised_beside(None, "cuda:0", 10 * GIB) == (5 * GIB, 0)
+        assert promised_beside(None, "cuda:0", 11 * GIB) == (4 * GIB, 0)
+        assert promised_beside(None, "cuda:0", 15 * GIB) == (3 * GIB, 0), "no more than its own"
+        assert promised_beside(first, "cuda:0", 11 * GIB) == (3 * GIB, 0)
+        with claims.drawing(second, 11 * GIB):
+            assert promised_beside(None, "cuda:0", 13 * GIB) == (2 * GIB, 0)
+    assert promised_beside(None, "cuda:0", 13 * GIB) == (5 * GIB, 0)
+    del kept
+
+
 def test_it_never_gets_below_nothing(rtx_3080: Machine) -> None:
     kept = claim(device_bytes=1000 * GIB, host_bytes=1000 * GIB)
     machine = with_own_memory(rtx_3080, "cuda:0")

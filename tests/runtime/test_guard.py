@@ -25,6 +25,7 @@ from autotune.probe.live import identity
 from autotune.profile.store import load_profile
 from autotune.runtime import tuned as tuned_module
 from autotune.runtime.guard import RETRIES, Before
+from autotune.runtime.out_of_memory import Failure
 from autotune.runtime.spilling import Load
 from autotune.runtime.tuned import Tuned
 from autotune.testing.pipelines import BUILDERS
@@ -115,6 +116,21 @@ def test_it_is_forgotten_with_more_memory() -> None:
     (misfit,) = profile.misfits
     assert (misfit.optimizations, misfit.phase, misfit.available_bytes) == ((), "decode", GIB)
     assert names(configured(ram_limit="1100MiB")) == []
+
+
+def test_what_others_held_when_it_ran_out_is_not_held_against_it_for_ever() -> None:
+    tuned = configured()
+    planner: Any = tuned._planner
+    failure = Failure("out of memory", "decode", False, room_bytes=300 * MIB)
+    smaller = planner.step_down(tuned.plan, tuned._workload, failure)
+    assert [s.name for s in smaller.plan.optimizations] == ["vae_slicing"], (
+        "it is not tried at once"
+    )
+    profile = load_profile(identity("cpu"))
+    assert profile is not None
+    assert profile.misfits[-1].available_bytes == 300 * MIB
+    assert names(configured()) == [], "the next start has a gibibyte"
+    assert names(configured(ram_limit="300MiB")) == ["vae_slicing"]
 
 
 def test_the_scheduler_begins_anew() -> None:

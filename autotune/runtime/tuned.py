@@ -241,10 +241,10 @@ class Tuned:
             return
         self._finish_undoing()
         self._unplanned = None
+        hold_limits(self.device)  # others may have come, whatever is planned
         asked = self._asked(prompt, options)
         is_same = asked == self._workload.request
         if is_same and self._undo is not None and planner.holds(self.plan):
-            hold_limits(self.device)
             return
         try:
             found = self._planned_for(planner, asked)

@@ -500,6 +500,20 @@ def test_memory_that_others_take_is_noticed_before_a_call(monkeypatch: pytest.Mo
         image(tuned)
 
 
+def test_limits_are_held_before_every_call_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no plan for what there is now, and the old one is tried."""
+    tuned = configured()
+    planner: Any = tuned._planner
+    held: list[str] = []
+    refused = MemoryShortageError("does not fit")
+    monkeypatch.setattr(tuned_module, "hold_limits", held.append)
+    monkeypatch.setattr(planner, "holds", lambda plan: False)
+    monkeypatch.setattr(planner, "plan", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(MemoryShortageError):
+        image(tuned)
+    assert held == ["cpu"]
+
+
 def test_memory_that_others_take_between_plan_and_apply_is_noticed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

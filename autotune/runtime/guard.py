@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
 from autotune.errors import AutotuneError, MemoryShortageError
 from autotune.optimizations.base import Setting
 from autotune.runtime.account import ways_out
-from autotune.runtime.memory import Held
 from autotune.runtime.out_of_memory import Failure
 from autotune.units import format_bytes
 from autotune.workload.live import has_own_code, parts_of
 from autotune.workload.workload import Request, Workload
+
+if TYPE_CHECKING:  # it imports torch, and plans are made without
+    from autotune.runtime.memory import Held
 
 RETRIES = 3
 """Smaller plans that are tried after one has run out of memory."""

@@ -2,7 +2,9 @@
 
 A rate is one number for all shapes; replay knows some operators exactly. An operator that was not
 replayed (another tile, a merged token count) is corrected like its replayed kin, so that
-alternatives are compared by the same yardstick.
+alternatives are compared by the same yardstick: like those of its own name, which compute the same
+of each byte (a CPU takes several times as long for a ``silu`` as for an addition), else like all of
+its kind.
 """
 
 from __future__ import annotations
@@ -35,17 +37,25 @@ class Corrections:
             if measured is None or measured.seconds is None or estimated <= 0:
                 continue
             self._factors[operator.key] = measured.seconds / estimated
-            sums = kin[operator.kind, operator.dtype]
-            sums[0] += measured.seconds * operator.count
-            sums[1] += estimated * operator.count
+            for name in (operator.name, operator.kind):
+                sums = kin[name, operator.dtype]
+                sums[0] += measured.seconds * operator.count
+                sums[1] += estimated * operator.count
         self._kin = {key: measured / estimated for key, (measured, estimated) in kin.items()}
 
     def factor(self, operator: Operator) -> float:
-        """The operator's own factor, else that of its kind and dtype, else 1."""
+        """The operator's own factor, else that of its name, else of its kind, else 1."""
         if not self._factors:
             return 1.0
         own = self._factors.get(operator.key)
-        return own if own is not None else self._kin.get((operator.kind, operator.dtype), 1.0)
+        if own is not None:
+            return own
+        alike = self._kin.get((operator.name, operator.dtype))
+        return alike if alike is not None else self.of_kind(operator.kind, operator.dtype)
+
+    def of_kind(self, kind: str, dtype: str) -> float:
+        """Of all operators of a kind together; 1 where none was replayed."""
+        return self._kin.get((kind, dtype), 1.0)
 
 
 def replayable(workload: Workload) -> list[Operator]:

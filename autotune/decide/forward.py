@@ -9,7 +9,14 @@ import msgspec
 from autotune.decide import attention, compiled, quantized, workspace
 from autotune.decide.attention import BYTES, Kernel
 from autotune.decide.corrections import Corrections
-from autotune.decide.merging import MATCHING_LAUNCHES, Matching, matching, merged, merges
+from autotune.decide.merging import (
+    CPU_FLOPS_PER_VALUE,
+    MATCHING_LAUNCHES,
+    Matching,
+    matching,
+    merged,
+    merges,
+)
 from autotune.decide.quantized import Scheme
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.optimizations.execution import Execution
@@ -267,10 +274,17 @@ class ForwardModel:
         return product, traffic / self._machine.kernels.memory_bytes_per_s.value
 
     def _matching(self, work: Matching, operator: Operator) -> Bound:
-        kernels = self._machine.kernels
+        kernels, kin = self._machine.kernels, self._corrections
+        product = work.flops / _rate(kernels.matmul_flops_per_s, operator.dtype)
+        traffic = work.bytes / kernels.memory_bytes_per_s.value
+        moving = 0.0
+        if self._machine.device.kind == "cpu":
+            moving = (
+                work.values * CPU_FLOPS_PER_VALUE / _rate(kernels.matmul_flops_per_s, "float32")
+            )
         return Bound(
-            work.flops / _rate(kernels.matmul_flops_per_s, operator.dtype),
-            work.bytes / kernels.memory_bytes_per_s.value,
+            product * kin.of_kind("matmul", operator.dtype) + moving,
+            traffic * kin.of_kind("memory", operator.dtype),
         )
 
     def _flops_per_s(self, operator: Operator, channels_last: bool) -> float:

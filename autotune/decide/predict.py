@@ -56,6 +56,10 @@ fails. Most of it where the cache is kept from call to call, with what is left o
 between what the next one needs; offload hooks empty it, but leave half-empty segments of 2 and 20
 MiB. ``scripts/simulate_fragmentation.py`` replays whole generations: no less suffices for any."""
 
+HELD_ON_CPU = Fragmentation(0.02, 2 * MIB)
+"""What a pipeline holds between its modules is in no trace: embeddings, latents, pictures. 2 to 3
+MiB in small pipelines whose decodes take 100; on a GPU the margin for fragmentation covers it."""
+
 ESTIMATE_MARGIN = 1.0
 """Share of the activations to keep free on top, where they are a guess from the weights."""
 
@@ -319,7 +323,10 @@ class Predictor:
         if run.is_estimated:
             margin += int(ESTIMATE_MARGIN * activation)
         resident += self._kept_bytes(run, execution)
-        return _Memory(resident, activation, forward.workspace_bytes + fixed, margin, fixed)
+        workspace = forward.workspace_bytes + fixed
+        if self.machine.device.kind == "cpu":
+            fixed = workspace  # oneDNN has no other way
+        return _Memory(resident, activation, workspace, margin, fixed)
 
     def _once_s(self, run: ComponentRun, execution: Execution) -> float:
         """What is done before the first image, for this run of the workload."""
@@ -333,12 +340,20 @@ class Predictor:
         stays_narrow = execution.decode_dtype or execution.decoder
         kept = -run.upcast_bytes if stays_narrow else 0
         kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
-        if execution.step_cache is not None and run.role == "denoiser":
-            passes = self.workload.guided_passes
-            kept += step_caches.kept_bytes(
-                execution.step_cache, run.trace, passes, self._guided_in_batch
-            )
+        if run.role == "denoiser":
+            kept += self._cached_bytes(run, execution)
+        elif run.entry == "decode":  # pipelines let go of a cache when the image is done
+            kept += sum(self._cached_bytes(r, execution) for r in self.workload.runs_as("denoiser"))
         return kept
+
+    def _cached_bytes(self, run: ComponentRun, execution: Execution) -> int:
+        """What a step cache keeps of one of a denoiser's calls."""
+        if execution.step_cache is None:
+            return 0
+        passes = self.workload.guided_passes
+        return step_caches.kept_bytes(
+            execution.step_cache, run.trace, passes, self._guided_in_batch
+        )
 
     def _with_effects(
         self, forward: ForwardCost, run: ComponentRun, execution: Execution
@@ -384,8 +399,8 @@ class Predictor:
         return self._extra_s[key]
 
     def _margin_bytes(self, resident: int, activation: int, execution: Execution) -> int:
-        if self.machine.device.kind == "cpu":
-            return 0  # malloc returns large blocks to the system
+        if self.machine.device.kind == "cpu":  # malloc returns large blocks to the system
+            return int(HELD_ON_CPU.share * activation) + HELD_ON_CPU.bytes
         lost = FRAGMENTATION[execution.placement]
         # Segments are no emptier than half: no more is lost in them than is held.
         return int(lost.share * activation) + min(lost.bytes, resident + activation)

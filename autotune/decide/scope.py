@@ -29,7 +29,7 @@ REACH: dict[str, frozenset[Part]] = {
     "decode_tile": frozenset({"autoencoder"}),
     "channels_last": frozenset({"denoiser", "autoencoder"}),
     "compiled": frozenset({"denoiser"}),
-    "step_cache": frozenset({"denoiser"}),
+    "step_cache": frozenset({"denoiser", "autoencoder"}),
     "decode_dtype": frozenset({"autoencoder"}),
     "decoder": frozenset({"autoencoder"}),
 }

@@ -1,8 +1,8 @@
-"""What CUDA's libraries take besides tensors: cuDNN for a convolution, cuBLAS for good.
+"""What libraries take besides tensors: cuDNN and oneDNN for a convolution, cuBLAS for good.
 
-None of it decides whether something fits: where a workspace cannot be had, PyTorch goes down
-cuDNN's list of plans (``try_configs`` in ``aten/src/ATen/native/cudnn/Conv_v8.cpp``). It belongs to
-the peak.
+What cuDNN takes does not decide whether something fits: where a workspace cannot be had, PyTorch
+goes down its list of plans (``try_configs`` in ``aten/src/ATen/native/cudnn/Conv_v8.cpp``). It
+belongs to the peak. oneDNN has to have it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
     only input and filter are, as SDXL's float32 decode does on an A100
     (Hugging Face's simple_sdxl_optimizations).
     """
-    if operator.kind != "convolution" or machine.device.kind != "cuda":
+    if operator.kind != "convolution":
+        return 0
+    if machine.device.kind == "cpu":
+        return _onednn_bytes(operator, channels_last)
+    if machine.device.kind != "cuda":
         return 0
     if channels_last and operator.is_over_images:
         return 0
@@ -58,6 +62,18 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
     read = operator.in_bytes + operator.weight_bytes
     writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(machine, operator)
     return read + operator.out_bytes if writes_nhwc else read
+
+
+def _onednn_bytes(operator: Operator, channels_last: bool) -> int:
+    """What oneDNN takes for a convolution on a CPU, beside its input and output.
+
+    Filters are packed. Of an image that is not channels last a copy is made that is, and one of the
+    result before it is laid out as the image was (the profiler's allocations, PyTorch 2.13).
+    """
+    filters = operator.weight_bytes
+    if (channels_last and operator.is_over_images) or operator.is_channels_last_on_cpu:
+        return filters
+    return max(operator.in_bytes + filters, operator.out_bytes)
 
 
 def _is_addressed(machine: Machine, operator: Operator) -> bool:

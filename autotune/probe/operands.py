@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from autotune.workload.workload import Operator
+from autotune.workload.workload import NHWC, Operator
 
 _VALUES_MATTER = {
     *("_assert_async", "_assert_scalar", "_functional_assert_async", "_local_scalar_dense"),
@@ -109,7 +109,7 @@ class Buffers:
                 it is made for this call alone.
         """
         dtype, shape = plain["t"], plain["s"]
-        stride = plain.get("st") or _contiguous(shape)
+        stride = self._strides(plain)
         span = _span(shape, stride)
         if own and not _is_inexact(getattr(torch, dtype)):
             return _filled(span, getattr(torch, dtype), self.device).as_strided(shape, stride)
@@ -119,6 +119,15 @@ class Buffers:
             start = 0
         self._next[dtype] = start + -(-span // self._ALIGNMENT) * self._ALIGNMENT
         return flat.as_strided(shape, stride, start)
+
+    def _strides(self, plain: dict[str, Any]) -> list[int]:
+        shape = plain["s"]
+        if "l" not in plain or self.device.type != "cpu":
+            return plain.get("st") or _contiguous(shape)
+        if plain["l"] != NHWC:
+            return _contiguous(shape)
+        _, channels, height, width = shape
+        return [channels * height * width, 1, channels * width, channels]
 
     def _buffer(self, dtype: str) -> torch.Tensor:
         if dtype not in self._flat:

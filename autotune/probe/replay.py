@@ -81,7 +81,7 @@ def replay(
     memory_bytes: int,
     weight: Callable[[Operator], float],
 ) -> dict[str, OperatorTime]:
-    """Time distinct operators, the heaviest for certain, as many more as the budget allows.
+    """Time distinct operators, of each name the heaviest, as many more as the budget allows.
 
     Args:
         operators: Of any number of traces, in their order; equal ones are run once.
@@ -98,8 +98,7 @@ def replay(
     """
     deadline = Deadline(budget_s)
     wanted = {o.key: o for o in operators if o.key not in known and o.bytes <= memory_bytes}
-    heaviest_first = sorted(wanted.values(), key=weight, reverse=True)
-    groups, unfit = fitting(heaviest_first, int(_PLANNED_SHARE * memory_bytes))
+    groups, unfit = fitting(_in_order(wanted.values(), weight), int(_PLANNED_SHARE * memory_bytes))
     found = {operator.key: OperatorTime(None) for operator in unfit}
     with torch.no_grad(), _own_random_state(device), at_most(device, memory_bytes):
         for group in groups:
@@ -110,10 +109,18 @@ def replay(
     return found
 
 
+def _in_order(operators: Iterable[Operator], weight: Callable[[Operator], float]) -> list[Operator]:
+    """The heaviest first; before them all, the heaviest of each name: it stands for the others."""
+    heaviest_first = sorted(operators, key=weight, reverse=True)
+    of_each_name = {o.name: o for o in reversed(heaviest_first)}
+    first = {o.key for o in of_each_name.values()}
+    return sorted(heaviest_first, key=lambda o: o.key not in first)
+
+
 def _replay_group(
     group: Group, order: list[str], device: torch.device, deadline: Deadline
 ) -> dict[str, OperatorTime]:
-    """Times of operators that share buffers; the group has them heaviest first."""
+    """Times of operators that share buffers; the group has the most telling first."""
     buffers = Buffers(group, device)
     ready: dict[str, _Prepared] = {}
     alone: dict[str, OperatorTime] = {}  # cannot be run alone
@@ -159,11 +166,11 @@ def _second_call(call: Callable[[], Any], device: torch.device) -> tuple[float, 
     return seconds, peak - held
 
 
-def _affordable(heaviest_first: list[_Prepared], seconds: float) -> set[str]:
-    """As many of the heaviest as go into the seconds left, one round; the first for certain."""
+def _affordable(most_telling_first: list[_Prepared], seconds: float) -> set[str]:
+    """As many of the first as go into the seconds left, one round; the very first for certain."""
     total = 0.0
     chosen: set[str] = set()
-    for prepared in heaviest_first:
+    for prepared in most_telling_first:
         total += prepared.sample_s
         if chosen and total > seconds:
             break

@@ -22,7 +22,7 @@ from autotune.probe import nvml
 from autotune.profile.profile import PhaseMeasurement
 from autotune.workload.workload import Workload
 
-_MARK = "autotune:"
+_MARK, _PASS = "autotune:", "autotune pass"
 
 
 class Level(NamedTuple):
@@ -265,7 +265,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
+def cpu_peaks(call: Callable[[], Any], weight_bytes: int, passes: int = 1) -> dict[str, int]:
     """Peak bytes per phase on the CPU, from the allocator's events while ``call`` runs.
 
     The profiler slows the call down, so it must not be the one that is timed.
@@ -273,25 +273,31 @@ def cpu_peaks(call: Callable[[], Any], weight_bytes: int) -> dict[str, int]:
     Args:
         call: Runs the pipeline under ``PhaseMeter.watch``.
         weight_bytes: What is resident already: the events only tell what comes and goes.
+        passes: Of the call; the last one counts. Two where weights are made anew on the way (cast
+            layer by layer): the end of what was there before the events began is not told.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
     with _quiet_stderr():
         profile.start()
     try:
-        call()
+        for _ in range(passes):
+            with torch.profiler.record_function(_PASS):
+                call()
     finally:
         with _quiet_stderr():
             profile.stop()
     profiler: Any = profile.profiler
     peaks: dict[str, int] = {}
-    phase, held = "", 0
+    phase, held, before = "", 0, 0
     for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         name = event.name()
-        if name.startswith(_MARK):
+        if name == _PASS:
+            phase, before, peaks = "", held, {}
+        elif name.startswith(_MARK):
             phase = name.removeprefix(_MARK)
         elif name == "[memory]":
             held += event.nbytes()
             if phase:
-                peaks[phase] = max(peaks.get(phase, 0), weight_bytes + held)
+                peaks[phase] = max(peaks.get(phase, 0), weight_bytes + held - before)
     return peaks

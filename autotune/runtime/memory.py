@@ -112,6 +112,11 @@ def bytes_on(device: torch.device, pipe: Any) -> int:
     return _bytes_by_place(pipe)[device.type, device.index or 0]
 
 
+def resident_bytes(pipe: Any) -> int:
+    """All weights as they are now, with what optimizations have added to them or taken off."""
+    return _bytes_by_place(pipe).total()
+
+
 def _bytes_by_place(pipe: Any) -> Counter[tuple[str, int]]:
     """By type and index of device; packed weights as they are stored."""
     held: Counter[tuple[str, int]] = Counter()

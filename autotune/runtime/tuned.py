@@ -38,7 +38,7 @@ from autotune.runtime.guard import (
     traces_as_loaded,
 )
 from autotune.runtime.measure import PhaseMeter, cpu_peaks
-from autotune.runtime.memory import used_bytes
+from autotune.runtime.memory import resident_bytes, used_bytes
 from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
 from autotune.runtime.spilling import is_spilling, spilling_system
 from autotune.runtime.verification import Verification
@@ -184,7 +184,8 @@ class Tuned:
                 with meter.watch():
                     self._draw(prompt, options)
 
-            return cpu_peaks(draw, self._workload.weight_bytes)
+            is_cast = bool(self.plan.execution.storage_dtype)
+            return cpu_peaks(draw, resident_bytes(self.pipe), passes=2 if is_cast else 1)
 
         with turn_of(self.pipe):
             return self._guarded(short, options["generator"])

@@ -18,7 +18,7 @@ import torch
 
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.measure import PhaseMeter, cpu_peaks, device_gauge
-from autotune.runtime.memory import bytes_on
+from autotune.runtime.memory import bytes_on, resident_bytes
 from autotune.runtime.verification import Verification, check_phase, passes_on
 from autotune.workload.arguments import call_arguments
 from autotune.workload.stage import quiet
@@ -121,7 +121,8 @@ def _peaks(applied: Applied, draw: Draw) -> dict[str, int]:
         with meter.watch():
             draw(arguments)
 
-    return cpu_peaks(watched, applied.workload.weight_bytes)
+    is_cast = bool(applied.plan.execution.storage_dtype)
+    return cpu_peaks(watched, resident_bytes(applied.pipe), passes=2 if is_cast else 1)
 
 
 def _with_peaks(one: _Pass, peaks: dict[str, int]) -> _Pass:

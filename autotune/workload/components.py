@@ -96,9 +96,20 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
     Raises:
         ModelError: the class does not exist in the installed library, or refuses the configuration.
     """
+    return build(name, component, dtype, torch.device("meta"))
+
+
+def build(
+    name: str, component: ComponentConfig, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Instantiate a component on a device, with the random weights that its class starts from.
+
+    Raises:
+        ModelError: the class does not exist in the installed library, or refuses the configuration.
+    """
     cls = _find_class(name, component)
     try:
-        with torch.device("meta"), _default_dtype(dtype):
+        with device, _default_dtype(dtype):
             module = _instantiate(cls, component)
     except Exception as error:  # whatever the third-party constructor raises on odd values
         raise ModelError(
@@ -108,7 +119,7 @@ def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> 
         ) from error
     # nn.Module.to, since ModelMixin.to logs a warning meant for real weights. A few buffers are
     # made on the CPU whatever the default device is (torch.Tensor([...])).
-    nn.Module.to(module, device="meta")
+    nn.Module.to(module, device=device)
     _cast_as_loaded(module, dtype)
     return module.eval().requires_grad_(False)
 

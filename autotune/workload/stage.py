@@ -62,7 +62,7 @@ def meta_pipeline(
     try:
         with quiet():
             if pipe is None or is_of_a_library(cls):
-                made = _on_cpu(cls)(**dict(_parts(cls, architecture, modules, pipe)))
+                made = _on_cpu(cls)(**dict(constructor_parts(cls, architecture, modules, pipe)))
             else:
                 made = _copied(pipe, architecture, modules)
     except Exception as error:  # the constructor of any pipeline
@@ -103,10 +103,10 @@ def _on_cpu(cls: Any) -> Any:
     )
 
 
-def _parts(
-    cls: Any, architecture: Architecture, modules: dict[str, nn.Module], pipe: Any
+def constructor_parts(
+    cls: Any, architecture: Architecture, modules: dict[str, nn.Module], pipe: Any = None
 ) -> Iterator[tuple[str, Any]]:
-    """What the constructor takes, as far as somebody knows it."""
+    """What a pipeline's constructor takes by name, as far as somebody knows it."""
     known = {**_schedulers(architecture, pipe), **architecture.options, **modules}
     looking = next((modules[n] for n in ("image_encoder", "safety_checker") if n in modules), None)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from autotune.workload.layouts import NO_LAYOUTS, Layouts
 from autotune.workload.regions import regions_marked, self_attention_marked
 from autotune.workload.values import (
     Values,
@@ -108,6 +109,7 @@ class _Recorder:
 
     weights: set[int]
     values: Values
+    layouts: Layouts = field(default_factory=Layouts)
     calls: dict[tuple[str, int, str], _Calls] = field(default_factory=dict)
     guesses: list[str] = field(default_factory=list)
     live_bytes: int = 0
@@ -144,6 +146,7 @@ class _Recorder:
             self.timeline.append(-self._numbers.pop(key))
         self.live_bytes -= size
         self.values.forget(key)
+        self.layouts.forget(key)
         pending = self._pending.pop(key, None)
         if pending is not None:
             pending.writer.unwritten += pending.is_first
@@ -197,7 +200,7 @@ class _Recorder:
         facts = facts_of(func)
         if facts.is_view:
             return func(*args, **kwargs)
-        key = _key(func, args, kwargs, facts.is_linear)
+        key = (_key(func, args, kwargs, facts.is_linear), self.layouts.of_all(args))
         seen = self._seen.get(key)
         if seen is not None and seen.result is not None:
             out, is_by_shapes = seen.result.again(), True
@@ -207,13 +210,14 @@ class _Recorder:
         is_new = [self.adopt(t) for t in outputs]
         if seen is None:
             is_like_any = is_by_shapes and all(is_new) and not facts.written
-            signature = _signature(str(func), args, kwargs, facts.is_linear)
+            signature = _signature(str(func), args, kwargs, facts.is_linear, self.layouts)
             seen = self._seen[key] = _Seen(signature, _Result.of(out) if is_like_any else None)
         if (any(is_new) or facts.written) and not facts.only_allocates:
             calls = self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
             made = [t for t, new in zip(outputs, is_new, strict=True) if new]
             self.flow(calls, tensors_in((args, kwargs)), made)
         self.values.follow(func, args, kwargs, out)
+        self.layouts.follow(func, args, outputs)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
@@ -327,14 +331,20 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.recorder.run(func, args, kwargs or {})
 
 
-class _Attention(TorchFunctionMode):
-    """Keeps scaled-dot-product attention whole: on meta it would fall apart into its parts."""
+class _Functions(TorchFunctionMode):
+    """Keeps scaled-dot-product attention whole: on meta it would fall apart into its parts.
+
+    And knows the copies that a group norm makes of its input: a CPU makes none.
+    """
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "group_norm":
+            with self.recorder.layouts.kept_by_copies():
+                return func(*args, **(kwargs or {}))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | (kwargs or {})
@@ -402,7 +412,7 @@ def trace_call(
         stack.enter_context(torch.no_grad())
         stack.enter_context(self_attention_marked(module, recorder))
         stack.enter_context(regions_marked(module, recorder))
-        stack.enter_context(_Attention(recorder))
+        stack.enter_context(_Functions(recorder))
         stack.enter_context(_Dispatch(recorder))
         out = call()
     return Traced(recorder.trace(), out, tuple(dict.fromkeys(recorder.guesses)))
@@ -457,13 +467,17 @@ def _hashable(value: Any, is_linear: bool) -> Any:
     return kind, value  # 1 == 1.0 == True, and each gives another dtype
 
 
-def _signature(name: str, args: Any, kwargs: Any, is_linear: bool = False) -> str:
-    plain = [name, _plain(args, is_linear), _plain(kwargs, is_linear)]
+def _signature(
+    name: str, args: Any, kwargs: Any, is_linear: bool = False, layouts: Layouts = NO_LAYOUTS
+) -> str:
+    plain = [name, _plain(args, is_linear, layouts), _plain(kwargs, is_linear, layouts)]
     return json.dumps(plain, separators=(",", ":"))
 
 
-def _plain(value: Any, is_linear: bool) -> Any:
+def _plain(value: Any, is_linear: bool, layouts: Layouts) -> Any:
     """An argument as JSON: tensors by dtype, shape and (unless contiguous) strides.
+
+    ``"l"`` is the layout of images that lie otherwise on a CPU.
 
     A number that is only multiplied with is any number: tiles are blended with a thousand weights.
     """
@@ -471,11 +485,14 @@ def _plain(value: Any, is_linear: bool) -> Any:
         described: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape)}
         if not value.is_contiguous():
             described["st"] = list(value.stride())
+        layout = layouts.of(value)
+        if layout:
+            described["l"] = layout
         return described
     if isinstance(value, (list, tuple)):
-        return [_plain(v, is_linear) for v in value]
+        return [_plain(v, is_linear, layouts) for v in value]
     if isinstance(value, dict):
-        return {k: _plain(v, is_linear) for k, v in value.items()}
+        return {k: _plain(v, is_linear, layouts) for k, v in value.items()}
     if isinstance(value, float) and is_linear:
         return 1.0
     if value is None or isinstance(value, (bool, int, float, str)):

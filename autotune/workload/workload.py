@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Literal
 
 from autotune.probe.machine import Value
@@ -51,6 +52,9 @@ class AttentionShape(Value, frozen=True):
         """Elements of the full score matrix, which only vanilla attention writes out."""
         return self.batch * self.heads * self.q_tokens * self.kv_tokens
 
+
+NHWC, NCHW = "nhwc", "nchw"
+"""In a signature: how an image lies on a CPU, where that is otherwise than its strides say."""
 
 Region = Literal["", "block", "attention"]
 """Where in a network an operator is: in one of its repeated blocks, or in such a block's attention,
@@ -109,6 +113,15 @@ class Operator(Value, frozen=True):
             return False
         image = json.loads(self.signature)[1][0]
         return len(image["s"]) == 4
+
+    @property
+    def is_channels_last_on_cpu(self) -> bool:
+        """Whether it is a convolution of images that lie channels last where a CPU computes it."""
+        image = json.loads(self.signature)[1][0] if self.is_over_images else {}
+        if "l" in image:
+            return bool(image["l"] == NHWC)
+        strides = image.get("st") or (0, 0)
+        return bool(strides[1] == 1 and strides[0] >= math.prod(image["s"][1:]))
 
     @property
     def key(self) -> str:

@@ -65,3 +65,18 @@ def test_replayed_workspace_is_taken(traced, rtx_3080):
     machine = msgspec.structs.replace(rtx_3080, operators=times)
     before, after = (Predictor(m, workload).predict(execution_of(())) for m in (rtx_3080, machine))
     assert after.phases[-1].workspace_bytes < before.phases[-1].workspace_bytes
+
+
+def test_an_operator_is_like_those_of_its_name(traced, rtx_3080):
+    """A silu tells more of another silu than all additions do."""
+    workload = traced("sd15")
+    operators = {o.key: o for o in replayable(workload)}.values()
+    silus = [o for o in operators if o.name == "aten.silu.default"]
+    adds = [o for o in operators if o.name == "aten.add.Tensor"]
+    times = {silus[0].key: OperatorTime(5.0), adds[0].key: OperatorTime(2.0)}
+    corrections = Corrections(times, workload, lambda o: 1.0)
+    assert corrections.factor(silus[1]) == 5.0
+    assert corrections.factor(adds[1]) == 2.0
+    norm = next(o for o in operators if o.name == "aten.native_group_norm.default")
+    assert corrections.factor(norm) == corrections.of_kind("memory", norm.dtype)
+    assert 2.0 < corrections.factor(norm) < 5.0

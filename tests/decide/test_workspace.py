@@ -38,11 +38,32 @@ def convolution(dtype: str = "float16", in_bytes: int = IN, kind: str = "convolu
         ("a100-40gb", "float32", IN + FILTER),  # TF32 engines write NCHW
         ("t4-16gb", "float32", 0),  # no tensor cores for float32 before Ampere
         ("gtx-1660-6gb", "float32", 0),
-        ("cpu-16-cores", "float32", 0),
+        ("cpu-16-cores", "float32", IN + FILTER),  # oneDNN: a copy, and packed filters
     ],
 )
 def test_copies_by_engine(machine: str, dtype: str, expected: int) -> None:
     assert convolution_bytes(load_machine(machine), convolution(dtype), False) == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "taken"),
+    [
+        ('{"t":"float32","s":[1,8,64,64]}', IN + FILTER),
+        ('{"t":"float32","s":[1,8,64,64],"l":"nhwc"}', FILTER),  # as CPU kernels leave it
+        ('{"t":"float32","s":[1,8,64,64],"st":[32768,1,512,8]}', FILTER),
+        (
+            '{"t":"float32","s":[1,8,64,64],"st":[8,1,512,8]}',
+            IN + FILTER,
+        ),  # PyTorch does not say so
+    ],
+)
+def test_onednn_copies_what_is_not_channels_last(
+    cpu_machine: Machine, image: str, taken: int
+) -> None:
+    signature = f'["aten.convolution.default",[{image}],{{}}]'
+    operator = replace(convolution("float32"), signature=signature)
+    assert convolution_bytes(cpu_machine, operator, False) == taken
+    assert convolution_bytes(cpu_machine, operator, True) == FILTER
 
 
 @pytest.mark.parametrize(("torch", "copied"), [("2.5.1", False), ("2.7.0+cu128", True), ("", True)])

@@ -1,0 +1,531 @@
+"""What a recording says of predictions and choices, as the planner makes them today.
+
+Pure: it reads a recording, asks the planner anew for the recorded machine and workloads, and
+compares. Nothing is run, and torch is not imported.
+
+Seconds add up over phases and the memory needed is that of the largest, so a set that was not
+measured as a whole is put together of phases that were, each with exactly what it sees of the set;
+how well that works is checked on the sets that were measured as a whole.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from autotune.decide.decision import decide
+from autotune.decide.history import History, Misfit, Observation, Observed
+from autotune.decide.limits import allows
+from autotune.decide.metrics import expected
+from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Prediction
+from autotune.decide.search import execution_of
+from autotune.errors import OptimizationError
+from autotune.optimizations import CATALOGUE, find
+from autotune.optimizations.base import Setting
+from autotune.probe.machine import Machine
+from autotune.workload.workload import Workload
+from validation.cases import ASKED, WITHOUT, Question
+from validation.recording import Header, Line, PeerRun, Phases, Prepared, SetRun
+from validation.rules import RULES, usable
+from validation.sets import Key, Names, Set, coherent_sets, keys_of, names_of, set_of
+
+SAME_TIME = 0.03
+"""Times closer than this are not ranked: one optimization has to gain more."""
+
+TRIES = 4
+"""So often a choice is run and made again with what that taught."""
+
+
+class Outcome(NamedTuple):
+    """What a set came to, really.
+
+    Attributes:
+        seconds: One generation in steady state.
+        once_s: What the first took longer, where something is compiled.
+        peak_bytes: The allocator's peak.
+        is_whole: It was measured as a whole, and not put together of phases.
+    """
+
+    seconds: float
+    once_s: float
+    peak_bytes: int
+    is_whole: bool
+
+    def mean_seconds(self, images: int) -> float:
+        """With its share of what is done once."""
+        return self.seconds + self.once_s / images
+
+
+class Compared(NamedTuple):
+    """A figure, predicted and measured: of a phase, or of a generation (``"all"``)."""
+
+    case: str
+    settings: Names
+    phase: str
+    metric: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Signed and relative."""
+        return self.predicted / self.measured - 1
+
+
+class Choice(NamedTuple):
+    """What a plan comes to, without its reasons."""
+
+    settings: Set
+    fits: bool
+    needed_bytes: int
+    budget_bytes: int
+
+
+class Answer(NamedTuple):
+    """What was chosen for a question, and what came of it.
+
+    Attributes:
+        case: Of which case.
+        question: What was asked.
+        choice: The planner's answer.
+        outcome: What that set came to; ``None`` where it was not measured.
+        ran_out: It was said to fit, and did not.
+        best: The fastest set that fits, and its seconds; ``None`` where none does.
+        tries: How often it was run and chosen again.
+    """
+
+    case: str
+    question: Question
+    choice: Choice
+    outcome: Outcome | None
+    ran_out: bool
+    best: tuple[Names, float] | None
+    tries: int = 0
+
+    @property
+    def regret(self) -> float | None:
+        """How much longer than the best it takes; ``None`` where that cannot be said."""
+        if self.outcome is None or self.best is None or self.ran_out or not self.choice.fits:
+            return None
+        return self.outcome.mean_seconds(self.question.images) / self.best[1] - 1
+
+    @property
+    def refused_in_vain(self) -> bool:
+        """Nothing was said to fit, and something does."""
+        return not self.choice.fits and self.best is not None
+
+
+class PeerOutcome(NamedTuple):
+    """What a peer came to on a card, beside ours."""
+
+    case: str
+    peer: str
+    card_bytes: int
+    what: str
+    outcome: Outcome | None
+    ran_out: bool
+    ours: Outcome | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Its time over ours."""
+        if self.outcome is None or self.ran_out or self.ours is None:
+            return None
+        return self.outcome.seconds / self.ours.seconds
+
+
+# ---- one case -----------------------------------------------------------------------------------
+
+
+class Evidence:
+    """All that was measured of one case.
+
+    Args:
+        header: The machine.
+        prepared: The case.
+        lines: Of the whole recording.
+    """
+
+    def __init__(self, header: Header, prepared: Prepared, lines: Sequence[Line]) -> None:
+        operators = header.machine.operators | prepared.operators
+        self.case = prepared.case
+        self.machine: Machine = replace(header.machine, operators=operators)
+        self.workload: Workload = prepared.workload
+        self.cards = prepared.cards
+        self.predictor = Predictor(self.machine, self.workload)
+        self._predictors: dict[int, Predictor] = {}
+        mine = [line for line in lines if isinstance(line, SetRun) and line.case == self.case]
+        self.failed = [run for run in mine if run.error]
+        self.peers = [p for p in lines if isinstance(p, PeerRun) and p.case == self.case]
+        self._capped = {(r.settings, r.card_bytes): r for r in mine if r.card_bytes is not None}
+        self._runs: dict[Names, list[Phases]] = defaultdict(list)
+        self._seconds: dict[Key, list[float]] = defaultdict(list)
+        self._peaks: dict[Key, list[int]] = defaultdict(list)
+        self._once: dict[Names, float] = {}
+        for run in mine:
+            if run.card_bytes is None and not run.error:
+                self._take(run)
+        self.loads = [run.load for run in mine]
+
+    def _take(self, run: SetRun) -> None:
+        runs = run.runs
+        if self.machine.device.kind == "cpu" and not _compiles(run.settings):
+            runs = (run.first, *runs)  # a CPU has neither kernels to load nor algorithms to try
+        self._runs[run.settings] += runs
+        keys = keys_of(set_of(run.settings), self.machine, self.workload)
+        for phase in (p for phases in runs for p in phases):
+            self._seconds[keys[phase.name]].append(phase.seconds)
+            if phase.peak_bytes is not None:
+                self._peaks[keys[phase.name]].append(phase.peak_bytes)
+        if _compiles(run.settings) and len(run.wall_s) > 1:
+            extra = run.wall_s[0] - statistics.median(run.wall_s[1:])
+            self._once.setdefault(run.settings, max(0.0, extra))
+
+    @property
+    def measured(self) -> list[Names]:
+        """Sets with generations of their own."""
+        return list(self._runs)
+
+    def spread(self, names: Names) -> float | None:
+        """How far apart generations with the same set are, relative to their median."""
+        totals = [sum(p.seconds for p in phases) for phases in self._runs[names]]
+        if len(totals) < 2:
+            return None
+        return (max(totals) - min(totals)) / statistics.median(totals)
+
+    def phase(self, names: Names, name: str) -> tuple[float, int | None]:
+        """Median seconds and the peak of a phase, of all sets that look the same from there."""
+        key = keys_of(set_of(names), self.machine, self.workload)[name]
+        peaks = self._peaks.get(key)
+        return statistics.median(self._seconds[key]), max(peaks) if peaks else None
+
+    def whole(self, names: Names) -> Outcome | None:
+        """Of a set as it was measured; its peak may be that of phases in other sets."""
+        if names not in self._runs:
+            return None
+        totals = [sum(p.seconds for p in phases) for phases in self._runs[names]]
+        peaks = [self.phase(names, p.name)[1] for p in self.workload.phases]
+        if any(peak is None for peak in peaks):
+            return None
+        once = self._once.get(names, 0.0)
+        return Outcome(statistics.median(totals), once, max(p for p in peaks if p), True)
+
+    def composed(self, settings: Iterable[Setting]) -> Outcome | None:
+        """Of a set, put together of its phases; ``None`` where one was not measured."""
+        settings = tuple(settings)
+        keys = keys_of(settings, self.machine, self.workload).values()
+        if not all(k in self._seconds and k in self._peaks for k in keys):
+            return None
+        once = self._once_s(settings)
+        if once is None:
+            return None
+        seconds = sum(statistics.median(self._seconds[k]) for k in keys)
+        return Outcome(seconds, once, max(max(self._peaks[k]) for k in keys), False)
+
+    def _once_s(self, settings: Set) -> float | None:
+        """Of a set that looks the same to the compiler."""
+        compiled = frozenset(n for n in names_of(settings) if n.startswith("compile"))
+        if not compiled:
+            return 0.0
+        alike = [s for n, s in self._once.items() if compiled <= set(n)]
+        return statistics.median(alike) if alike else None
+
+    def outcome(self, settings: Iterable[Setting]) -> Outcome | None:
+        """Phases are measured in more sets than any set as a whole: their medians are better."""
+        settings = tuple(settings)
+        return self.composed(settings) or self.whole(names_of(settings))
+
+    def fits(self, settings: Iterable[Setting], card_bytes: int) -> bool | None:
+        """Whether it ran on that card; where it was not tried, whether its peak is within it."""
+        settings = tuple(settings)
+        tried = self._capped.get((names_of(settings), card_bytes))
+        if tried is not None:
+            return not tried.ran_out if not tried.error or tried.ran_out else None
+        outcome = self.outcome(settings)
+        if outcome is None:
+            return None
+        return outcome.peak_bytes <= card_bytes - self.machine.context_bytes
+
+    # ---- predictions ----------------------------------------------------------------------------
+
+    def comparisons(self) -> list[Compared]:
+        """Predicted against measured, of each measured set."""
+        rows: list[Compared] = []
+        seen: set[Key] = set()
+        for names in self.measured:
+            try:
+                prediction = self.predictor.predict(execution_of(set_of(names)))
+            except OptimizationError:
+                continue
+            rows += self._of_phases(names, prediction, seen)
+            rows += self._of_generation(names, prediction)
+        return rows
+
+    def _of_phases(
+        self, names: Names, prediction: Prediction, seen: set[Key]
+    ) -> Iterable[Compared]:
+        keys = keys_of(set_of(names), self.machine, self.workload)
+        for phase in prediction.phases:
+            if keys[phase.name] in seen or keys[phase.name] not in self._seconds:
+                continue
+            seen.add(keys[phase.name])
+            seconds, peak = self.phase(names, phase.name)
+            yield Compared(self.case, names, phase.name, "seconds", phase.seconds, seconds)
+            if peak is not None:
+                yield Compared(self.case, names, phase.name, "allocated", phase.peak_bytes, peak)
+
+    def _of_generation(self, names: Names, prediction: Prediction) -> Iterable[Compared]:
+        whole = self.whole(names)
+        if whole is None:
+            return
+        yield Compared(self.case, names, "all", "seconds", prediction.seconds, whole.seconds)
+        yield Compared(
+            self.case, names, "all", "allocated", prediction.peak_bytes, whole.peak_bytes
+        )
+        if whole.once_s:
+            yield Compared(self.case, names, "all", "once", prediction.once_s, whole.once_s)
+        yield from self._of_device(names)
+
+    def _of_device(self, names: Names) -> Iterable[Compared]:
+        phases = [p for run in self._runs[names] for p in run]
+        reserved = max((p.reserved_bytes or 0 for p in phases), default=0)
+        device = max((p.device_bytes or 0 for p in phases), default=0)
+        if not reserved:
+            return
+        peaks = expected(self.predictor, execution_of(set_of(names)))
+        yield Compared(self.case, names, "all", "reserved", peaks.reserved_bytes, reserved)
+        yield Compared(self.case, names, "all", "device", peaks.device_bytes, device)
+
+    def additivity(self) -> list[float]:
+        """Of sets measured as a whole: what their phases in *other* sets add up to, relative."""
+        errors = []
+        for names in self.measured:
+            keys = keys_of(set_of(names), self.machine, self.workload)
+            own = {p.name: [] for p in self.workload.phases}  # type: dict[str, list[float]]
+            for phases in self._runs[names]:
+                for phase in phases:
+                    own[phase.name].append(phase.seconds)
+            others = {n: _without(self._seconds[k], own[n]) for n, k in keys.items()}
+            if all(others.values()):
+                total = sum(statistics.median(o) for o in others.values())
+                whole = self.whole(names)
+                if whole is not None:
+                    errors.append(total / whole.seconds - 1)
+        return errors
+
+    @property
+    def typical_spread(self) -> float:
+        """How far apart generations with the same set are, in the middle of all sets."""
+        spreads = [s for n in self.measured if (s := self.spread(n)) is not None]
+        return statistics.median(spreads) if spreads else 0.0
+
+    def kendall_tau(self) -> float | None:
+        """How well the planner ranks the measured sets by time, from -1 to 1.
+
+        Sets closer together than generations with one set are not ranked.
+        """
+        pairs = [(c.predicted, c.measured) for c in self.comparisons() if _is_total(c)]
+        return tau(pairs, max(SAME_TIME, 2 * self.typical_spread))
+
+    # ---- choices --------------------------------------------------------------------------------
+
+    def answers(self, verify: bool) -> list[Answer]:
+        """To every question of the case."""
+        everything = coherent_sets(self.predictor, WITHOUT)
+        known = [(s, o) for s in everything if (o := self.outcome(s)) is not None]
+        questions = [Question(card, *asked) for card in self.cards for asked in ASKED]
+        return [self._answer(q, known, verify) for q in questions]
+
+    def scored(self) -> tuple[int, int]:
+        """Coherent sets whose outcome is known, and how many there are in the bounded list."""
+        everything = coherent_sets(self.predictor, WITHOUT)
+        return sum(self.outcome(s) is not None for s in everything), len(everything)
+
+    def _answer(self, question: Question, known: list[tuple[Set, Outcome]], verify: bool) -> Answer:
+        choice, tries = self._choice(question, verify)
+        fits = self.fits(choice.settings, question.card_bytes)
+        return Answer(
+            self.case,
+            question,
+            choice,
+            self.outcome(choice.settings),
+            choice.fits and fits is False,
+            self._best(question, known),
+            tries,
+        )
+
+    def _best(
+        self, question: Question, known: list[tuple[Set, Outcome]]
+    ) -> tuple[Names, float] | None:
+        fitting = [
+            (names_of(s), o.mean_seconds(question.images))
+            for s, o in known
+            if self.fits(s, question.card_bytes)
+            and all(allows(question.quality, find(x.name), x.parameters) for x in s)
+        ]
+        return min(fitting, key=lambda f: f[1], default=None)
+
+    def choose(self, question: Question, history: History | None = None) -> Choice:
+        """As a plan is made for it."""
+        predictor = self._predictors.get(question.images)
+        if predictor is None or history is not None:
+            predictor = Predictor(self.machine, self.workload, question.images, history)
+        if history is None:
+            self._predictors[question.images] = predictor
+        decision = decide(predictor, question.limits, CATALOGUE)
+        chosen = decision.chosen
+        budget = decision.budget.device_bytes
+        return Choice(chosen.settings, decision.fits, chosen.needed_bytes, budget)
+
+    def _choice(self, question: Question, verify: bool) -> tuple[Choice, int]:
+        """With verification, a choice is run, and made again with what that taught."""
+        history = History()
+        choice = self.choose(question)
+        for tries in range(TRIES if verify else 0):
+            taught = self._taught(choice, history)
+            if taught == history:
+                return choice, tries
+            history = taught
+            again = self.choose(question, history)
+            if again.settings == choice.settings:
+                return again, tries + 1
+            choice = again
+        return choice, TRIES if verify else 0
+
+    def _taught(self, choice: Choice, history: History) -> History:
+        """What a run of the choice adds to the history."""
+        outcome = self.outcome(choice.settings)
+        if outcome is None or not choice.fits:
+            return history
+        if self.fits(choice.settings, choice.budget_bytes + self.machine.context_bytes) is False:
+            misfit = Misfit(choice.settings, choice.budget_bytes)
+            if misfit in history.misfits:
+                return history
+            return replace(history, misfits=(*history.misfits, misfit))
+        names = names_of(choice.settings)
+        if any(names_of(o.settings) == names for o in history.observations):
+            return history
+        phases = []
+        for phase in self.workload.phases:
+            seconds, peak = self.phase(names, phase.name)
+            phases.append(Observed(phase.name, seconds, peak))
+        seen = Observation(choice.settings, tuple(phases))
+        return replace(history, observations=(*history.observations, seen))
+
+    # ---- peers ----------------------------------------------------------------------------------
+
+    def peer_outcomes(self) -> list[PeerOutcome]:
+        """Rules of thumb, looked up; then tools, as they ran; beside ours at exact quality."""
+        rows = []
+        for card in self.cards:
+            choice = self.choose(Question(card, "exact", 1))
+            ours = self.outcome(choice.settings) if choice.fits else None
+            if self.fits(choice.settings, card) is False:
+                ours = None
+            rows += [self._by_rule(rule, card, ours) for rule in RULES]
+            rows += [
+                self._by_tool(p, card, ours) for p in self.peers if p.card_bytes in (card, None)
+            ]
+        return rows
+
+    def _by_rule(self, rule: object, card: int, ours: Outcome | None) -> PeerOutcome:
+        name, rungs_of = rule  # type: ignore[misc]
+        rungs, reasons = usable(rungs_of(self.workload, card), self.machine, self.workload)
+        tried = [s for s in rungs if self.fits(s, card) is not None]
+        runs = next((s for s in tried if self.fits(s, card)), None)
+        last = runs if runs is not None else (tried[-1] if tried else None)
+        what = ", ".join(names_of(last)) or "all on the device" if last is not None else ""
+        if last is None:
+            return PeerOutcome(self.case, name, card, "; ".join(reasons), None, False, ours)
+        return PeerOutcome(self.case, name, card, what, self.outcome(last), runs is None, ours)
+
+    def _by_tool(self, run: PeerRun, card: int, ours: Outcome | None) -> PeerOutcome:
+        if run.error:
+            return PeerOutcome(self.case, run.peer, card, run.error, None, run.ran_out, ours)
+        totals = [sum(p.seconds for p in phases) for phases in run.runs]
+        peak = max(p.peak_bytes or 0 for phases in run.runs for p in phases)
+        outcome = Outcome(statistics.median(totals), 0.0, peak, True)
+        is_reckoned = self.machine.device.kind == "cpu"
+        out = run.ran_out or (is_reckoned and peak > card)
+        return PeerOutcome(self.case, run.peer, card, run.chose, outcome, out, ours)
+
+
+def _compiles(names: Names) -> bool:
+    return any(name.startswith("compile") for name in names)
+
+
+def _without(samples: list[float], own: list[float]) -> list[float]:
+    left = list(samples)
+    for sample in own:
+        left.remove(sample)
+    return left
+
+
+def _is_total(row: Compared) -> bool:
+    return row.phase == "all" and row.metric == "seconds"
+
+
+def tau(pairs: list[tuple[float, float]], same: float = SAME_TIME) -> float | None:
+    """Kendall's, of predicted and measured times; those that differ by less are not ranked."""
+    agree = disagree = 0
+    for i, (predicted, measured) in enumerate(pairs):
+        for other_predicted, other_measured in pairs[i + 1 :]:
+            larger = max(measured, other_measured)
+            if abs(measured - other_measured) <= same * larger:
+                continue
+            same = (predicted - other_predicted) * (measured - other_measured)
+            agree, disagree = agree + (same > 0), disagree + (same <= 0)
+    ranked = agree + disagree
+    return (agree - disagree) / ranked if ranked else None
+
+
+# ---- a recording --------------------------------------------------------------------------------
+
+
+def evidence_of(lines: Sequence[Line]) -> list[Evidence]:
+    """Each case of a recording, as far as anything was measured of it."""
+    header = next(line for line in lines if isinstance(line, Header))
+    prepared = [line for line in lines if isinstance(line, Prepared)]
+    found = [Evidence(header, p, lines) for p in prepared]
+    return [e for e in found if e.measured]
+
+
+def mape(rows: Iterable[Compared]) -> float | None:
+    """Mean absolute error."""
+    errors = [abs(r.error) for r in rows]
+    return statistics.fmean(errors) if errors else None
+
+
+class Bars(NamedTuple):
+    """The figures that are held.
+
+    Attributes:
+        memory: MAPE of what a generation allocates at its peak, over measured sets.
+        phases: The same of each phase.
+        seconds: MAPE of a generation's seconds.
+        regret: Mean over the answers that have one.
+        ran_out: Answers that were said to fit and did not.
+    """
+
+    memory: float | None
+    phases: float | None
+    seconds: float | None
+    regret: float | None
+    ran_out: int
+
+
+def bars_of(rows: Sequence[Compared], answers: Sequence[Answer]) -> Bars:
+    """Over any number of cases."""
+    regrets = [a.regret for a in answers if a.regret is not None]
+    return Bars(
+        mape(r for r in rows if r.phase == "all" and r.metric == "allocated"),
+        mape(r for r in rows if r.phase != "all" and r.metric == "allocated"),
+        mape(r for r in rows if r.phase == "all" and r.metric == "seconds"),
+        statistics.fmean(regrets) if regrets else None,
+        sum(a.ran_out for a in answers),
+    )

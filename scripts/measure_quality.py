@@ -101,9 +101,16 @@ class Report(msgspec.Struct, frozen=True):
 # ---- what is measured ---------------------------------------------------------------------------
 
 
+BETWEEN = {
+    "tome": [{"ratio": r, "max_downsample": d} for d in (1, 2) for r in (0.1, 0.2, 0.3, 0.4, 0.5)]
+}
+"""Milder and middle values that users may give themselves; the search tries fewer."""
+
+
 def changing(optimization: Optimization, machine: Machine, workload: Workload) -> list[Setting]:
     """The settings that the search would try, here or on a large GPU, and that are not exact."""
     tried = [
+        *BETWEEN.get(optimization.name, []),
         *optimization.worth_trying(machine, workload),
         *optimization.worth_trying(load_machine(LARGE_GPU), workload),
     ]

@@ -264,6 +264,7 @@ class Predictor:
                 forward.compute_s + forward.memory_s,
                 forward.host_s,
                 forward.activation_bytes,
+                forward.workspace_bytes if self._takes_workspace else 0,
                 forward.weight_reads,
                 forward.weight_reads_bytes,
                 self._kept_bytes(run, execution),
@@ -324,9 +325,14 @@ class Predictor:
             margin += int(ESTIMATE_MARGIN * activation)
         resident += self._kept_bytes(run, execution)
         workspace = forward.workspace_bytes + fixed
-        if self.machine.device.kind == "cpu":
-            fixed = workspace  # oneDNN has no other way
+        if self._takes_workspace:
+            fixed = workspace
         return _Memory(resident, activation, workspace, margin, fixed)
+
+    @property
+    def _takes_workspace(self) -> bool:
+        """Whether libraries cannot do without their workspace: oneDNN has no other way."""
+        return self.machine.device.kind == "cpu"
 
     def _once_s(self, run: ComponentRun, execution: Execution) -> float:
         """What is done before the first image, for this run of the workload."""

@@ -352,7 +352,7 @@ class Tuned:
                 with drawing(self.pipe, used_bytes(self.device)):
                     return work()
             except Exception as error:
-                if not is_out_of_memory(error, self._planner.is_scarce()):
+                if not _ran_out(error, self._planner):
                     raise
                 failed, failure = error, self._failure_of(error)
             before.restore()
@@ -484,3 +484,13 @@ def with_peaks(
 ) -> tuple[PhaseMeasurement, ...]:
     """The measurements with peaks that were taken in another pass."""
     return tuple(msgspec.structs.replace(m, peak_bytes=peaks.get(m.name)) for m in measured)
+
+
+def _ran_out(error: Exception, planner: Planner) -> bool:
+    """Whether an error is about memory; what may mean something else, where hardly any is left."""
+    if is_out_of_memory(error) or not is_out_of_memory(error, is_scarce=True):
+        return is_out_of_memory(error)
+    try:
+        return planner.is_scarce()
+    except RuntimeError:  # of a device that answers no more
+        return False

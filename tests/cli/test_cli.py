@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
@@ -228,47 +229,104 @@ BAD = {
 }  # fmt: skip
 
 
+LARGER = ["run", "--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png"]
+SHORT = {
+    "too little": ["run", "--vram-limit", "4MiB", "-o", "out.png"],
+    "too large": LARGER,
+    "good enough": [*LARGER, "--quality", "balanced", "--steps", "2"],
+    "no place to write": ["run", "-o", "/proc/out.png"],
+}
+
+ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, os, sys, tempfile, traceback
+from autotune.cli.app import main
+answers = {}
+for case, arguments in json.load(sys.stdin).items():
+    os.chdir(tempfile.mkdtemp())
+    out, err, code = io.StringIO(), io.StringIO(), None
+    sys.argv = ["autotune", *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+    answers[case] = [code, out.getvalue(), err.getvalue(), os.listdir()]
+print(json.dumps(answers))
+"""
+"""A process for each would import PyTorch again and again."""
+
+
+class Answer(NamedTuple):
+    code: int | None
+    stdout: str
+    stderr: str
+    files: list[str]
+
+
+@pytest.fixture(scope="module")
+def answers(_one_measurement: str) -> dict[str, Answer]:
+    """What each of ``BAD`` and ``SHORT`` gets, all in one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+        input=json.dumps({**BAD, **SHORT}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {case: Answer(*answer) for case, answer in found.items()}
+
+
 @pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
-def test_bad_input_gets_one_line_and_a_remedy(case, tmp_path):
-    done = autotune(*BAD[case], cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
+def test_bad_input_gets_one_line_and_a_remedy(case, answers):
+    answer = answers[case]
+    assert answer.code not in (None, 0)
+    assert answer.stdout == ""
+    assert "Traceback" not in answer.stderr
+    lines = answer.stderr.strip().splitlines()
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("  try: ")
     assert len(lines) == 2
-    assert not list(tmp_path.iterdir())
+    assert not answer.files
 
 
-def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path):
+def test_what_does_not_fit_is_refused_before_weights_are_read(answers):
     """The line says what is short of what, and a quality level is offered only if it would fit."""
-    done = autotune("run", "--vram-limit", "4MiB", "-o", "out.png", cwd=tmp_path)
-    assert done.returncode == 1
+    done = answers["too little"]
+    assert done.code == 1
     assert "does not fit: decode needs" in done.stderr
     assert "quality" not in done.stderr
-    assert not list(tmp_path.iterdir())
-    larger = ("--height", "256", "--width", "256", "--vram-limit", "30MiB", "-o", "out.png")
-    offered = autotune("run", *larger, cwd=tmp_path)
+    assert not done.files
+    offered = answers["too large"]
     assert "quality balanced (" in offered.stderr
     assert "vae_tiling" in offered.stderr
-    drawn = autotune("run", *larger, "--quality", "balanced", "--steps", "2", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    drawn = answers["good enough"]
+    assert drawn.code == 0, drawn.stderr
+    assert drawn.files == ["out.png"]
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path):
-    done = autotune("run", "-o", "/proc/out.png", cwd=tmp_path)
-    assert done.returncode == 1
+def test_a_folder_that_cannot_be_written_is_found_out_first(answers):
+    done = answers["no place to write"]
+    assert done.code == 1
     assert "cannot write to /proc" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_ends_as_its_verb_does(tmp_path):
+    done = autotune("plan", "sdxxl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_profile_is_set_aside_and_measured_again(tmp_path):
     cache = tmp_path / "cache"
     env = {**os.environ, "AUTOTUNE_CACHE": str(cache)}
-    saved = autotune("probe", "--json", env=env)
-    assert saved.returncode == 0, saved.stderr
-    (file,) = cache.glob("*.profile.json")
+    where = autotune("profile", "path", "--json", env=env)
+    file = Path(json.loads(where.stdout)["path"])
+    cache.mkdir()
     file.write_text('{"schema_version": 1, "mach')
     done = autotune("plan", "demo", "--json", env=env)
     assert done.returncode == 0, done.stderr

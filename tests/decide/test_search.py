@@ -13,13 +13,17 @@ from autotune.decide.decision import decide, select, smallness
 from autotune.decide.history import History
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, allows, budget_within
 from autotune.decide.predict import Predictor
+from autotune.decide.prediction import Budget
 from autotune.decide.scope import EVERYWHERE, FIELDS, REACH, reach_of
 from autotune.decide.search import Candidate, Judge, execution_of, loss_of
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
-from autotune.workload.workload import Workload
+from autotune.testing.pipelines import build_sd
+from autotune.workload.architecture import describe_pipeline
+from autotune.workload.phases import trace_workload
+from autotune.workload.workload import Request, Workload
 from tests.decide.strategies import machines, workloads
 from tests.thorough import examples
 
@@ -124,6 +128,19 @@ def test_it_is_so_for_real_models(traced, rtx_3080_torch1, model, quality):
     decision = decide(Predictor(rtx_3080_torch1, workload), limits, CATALOGUE)
     everything = list(plainly(rtx_3080_torch1, workload, limits))
     assert rank(decision.chosen) == rank(select(everything, decision.budget))
+
+
+def test_what_libraries_take_on_a_cpu_is_not_left_out(cpu_machine: Machine) -> None:
+    """oneDNN copies what is not in its layout: slices are, and tiles are not."""
+    request = Request(128, 128, 4, 1, 7.5, "float32")
+    workload = trace_workload(describe_pipeline(build_sd()), request)
+    limits = Limits(quality="fast", only=("vae_slicing", "vae_tiling"))
+    decision = decide(Predictor(cpu_machine, workload), limits, CATALOGUE)
+    for one in plainly(cpu_machine, workload, limits):
+        needed = Budget(1 << 40, None)._replace(phase_bytes=one.phase_needs)
+        everything = list(plainly(cpu_machine, workload, limits))
+        best = select(everything, needed)
+        assert rank(select(decision.candidates, needed)) == rank(best), one.settings
 
 
 @examples(usually=80, thoroughly=300)

@@ -98,7 +98,7 @@ def test_the_second_pipeline_sees_what_the_first_will_need(measured_here: None) 
 # ---- the same pipeline twice ---------------------------------------------------------------------
 
 
-LITTLE = {"batch": 4, "guidance_scale": 1.0, "ram_limit": "9MiB"}
+LITTLE = {"batch": 4, "guidance_scale": 1.0, "ram_limit": "11MiB"}
 """Four images cannot be decoded at once."""
 
 

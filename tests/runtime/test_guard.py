@@ -175,7 +175,7 @@ def test_after_enough_tries_it_says_what_would_be_next(
     assert len(calls) == 2
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     assert "decode ran out of memory with" in caught.value.message
-    assert caught.value.hint.startswith("draw again to try vae_slicing, vae_tiling:tile=64")
+    assert caught.value.hint.startswith("draw again to try vae_tiling:tile=64, predicted")
     assert snapshot(pipe) == before, "the pipeline is as it was"
     assert image(tuned).shape == (4, 3, 128, 128), "and draws, with that"
 

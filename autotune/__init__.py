@@ -18,7 +18,7 @@ import autotune.probe as _probe_package  # noqa: F401
 from autotune.errors import AutotuneError
 
 if TYPE_CHECKING:
-    from autotune.decide.choose import Limits
+    from autotune.decide.limits import Limits
     from autotune.decide.plan import Plan
     from autotune.probe.machine import Machine
     from autotune.profile.profile import Profile
@@ -207,7 +207,7 @@ def _limits(
     ram_limit: int | str | None,
     reserve: int | str,
 ) -> Limits:
-    from autotune.decide.choose import Limits
+    from autotune.decide.limits import Limits
 
     return Limits(
         quality=quality,

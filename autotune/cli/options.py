@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
-from autotune.decide.choose import Limits
+from autotune.decide.limits import Limits
 from autotune.errors import RequestError
 from autotune.tuner import Ask
 from autotune.units import parse_bytes

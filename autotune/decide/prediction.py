@@ -197,7 +197,9 @@ class Budget(NamedTuple):
 
     def holds(self, needs: Needs) -> bool:
         """Whether it fits on device and host."""
-        return self.lacks(needs) <= 1
+        if needs.needed_bytes > self.device_bytes or not self.host_holds(needs):
+            return False  # said without dividing: most sets are asked about for this alone
+        return not (needs.elsewhere_bytes or self.phase_bytes) or self.lacks(needs) <= 1
 
     def host_holds(self, needs: Needs) -> bool:
         """Whether it fits in the host's RAM."""

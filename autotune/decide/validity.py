@@ -40,11 +40,11 @@ def _least_host(budget: Budget, anchors: tuple[Candidate, ...]) -> int:
 
 def _anchors(decision: Decision, priority: str) -> tuple[Candidate, ...]:
     """The sets that decide where tolerances count from, and the choice."""
+    small = decision.pool.candidates
+    if priority == "speed":  # all that fit
+        return min(small, key=lambda c: c.seconds), decision.chosen
     fitting = [c for c in decision.candidates if decision.budget.holds(c)]
     fastest = min(fitting, key=lambda c: c.seconds)
-    if priority == "speed":
-        return fastest, decision.chosen
-    small = decision.pool.candidates
     leanest = min(small, key=lambda c: c.needed_bytes)
     return fastest, leanest, min(small, key=lambda c: c.seconds), decision.chosen
 

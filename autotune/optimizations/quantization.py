@@ -25,6 +25,10 @@ PACKAGES = {
 }
 """Scheme → the package that has it."""
 
+_LIGHTER = {"gguf_q8_0": "int8", "gguf_q4_0": "nf4"}
+"""GGUF's blocks take half a bit more than these, and are unpacked in more passes: they are tried
+where these are not to be had."""
+
 QUALITIES = {
     "int8": "balanced",
     "float8": "balanced",
@@ -70,9 +74,9 @@ class Quantization(Optimization):
     def _schemes(self, machine: Machine) -> list[str]:
         """Those that this GPU computes and whose package is here; a reference machine has all."""
         usable = [s for s in PACKAGES if s != "float8_dynamic" or _multiplies_float8(machine)]
-        if machine.source != "measured":
-            return usable
-        return [s for s in usable if find_spec(PACKAGES[s])]
+        if machine.source == "measured":
+            usable = [s for s in usable if find_spec(PACKAGES[s])]
+        return [s for s in usable if _LIGHTER.get(s) not in usable]
 
     def check(self, parameters: Parameters) -> None:
         if parameters["scheme"] not in PACKAGES:

@@ -30,7 +30,7 @@ def installed_versions() -> dict[str, str]:
     """
     versions = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
-        version = _version(name)
+        version = version_of(name)
         if version is not None:
             versions[name] = version
     return versions | torch_build()
@@ -50,7 +50,8 @@ def torch_build() -> dict[str, str]:
     return dict(found)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed distribution; ``None`` where it is absent."""
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:

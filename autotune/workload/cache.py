@@ -13,13 +13,13 @@ import hashlib
 import os
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from autotune.errors import ProfileError
+from autotune.probe.software import version_of
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
 from autotune.workload.live import has_own_code
@@ -95,7 +95,7 @@ def origin_of(architecture: Architecture, request: Request) -> str:
         architecture.options,
         request,
         _tracer(),
-        *(_version(p) for p in ("torch", "diffusers", "transformers")),
+        *(version_of(p) or "" for p in ("torch", "diffusers", "transformers")),
     )
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
 
@@ -107,13 +107,6 @@ def _tracer() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _read(path: Path) -> Workload | None:

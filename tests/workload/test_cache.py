@@ -137,8 +137,8 @@ def test_another_version_of_a_library_is_traced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workload_of(architecture, request_of())
-    real = cache._version
-    monkeypatch.setattr(cache, "_version", lambda p: "0" if p == package else real(p))
+    real = cache.version_of
+    monkeypatch.setattr(cache, "version_of", lambda p: "0" if p == package else real(p))
     workload_of(architecture, request_of())
     assert len(traced) == 2
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
 from hypothesis import settings
 
 THOROUGH = bool(os.environ.get("AUTOTUNE_THOROUGH"))
@@ -24,3 +25,7 @@ def examples(usually: int, thoroughly: int) -> settings:
 def part(cases: Sequence[T], every: int, start: int = 0) -> list[T]:
     """One of so many cases, from ``start`` on; or all."""
     return list(cases) if THOROUGH else list(cases)[start % every :: every]
+
+
+thoroughly = pytest.mark.skipif(not THOROUGH, reason="left to scripts/test_thoroughly")
+"""Marks a test whose like is tried at every change, only in a shorter form."""

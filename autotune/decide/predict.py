@@ -149,6 +149,11 @@ class Predictor:
             images=self.images,
         )
 
+    def around(self, execution: Execution) -> tuple[int, int]:
+        """Of what ``predict`` gives: device memory to load it, and host RAM at any time."""
+        load, running = self._host(execution)
+        return load.peak_bytes, max(load.host_bytes, running)
+
     def _host(self, execution: Execution) -> tuple[LoadPrediction, int]:
         """Loading, and host RAM while it runs: a matter of where weights are, and how stored."""
         key = (storage_of(execution), WHERE(execution))

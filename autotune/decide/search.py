@@ -235,18 +235,18 @@ class Space:
 
     def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
         """What reaches several phases being given: the combinations of each phase's own."""
-        prediction = self._predictor.predict(execution)
+        loading_bytes, host_bytes = self._predictor.around(execution)
         has_others = execution.device_map is not None
         taken, loss = sum(m.bit for m in members), _loss(members)
-        names = [p.name for p in prediction.phases]
-        fronts = [self._front(phase, taken, execution) for phase in range(len(prediction.phases))]
+        names = [p.name for p in self._predictor.workload.phases]
+        fronts = [self._front(phase, taken, execution) for phase in range(len(names))]
         for parts in itertools.product(*fronts):
             chosen = sorted((*members, *(m for p in parts for m in p.members)))
             yield Candidate(
                 settings=tuple(m.setting for m in chosen),
                 seconds=sum([p.seconds for p in parts]),
-                needed_bytes=max(prediction.load.peak_bytes, *[p.needed_bytes for p in parts]),
-                host_bytes=prediction.host_bytes,
+                needed_bytes=max(loading_bytes, *[p.needed_bytes for p in parts]),
+                host_bytes=host_bytes,
                 loss=tuple(map(sum, zip(loss, *[p.loss for p in parts], strict=True))),
                 phases_bytes=sum([p.needed_bytes for p in parts]),
                 elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from autotune.profile.profile import SCHEMA_VERSION
+from tests.thorough import thoroughly
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 READ_ONLY = (
@@ -120,6 +121,7 @@ def test_run_as_json(tmp_path):
         assert image["peak_bytes"] == phase["measured"]["peak_bytes"]
 
 
+@thoroughly
 def test_run_with_every_lossy_optimization_allowed(tmp_path):
     shown = asked_json(
         "run", "--steps", "2", "--quality", "fast", "--height", "256", "--width", "256",

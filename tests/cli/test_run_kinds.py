@@ -14,6 +14,7 @@ from autotune.cli.app import app
 from autotune.errors import AutotuneError
 from autotune.testing.pipelines import BUILDERS, build_image, build_mask
 from tests.cli.test_cli import schema
+from tests.thorough import thoroughly
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_a_video_by_the_files_ending(folder):
         assert len(list(Path(video).iterdir())) == 4
 
 
+@thoroughly
 def test_a_video_from_a_picture_alone(folder):
     shown = drawn(folder / "svd", "--image", str(folder / "wide.jpg"), "-o", "a.gif")
     assert size(shown["videos"][0]) == (shown["workload"]["width"], shown["workload"]["height"])

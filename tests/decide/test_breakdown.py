@@ -9,8 +9,9 @@ import pytest
 from autotune.decide.breakdown import break_down, most_demanding
 from autotune.decide.predict import Predictor
 from autotune.optimizations.execution import Execution, Placement
+from tests.thorough import THOROUGH
 
-MODELS = ("sdxl", "sd15-controlnet", "wan21-1.3b")
+MODELS = ("sdxl", "sd15-controlnet", *(("wan21-1.3b",) if THOROUGH else ()))
 
 
 @pytest.mark.parametrize("placement", get_args(Placement))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autotune.decide.choose import choose
@@ -12,6 +12,7 @@ from autotune.optimizations import CATALOGUE
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 from tests.decide.strategies import machines, workloads
+from tests.thorough import examples
 
 some = st.lists(st.sampled_from(tuple(CATALOGUE)), min_size=1, max_size=8).map(tuple)
 
@@ -54,7 +55,7 @@ times = st.one_of(st.floats(0.3, 3), st.floats(0.9, 1.1), st.just(1.0))
     host=times,
     elsewhere=times,
 )
-@settings(max_examples=120, deadline=None)
+@examples(usually=50, thoroughly=400)
 def test_within_its_range_the_choice_is_the_same(
     machine: Machine,
     workload: Workload,

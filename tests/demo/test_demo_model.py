@@ -26,6 +26,7 @@ from autotune.demo.judge import (
     render_digit,
     shrink_images,
 )
+from tests.thorough import thoroughly
 
 STEPS = 20
 
@@ -169,6 +170,7 @@ def test_digits_asked_for_by_word_are_recognised(pipeline: Any, judge: DigitJudg
     assert share >= 0.8
 
 
+@thoroughly
 def test_digits_asked_for_in_other_words_are_recognised(pipeline: Any, judge: DigitJudge) -> None:
     numerals = [str(digit) for digit in range(10)]
     assert recognised_share(pipeline, judge, "The NUMBER {}", numerals) >= 0.8

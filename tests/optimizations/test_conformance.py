@@ -13,7 +13,7 @@ from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.testing import OptimizationConformance
 from autotune.testing.pipelines import build_flux, build_sd, build_sdxl
-from tests.thorough import part
+from tests.thorough import THOROUGH, part
 
 
 def build_half_sdxl() -> Any:
@@ -73,6 +73,8 @@ def _suite(name: str) -> type[OptimizationConformance]:
         "partners": tuple(CATALOGUE[n] for n in others if n not in APART),
         **CHANGES.get(name, {}),
     }
+    if not THOROUGH:  # test_pairs tries a part of the pairs, and more with each
+        attributes["test_goes_with_every_other"] = None
     return type(f"Test_{name}", (OptimizationConformance,), attributes)
 
 

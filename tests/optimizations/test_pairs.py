@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autotune.testing.pairs import KINDS, Subject
-from tests.thorough import part
+from tests.thorough import THOROUGH, part
 
 LIGHT = 29
 """Of so many pairs one comes and goes; and one of all is failed at every step, and drawn with."""
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if THOROUGH else ("sd", "sd3", "wan"))
 def test_pairs_come_fail_and_go(kind: str, tiny: str) -> None:
     subject = Subject(kind, tiny)
     pairs, start = subject.pairs(), 7 * list(KINDS).index(kind)

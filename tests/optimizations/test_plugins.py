@@ -21,7 +21,7 @@ from autotune.optimizations.plugins import BUILT_IN, GROUP, Catalogue, failure_o
 from autotune.optimizations.tome import ToMe
 from autotune.runtime.by_hand import set_by_hand
 from autotune.testing.pipelines import build_sd
-from tests.thorough import THOROUGH
+from tests.thorough import THOROUGH, thoroughly
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "chunked-feed-forward"
@@ -123,6 +123,7 @@ def test_configure_finds_and_applies_it(
     assert set_by_hand(sd_pipe) == ()
 
 
+@thoroughly
 def test_its_own_conformance_test_passes(example: str) -> None:
     """And its optimization is planned with in a process that has no torch."""
     chosen = () if THOROUGH else ("-k", "not goes_with_every_other and not applied_twice")

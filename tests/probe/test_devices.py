@@ -17,6 +17,7 @@ from autotune.probe.host import read_host
 from autotune.probe.machine import Machine
 from autotune.probe.measure import measure_machine
 from tests.probe.pretend import SlowDevice, pretend, shrink
+from tests.thorough import thoroughly
 
 GIB = 1 << 30
 FIRST = "GPU-11111111-aaaa-0000-0000-000000000000"
@@ -197,6 +198,7 @@ def test_the_whole_probe_of_a_quiet_laptop(under_driver: Any) -> None:
     assert not any("busy" in text or "slowed" in text for text in machine.findings)
 
 
+@thoroughly
 def test_the_whole_probe_of_a_hot_gpu_that_somebody_else_uses(under_driver: Any) -> None:
     """Every figure is flagged with what disturbed it, and people are told once."""
     machine = whole(under_driver, "desktop")

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from autotune.optimizations import find
 from autotune.optimizations.gguf_blocks import in_blocks
-from autotune.testing.pipelines import BUILDERS, call
-from autotune.testing.state import differences, whole_state
-from autotune.workload.components import weight_bytes
+from autotune.testing.pipelines import BUILDERS
+from tests.optimizations.packed import require_packed_and_back
 
 KINDS = {"gguf_q8_0": GGMLQuantizationType.Q8_0, "gguf_q4_0": GGMLQuantizationType.Q4_0}
 ALIKE = {"gguf_q8_0": 0.01, "gguf_q4_0": 0.15}
@@ -43,19 +42,7 @@ def test_the_bytes_are_those_of_the_package(
 @pytest.mark.parametrize("kind", ["sd", "flux"])
 @pytest.mark.parametrize("scheme", ALIKE)
 def test_layers_are_packed_and_come_back(kind: str, scheme: str) -> None:
-    pipe, quantization = BUILDERS[kind](), find("quantization")
-    plain, before = call(pipe), whole_state(pipe)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    weighed = weight_bytes(denoiser)
-    undo = quantization.apply(pipe, {"scheme": scheme}, "cpu")
-    assert quantization.found(pipe) == {"scheme": scheme}
-    assert weight_bytes(denoiser) < weighed
-    drawn = call(pipe)
-    assert not torch.equal(drawn, plain)
-    torch.testing.assert_close(drawn, plain, atol=ALIKE[scheme], rtol=0)
-    undo()
-    assert differences(before, whole_state(pipe)) == {}
-    assert torch.equal(call(pipe), plain)
+    require_packed_and_back(kind, scheme, ALIKE[scheme])
 
 
 def test_a_file_of_another_kind_is_known_by_its_bits() -> None:

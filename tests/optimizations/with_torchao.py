@@ -15,7 +15,7 @@ from autotune.optimizations import find
 from autotune.testing.pairs import Subject
 from autotune.testing.pipelines import BUILDERS, call
 from autotune.testing.state import differences, whole_state
-from autotune.workload.components import weight_bytes
+from tests.optimizations.packed import require_packed_and_back
 
 ALIKE = {"int8": 0.01, "float8": 0.05}
 """Scheme → largest difference of a pixel, of 1, in a network of random weights."""
@@ -24,19 +24,7 @@ ALIKE = {"int8": 0.01, "float8": 0.05}
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
 @pytest.mark.parametrize("scheme", ALIKE)
 def test_layers_are_packed_and_come_back(kind: str, scheme: str) -> None:
-    pipe, quantization = BUILDERS[kind](), find("quantization")
-    plain, before = call(pipe), whole_state(pipe)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    weighed = weight_bytes(denoiser)
-    undo = quantization.apply(pipe, {"scheme": scheme}, "cpu")
-    assert quantization.found(pipe) == {"scheme": scheme}
-    assert weight_bytes(denoiser) < weighed
-    drawn = call(pipe)
-    assert not torch.equal(drawn, plain)
-    torch.testing.assert_close(drawn, plain, atol=ALIKE[scheme], rtol=0)
-    undo()
-    assert differences(before, whole_state(pipe)) == {}
-    assert torch.equal(call(pipe), plain)
+    require_packed_and_back(kind, scheme, ALIKE[scheme])
 
 
 def test_hooks_that_came_and_went_do_not_hide_what_is_packed() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import msgspec
 import psutil
 import torch
 
@@ -301,3 +302,10 @@ def cpu_peaks(call: Callable[[], Any], weight_bytes: int, passes: int = 1) -> di
             if phase:
                 peaks[phase] = max(peaks.get(phase, 0), weight_bytes + held - before)
     return peaks
+
+
+def with_peaks(
+    measured: tuple[PhaseMeasurement, ...], peaks: dict[str, int]
+) -> tuple[PhaseMeasurement, ...]:
+    """The measurements with peaks that were taken in another pass."""
+    return tuple(msgspec.structs.replace(m, peak_bytes=peaks.get(m.name)) for m in measured)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-import msgspec
-
 from autotune.decide.plan import Plan
 from autotune.decide.prediction import PROCESS_BYTES
 from autotune.errors import AutotuneError, MemoryShortageError, RequestError
@@ -479,18 +477,11 @@ def _count(prompt: Any, embeddings: Any) -> int:
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
 
 
-def with_peaks(
-    measured: tuple[PhaseMeasurement, ...], peaks: dict[str, int]
-) -> tuple[PhaseMeasurement, ...]:
-    """The measurements with peaks that were taken in another pass."""
-    return tuple(msgspec.structs.replace(m, peak_bytes=peaks.get(m.name)) for m in measured)
-
-
 def _ran_out(error: Exception, planner: Planner) -> bool:
     """Whether an error is about memory; what may mean something else, where hardly any is left."""
-    if is_out_of_memory(error) or not is_out_of_memory(error, is_scarce=True):
-        return is_out_of_memory(error)
+    if is_out_of_memory(error):
+        return True
     try:
-        return planner.is_scarce()
+        return is_out_of_memory(error, is_scarce=True) and planner.is_scarce()
     except RuntimeError:  # of a device that answers no more
         return False

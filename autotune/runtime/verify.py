@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from autotune.profile.profile import PhaseMeasurement
-from autotune.runtime.measure import PhaseMeter, cpu_peaks, device_gauge
+from autotune.runtime.measure import PhaseMeter, cpu_peaks, device_gauge, with_peaks
 from autotune.runtime.memory import bytes_on, resident_bytes
 from autotune.runtime.verification import Verification, check_phase, passes_on
 from autotune.workload.arguments import call_arguments
@@ -126,11 +126,8 @@ def _peaks(applied: Applied, draw: Draw) -> dict[str, int]:
 
 
 def _with_peaks(one: _Pass, peaks: dict[str, int]) -> _Pass:
-    phases = {
-        name: msgspec.structs.replace(m, peak_bytes=peaks.get(name))
-        for name, m in one.phases.items()
-    }
-    return one._replace(phases=phases)
+    measured = with_peaks(tuple(one.phases.values()), peaks)
+    return one._replace(phases={m.name: m for m in measured})
 
 
 def _arguments(applied: Applied, steps: int) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from autotune.errors import AutotuneError, first_line
 from autotune.optimizations import find
 from autotune.optimizations.base import Setting, Undo
 from autotune.runtime.apply import apply_plan
-from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.runtime.measure import PhaseMeter, cpu_peaks, with_peaks
 from autotune.runtime.memory import resident_bytes
-from autotune.runtime.tuned import with_peaks
 from autotune.workload.arguments import call_arguments, call_parameters
 from autotune.workload.workload import Workload
 from validation.device import Device, is_lost, ran_out

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from autotune.errors import OptimizationError, RequestError
-from autotune.runtime.tuned import Tuned, with_peaks
+from autotune.runtime.measure import with_peaks
+from autotune.runtime.tuned import Tuned
 
 PlanOf = Callable[..., Any]
 MERGE = "tome:ratio=0.5:max_downsample=2"

@@ -10,8 +10,8 @@ import msgspec
 from autotune.decide import residuals
 from autotune.decide.decision import TOLERANCE, Catalogue, Decision, decide, select
 from autotune.decide.explain import Terms, explain_chosen, explain_rejected
-from autotune.decide.history import History
-from autotune.decide.keeping import keeping, said_of_kept
+from autotune.decide.history import Applied, History
+from autotune.decide.keeping import Kept, keeping, note_on, said_of_kept
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, budget_within, check_limits
 from autotune.decide.plan import (
     Bottlenecks,
@@ -54,7 +54,7 @@ def choose(
     catalogue: Catalogue = CATALOGUE,
     rework: Rework | None = None,
     history: History | None = None,
-    applied: tuple[Setting, ...] | None = None,
+    applied: Applied | None = None,
 ) -> Plan:
     """Decide for a workload on a machine.
 
@@ -66,7 +66,7 @@ def choose(
         rework: Traces the same model for another request. Called a few times, and only where
             nothing fits: then smaller images are predicted as ways out.
         history: What the machine taught about the workload.
-        applied: The set that is on: kept where it does as well as the best.
+        applied: What is on: kept where changing it does not pay yet (``keeping.py``).
 
     Raises:
         RequestError: an unknown quality level or priority.
@@ -74,9 +74,7 @@ def choose(
     """
     limits = limits or Limits()
     predictor = Predictor(machine, workload, limits.images, history)
-    decision = decide(predictor, limits, catalogue)
-    if applied is not None:
-        decision = keeping(decision, applied)
+    decision, postponed = _decided(predictor, limits, catalogue, applied)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
     execution = execution_of((*decision.kept, *chosen))
@@ -97,20 +95,34 @@ def choose(
         prediction=terms.chosen,
         baseline=baseline,
         reasons=tuple(
-            _reason(s, decision.space.predict(_others(chosen, s)), terms, applied) for s in chosen
+            _reason(s, decision.space.predict(_others(chosen, s)), terms, applied is not None)
+            for s in chosen
         ),
         rejected=tuple(_rejections(decision, terms)),
         execution=execution,
         kept=limits.keep,
         ways_out=tuple(w.text for w in remedies),
-        notes=(*workload.notes, *decision.notes, *_corrected(predictor, execution)),
+        notes=(
+            *workload.notes,
+            *decision.notes,
+            *(() if postponed is None else (note_on(postponed),)),
+            *_corrected(predictor, execution),
+        ),
         priority=limits.priority,
         fastest_seconds=decision.pool.fastest_seconds,
         remedies=remedies,
         phase_budget_bytes=dict(decision.budget.phase_bytes),
         elsewhere_budget_bytes=dict(decision.budget.elsewhere_bytes),
         validity=validity_of(decision, limits.priority),
+        postponed=postponed,
     )
+
+
+def _decided(
+    predictor: Predictor, limits: Limits, catalogue: Catalogue, applied: Applied | None
+) -> Kept:
+    decision = decide(predictor, limits, catalogue)
+    return Kept(decision) if applied is None else keeping(decision, applied, predictor.machine)
 
 
 def _corrected(predictor: Predictor, execution: Execution) -> Iterator[str]:
@@ -118,11 +130,9 @@ def _corrected(predictor: Predictor, execution: Execution) -> Iterator[str]:
     return residuals.explain(predictor.residuals, predictor.corrections(execution))
 
 
-def _reason(
-    setting: Setting, without: Prediction, terms: Terms, applied: tuple[Setting, ...] | None
-) -> Reason:
+def _reason(setting: Setting, without: Prediction, terms: Terms, is_on: bool) -> Reason:
     reason = explain_chosen(setting, without, terms)
-    return reason if applied is None else said_of_kept(reason, without, terms)
+    return said_of_kept(reason, without, terms) if is_on else reason
 
 
 def _others(settings: tuple[Setting, ...], setting: Setting) -> tuple[Setting, ...]:

@@ -86,7 +86,8 @@ class Decision(NamedTuple):
         refused: The optimizations that offer nothing, each with the reason.
         kept: What is set by hand, as far as it can be predicted.
         notes: One sentence on each that is set by hand, and on each that ran out of memory before.
-        budget: What must hold the choice.
+        available: The memory that there is.
+        budget: What must hold the choice: less of it, where something ran out of memory before.
         candidates: All sets that there are to choose from.
         pool: Those of them that memory lets it be chosen from.
         chosen: The choice.
@@ -98,6 +99,7 @@ class Decision(NamedTuple):
     refused: tuple[Rejection, ...]
     kept: tuple[Setting, ...]
     notes: tuple[str, ...]
+    available: Budget
     budget: Budget
     candidates: Sequence[Candidate]
     pool: Pool
@@ -136,6 +138,7 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
         refused=(*refused, *too_lossy),
         kept=kept,
         notes=(*notes, *misfits.notes(available, predictor, step)),
+        available=available,
         budget=budget,
         candidates=candidates,
         pool=pool,

@@ -1,6 +1,8 @@
-"""What this machine taught about a workload: what it took, and what did not fit."""
+"""What was learnt before deciding: what a workload took, what did not fit, what is on."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import msgspec
 
@@ -50,3 +52,15 @@ class History(msgspec.Struct, frozen=True):
 
     observations: tuple[Observation, ...] = ()
     misfits: tuple[Misfit, ...] = ()
+
+
+class Applied(NamedTuple):
+    """What is on already.
+
+    Attributes:
+        settings: The set.
+        cost_s: Seconds that keeping it has cost until now, beside the best set for each request.
+    """
+
+    settings: tuple[Setting, ...]
+    cost_s: float = 0.0

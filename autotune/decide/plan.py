@@ -168,19 +168,44 @@ class Validity(msgspec.Struct, frozen=True):
     most_host_bytes: int | None
     most_elsewhere_bytes: dict[int, int] | None
 
+    def is_outgrown(self, budget: Budget, more: float = 0.0) -> bool:
+        """Whether there is more than for which the same is chosen, by more than a share."""
+        if self.most_bytes is None:
+            return False
+        most = self.most_elsewhere_bytes or {}
+        pairs = (
+            (budget.device_bytes, self.most_bytes),
+            (budget.host_bytes, self.most_host_bytes),
+            *((free, most.get(gpu, 0)) for gpu, free in budget.elsewhere_bytes.items()),
+        )
+        return any(
+            free is not None and limit is not None and free > limit * (1 + more)
+            for free, limit in pairs
+        )
+
     def holds(self, budget: Budget) -> bool:
         """Whether the same is chosen with this budget."""
-        elsewhere, most = budget.elsewhere_bytes, self.most_elsewhere_bytes
+        elsewhere = budget.elsewhere_bytes
         return (
-            _is_within(budget.device_bytes, self.least_bytes, self.most_bytes)
-            and _is_within(budget.host_bytes or 0, self.least_host_bytes, self.most_host_bytes)
+            budget.device_bytes >= self.least_bytes
+            and (budget.host_bytes or 0) >= self.least_host_bytes
             and all(elsewhere.get(g, 0) >= b for g, b in self.least_elsewhere_bytes.items())
-            and (most is None or all(b <= most.get(g, 0) for g, b in elsewhere.items()))
+            and not self.is_outgrown(budget)
         )
 
 
-def _is_within(value: int, least: int, most: int | None) -> bool:
-    return least <= value and (most is None or value <= most)
+class Postponed(msgspec.Struct, frozen=True):
+    """A faster set that is not worth changing to yet.
+
+    Attributes:
+        optimizations: It.
+        saves_s: What it would save per generation.
+        takes_s: What changing to it takes once.
+    """
+
+    optimizations: tuple[Setting, ...]
+    saves_s: float
+    takes_s: float
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -201,6 +226,7 @@ class Plan(msgspec.Struct, frozen=True):
         phase_budget_bytes: The most that a phase may be predicted to need, where one ran out of
             memory before.
         validity: The budgets between which the same is chosen; ``None`` where nothing fits.
+        postponed: The choice, where something else is on that is kept for now.
     """
 
     machine: MachineSummary
@@ -225,6 +251,7 @@ class Plan(msgspec.Struct, frozen=True):
     elsewhere_budget_bytes: dict[int, int] = {}
     validity: Validity | None = None
     phase_budget_bytes: dict[str, int] = {}
+    postponed: Postponed | None = None
 
     @property
     def budget(self) -> Budget:

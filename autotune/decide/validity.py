@@ -3,7 +3,8 @@
 With less memory the sets that fit become fewer. As long as the choice, the fastest set and the one
 that needs least are among them, nothing has changed: the tolerance counts from the same places, and
 the choice was the smallest of more. With more memory, others come in; when these three are the same
-with much more, they are with anything in between.
+with much more, they are with anything in between. Where something ran out of memory before, any
+more may be enough for it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def _anchors(decision: Decision, priority: str) -> tuple[Candidate, ...]:
 
 def _most(decision: Decision, priority: str) -> Budget | None:
     """The largest budget tried for which nothing has changed."""
+    if decision.budget != decision.available:
+        return decision.available
 
     def is_same(budget: Budget) -> bool:
         pool = pool_of(decision.candidates, budget, priority)

@@ -58,6 +58,9 @@ class Planner(Protocol):
     def holds(self, plan: Plan) -> bool:
         """Whether the memory that is free now suffices; takes less than a millisecond."""
 
+    def is_current(self, plan: Plan) -> bool:
+        """The same, and whether nothing better is waiting or has come to fit."""
+
     def is_scarce(self) -> bool:
         """Whether hardly any device memory is left."""
 
@@ -65,7 +68,7 @@ class Planner(Protocol):
         """Whether planning for a request takes the pipeline as the user made it."""
 
     def plan(self, request: Request, applied: tuple[Setting, ...] | None = None) -> Decided:
-        """The plan for a request, which keeps what is applied where that does as well."""
+        """The plan for a request, which keeps what is on where changing it does not pay yet."""
 
     def step_down(
         self, plan: Plan, workload: Workload, failure: Failure, is_on: bool = False

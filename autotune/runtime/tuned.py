@@ -243,7 +243,7 @@ class Tuned:
         hold_limits(self.device)  # others may have come, whatever is planned
         asked = self._asked(prompt, options)
         is_same = asked == self._workload.request
-        if is_same and self._undo is not None and planner.holds(self.plan):
+        if is_same and self._undo is not None and planner.is_current(self.plan):
             return
         try:
             found = self._planned_for(planner, asked)

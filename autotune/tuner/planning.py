@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from autotune.decide.history import History
+from autotune.decide.history import Applied, History
 from autotune.decide.limits import Limits
 from autotune.decide.plan import Plan
 from autotune.errors import ModelError
-from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
 from autotune.tuner.ask import Ask, check_ask
 from autotune.tuner.here import REPLAY_S, Measured, Progress, replayed
@@ -85,7 +84,7 @@ def decided(
     limits: Limits,
     pipe: Any = None,
     history: History | None = None,
-    applied: tuple[Setting, ...] | None = None,
+    applied: Applied | None = None,
     traces: bool = True,
 ) -> Planned:
     """Where nothing fits, other requests of the same model are traced as ways out.
@@ -97,7 +96,7 @@ def decided(
         limits: What the user allows.
         pipe: The loaded pipeline, where there is one.
         history: What the machine taught about the workload.
-        applied: The set that is on: kept where it does as well as the best.
+        applied: What is on: kept where changing it does not pay yet.
         traces: Whether the pipeline may be traced; else what was traced before must do.
     """
     from autotune.decide.choose import choose  # a start with a remembered plan does without

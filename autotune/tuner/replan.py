@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from autotune.decide.history import History, Misfit
+from autotune.decide.history import Applied, History, Misfit
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import MORE, counting
 from autotune.decide.plan import Plan
@@ -65,6 +65,8 @@ class Replanner:
         first = (_key(planned.workload.request), str(planned.plan.optimizations))
         self._plans = {first: planned}
         self._held: Any = None
+        self._cost_s = 0.0
+        """Of keeping what is on, beside the best for each request since it is."""
 
     # ---- the memory there is --------------------------------------------------------------------
 
@@ -90,6 +92,16 @@ class Replanner:
         """Whether the memory that is free now, with what the pipeline has, is enough."""
         budget = self._budget(refresh_free(self._machine))
         return budget.lacks(plan.prediction) <= 1 + MORE
+
+    def is_current(self, plan: Plan) -> bool:
+        """Whether the same would be planned again: nothing better is waiting or has come to fit."""
+        return plan.postponed is None and self._suits(plan)
+
+    def _suits(self, plan: Plan) -> bool:
+        """Whether neither less memory is free than it needs, nor more than it was chosen for."""
+        budget = self._budget(refresh_free(self._machine))
+        is_outgrown = plan.validity is not None and plan.validity.is_outgrown(budget, MORE)
+        return budget.lacks(plan.prediction) <= 1 + MORE and not is_outgrown
 
     def is_scarce(self) -> bool:
         """Whether hardly any device memory is left."""
@@ -122,22 +134,37 @@ class Replanner:
 
         Args:
             request: What to draw.
-            applied: The set that is on: kept where it does as well as the best.
+            applied: The set that is on: kept where changing it does not pay yet.
 
         Raises:
             RequestError, ModelError: the model cannot draw it, or it cannot be traced.
         """
         key = (_key(request), str(applied))
-        known = self._plans.get(key)
-        if known is not None and self.holds(known.plan):
-            return known
+        planned = self._plans.get(key)
+        if planned is None or not self._suits(planned.plan) or self._pays(planned.plan):
+            planned = self._planned_anew(request, applied)
+            _keep(self._plans, key, planned)
+        self._count(planned.plan, applied)
+        return planned
+
+    def _planned_anew(self, request: Request, applied: tuple[Setting, ...] | None) -> Planned:
         with configuring():
             workload = self._workload(request)
             traces = applied is None or traces_as_loaded(self._pipe, applied)
             machine = self._own(refresh(self._machine))
-            planned = self._planned(workload, machine, applied, traces)
-        _keep(self._plans, key, planned)
-        return planned
+            return self._planned(workload, machine, applied, traces)
+
+    def _pays(self, plan: Plan) -> bool:
+        """Whether what is on has cost as much as changing it takes."""
+        waiting = plan.postponed
+        return waiting is not None and self._cost_s + waiting.saves_s >= waiting.takes_s
+
+    def _count(self, plan: Plan, applied: tuple[Setting, ...] | None) -> None:
+        """What the next generation loses with what is on."""
+        if plan.postponed is not None:
+            self._cost_s += plan.postponed.saves_s
+        elif plan.optimizations != applied:
+            self._cost_s = 0.0
 
     def step_down(
         self, plan: Plan, workload: Workload, failure: Failure, is_on: bool = False
@@ -178,7 +205,7 @@ class Replanner:
             self.limits,
             self._pipe,
             self._history(workload, machine),
-            applied,
+            None if applied is None else Applied(applied, self._cost_s),
             traces,
         )
         return planned._replace(plan=self._say(planned.plan))

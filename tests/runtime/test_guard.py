@@ -500,6 +500,66 @@ def test_memory_that_others_take_is_noticed_before_a_call(monkeypatch: pytest.Mo
         image(tuned)
 
 
+TILED = {"only": ("vae_tiling",), "quality": "balanced", "height": 128, "width": 128}
+"""In tiles, four images of 128 x 128 take half the memory, and several times as long."""
+
+
+def test_memory_that_others_give_back_is_noticed_before_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuned = configured(**TILED, ram_limit=None)
+    assert names(tuned) == []
+    needed = tuned.plan.prediction.needed_bytes
+    held = tuned._planner.held.ram_bytes  # type: ignore[union-attr]
+    with free(needed - held - MIB, monkeypatch):
+        image(tuned)
+        assert names(tuned) == ["vae_tiling"]
+        on = tuned._undo
+        image(tuned)
+        assert tuned._undo is on
+    image(tuned)
+    assert names(tuned) == []
+
+
+def test_what_ran_out_is_tried_again_when_more_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with free(2 * GIB, monkeypatch):
+        tuned = configured(**TILED, ram_limit=None)
+        with running_out(tuned.pipe.vae.decoder, 1):
+            image(tuned)
+        assert names(tuned) == ["vae_tiling"]
+        image(tuned)
+        assert names(tuned) == ["vae_tiling"]
+    with free(4 * GIB, monkeypatch):
+        image(tuned)
+        assert names(tuned) == []
+
+
+def test_what_is_on_is_kept_until_changing_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests alternate, a set would be put on and taken off at every one."""
+    from autotune.decide import keeping
+
+    def as_long_as_is_lost_in_some(on: Any, best: Any, _: Any) -> float:
+        return 3.5 * (on.mean_seconds - best.mean_seconds)
+
+    tuned = configured(**TILED, ram_limit=None)
+    needed = tuned.plan.prediction.needed_bytes
+    held = tuned._planner.held.ram_bytes  # type: ignore[union-attr]
+    monkeypatch.setattr(keeping, "_changing_s", as_long_as_is_lost_in_some)
+    monkeypatch.setattr(keeping, "loss_of", lambda _: ())  # what takes quality is never kept
+    with free(needed - held - MIB, monkeypatch):
+        image(tuned)
+        on = tuned._undo
+        for _ in range(3):
+            image(tuned, num_images_per_prompt=1)
+            assert tuned._undo is on
+            assert names(tuned) == ["vae_tiling"]
+            assert tuned.plan.postponed is not None
+            assert any("what is on is kept" in note for note in tuned.plan.notes)
+            image(tuned)  # it is the best for this one: nothing is lost
+        image(tuned, num_images_per_prompt=1)
+        assert names(tuned) == []
+
+
 def test_limits_are_held_before_every_call_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is no plan for what there is now, and the old one is tried."""
     tuned = configured()
@@ -507,7 +567,7 @@ def test_limits_are_held_before_every_call_that_is_drawn(monkeypatch: pytest.Mon
     held: list[str] = []
     refused = MemoryShortageError("does not fit")
     monkeypatch.setattr(tuned_module, "hold_limits", held.append)
-    monkeypatch.setattr(planner, "holds", lambda plan: False)
+    monkeypatch.setattr(planner, "is_current", lambda plan: False)
     monkeypatch.setattr(planner, "plan", lambda *_: (_ for _ in ()).throw(refused))
     with pytest.raises(MemoryShortageError):
         image(tuned)

@@ -10,6 +10,7 @@ import msgspec
 
 from autotune.decide.attention import Kernel, transient_bytes
 from autotune.decide.casting import storage_of, stored_in
+from autotune.decide.placement import widened_bytes
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PhasePrediction
 from autotune.optimizations.execution import Execution
@@ -90,7 +91,9 @@ def break_down(
             entry=run.entry,
             calls=run.calls,
             prediction=prediction,
-            resident=_resident(stored, run, others, prediction.resident_bytes),
+            resident=_resident(
+                stored, run, others, prediction.resident_bytes, widened_bytes(run, execution)
+            ),
             peak=peak,
         )
         key = (name, run.component, run.entry)
@@ -125,12 +128,12 @@ def _joined(first: ComponentPrediction, second: ComponentPrediction) -> Componen
 
 
 def _resident(
-    workload: Workload, run: ComponentRun, companions: frozenset[str], total: int
+    workload: Workload, run: ComponentRun, companions: frozenset[str], total: int, wider: int
 ) -> tuple[Resident, ...]:
     """The component that runs holds what the others leave of the predicted bytes."""
     resident = [Resident(name, workload.component(name).weight_bytes) for name in companions]
     own = total - sum(r.bytes for r in resident)
-    whole = workload.component(run.component).weight_bytes + run.upcast_bytes
+    whole = workload.component(run.component).weight_bytes + wider
     resident.append(Resident(run.component, own, is_whole=own >= whole))
     return tuple(sorted((r for r in resident if r.bytes), key=lambda r: (-r.bytes, r.component)))
 

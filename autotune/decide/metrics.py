@@ -15,7 +15,7 @@ from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import storage_of, stored_in
-from autotune.decide.placement import WHOLE_COMPONENTS, Weights, hooks_of
+from autotune.decide.placement import WHOLE_COMPONENTS, Weights, hooks_of, widened_bytes
 from autotune.decide.predict import Path, Predictor
 from autotune.decide.prediction import budget_of
 from autotune.optimizations.execution import Execution
@@ -125,16 +125,15 @@ class _Pipeline:
                 self._take_away(self._moves.before[run.component])
             if run.component not in self._here:
                 self._bring(component)
-        stays_narrow = self._execution.decode_dtype or self._execution.decoder
-        widens = run.upcast_bytes and not stays_narrow
-        if widens and run.component in self._here:
-            self._cast(component, 1 + run.upcast_bytes / component.weight_bytes)
+        wider = widened_bytes(run, self._execution)
+        if wider and run.component in self._here:
+            self._cast(component, 1 + wider / component.weight_bytes)
         path = self._predictor.path(run, self._execution)
         streamed = self._streamed(run)
         replay(self.allocator, self.machine, path, self._leaf_bytes(component))
         if streamed is not None:
             self.allocator.free(streamed)
-        if widens and run.component in self._here:
+        if wider and run.component in self._here:
             self._cast(component, 1.0)
 
     # ---- weights --------------------------------------------------------------------------------

@@ -57,6 +57,16 @@ class Moved(NamedTuple):
         )
 
 
+def stays_narrow(execution: Execution) -> bool:
+    """Whether a decode runs in the dtype that its weights are stored in, whatever the pipeline."""
+    return bool(execution.decode_dtype or execution.decoder)
+
+
+def widened_bytes(run: ComponentRun, execution: Execution) -> int:
+    """Weight bytes that a run's component has more of while it runs than it is stored in."""
+    return 0 if stays_narrow(execution) else run.upcast_bytes
+
+
 class Visit(NamedTuple):
     """Another GPU while a component runs.
 
@@ -105,16 +115,16 @@ class Weights:
         self._machine = machine
         self._workload = workload
         self._components = {c.name: c for c in workload.components}
-        self._all_moves: dict[str, _Moves] = {}
+        self._all_moves: dict[tuple[str, bool], _Moves] = {}
         self._rounded: dict[tuple[int, str], int] = {}
         self._all_mapped: dict[DeviceMap, dict[str, int]] = {}
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
         if execution.placement == "device":
-            return self._workload.weight_bytes + run.upcast_bytes
+            return self._workload.weight_bytes + widened_bytes(run, execution)
         if execution.placement == "device_map":
-            return self._bytes_on(self.home(execution), run)
+            return self._bytes_on(self.home(execution), run, execution)
         moves = self._moves(execution)
         if execution.placement in WHOLE_COMPONENTS:
             return moves.of_runs[id(run)].resident_bytes
@@ -124,7 +134,7 @@ class Weights:
         at_once = component.largest_leaf_bytes
         if execution.placement == "group_offload":
             at_once = _groups_at_once(component, run, _group(execution))
-        return int(at_once * _widening(component, run)) + moves.staying_bytes
+        return int(at_once * _widening(component, run, execution)) + moves.staying_bytes
 
     def companions(self, run: ComponentRun, execution: Execution) -> frozenset[str]:
         """Other components that are on the device as a whole while this run computes."""
@@ -169,12 +179,12 @@ class Weights:
         for gpu in sorted(set(gpus.values())):
             names = frozenset(name for name in gpus if gpus[name] == gpu)
             rounding = sum(self._rounding[name] for name in names)
-            found.append(Visit(gpu, self._bytes_on(names, run), rounding))
+            found.append(Visit(gpu, self._bytes_on(names, run, execution), rounding))
         return tuple(found)
 
-    def _bytes_on(self, names: frozenset[str], run: ComponentRun) -> int:
+    def _bytes_on(self, names: frozenset[str], run: ComponentRun, execution: Execution) -> int:
         """Weights of these components, as wide as they are while the run computes."""
-        wider = run.upcast_bytes if run.component in names else 0
+        wider = widened_bytes(run, execution) if run.component in names else 0
         return sum(self._components[name].weight_bytes for name in names) + wider
 
     def _mapped(self, execution: Execution) -> dict[str, int]:
@@ -316,10 +326,10 @@ class Weights:
         return self._machine.link
 
     def _moves(self, execution: Execution) -> _Moves:
-        placement = execution.placement
-        if placement not in self._all_moves:
-            self._all_moves[placement] = _followed(self._workload, placement)
-        return self._all_moves[placement]
+        key = (execution.placement, stays_narrow(execution))
+        if key not in self._all_moves:
+            self._all_moves[key] = _followed(self._workload, execution)
+        return self._all_moves[key]
 
 
 class Hooks(NamedTuple):
@@ -375,11 +385,11 @@ class _Moves(NamedTuple):
     of_runs: dict[int, Moved]
 
 
-def _followed(workload: Workload, placement: str) -> _Moves:
-    hooks = hooks_of(workload, placement)
+def _followed(workload: Workload, execution: Execution) -> _Moves:
+    hooks = hooks_of(workload, execution.placement)
     hooked = hooks.hooked
     staying = sum(c.weight_bytes for c in workload.components if c.name not in hooked)
-    followed = _Followed(workload, hooks, staying)
+    followed = _Followed(workload, hooks, staying, execution)
     runs = workload.runs
     total = {id(run): Moved() for run in runs}
     last = runs[-1]
@@ -397,11 +407,14 @@ def _followed(workload: Workload, placement: str) -> _Moves:
 class _Followed:
     """The hooks through one generation."""
 
-    def __init__(self, workload: Workload, hooks: Hooks, staying_bytes: int) -> None:
+    def __init__(
+        self, workload: Workload, hooks: Hooks, staying_bytes: int, execution: Execution
+    ) -> None:
         self._hooks = hooks
         self._before = hooks.before
         self._sizes = {name: workload.component(name).weight_bytes for name in hooks.hooked}
         self._staying = staying_bytes
+        self._execution = execution
         self._here: dict[str, int] = {}
 
     def call(self, run: ComponentRun) -> Moved:
@@ -411,10 +424,11 @@ class _Followed:
         if run.role == self._hooks.leave_before:
             outward += self._all_leave()
         inward = 0
+        wider = widened_bytes(run, self._execution)
         if name in self._sizes and name not in self._here:
             self._here[name] = self._sizes[name]
-            inward = self._sizes[name] + run.upcast_bytes
-        resident = sum(self._here.values()) + self._staying + run.upcast_bytes
+            inward = self._sizes[name] + wider
+        resident = sum(self._here.values()) + self._staying + wider
         return Moved(resident, frozenset(self._here), inward, outward)
 
     def after_image(self) -> Moved:
@@ -454,5 +468,5 @@ def _overlaps(run: ComponentRun, group: GroupOffload) -> bool:
     return group.overlaps and run.role != "autoencoder"
 
 
-def _widening(component: Component, run: ComponentRun) -> float:
-    return 1 + run.upcast_bytes / max(component.weight_bytes, 1)
+def _widening(component: Component, run: ComponentRun, execution: Execution) -> float:
+    return 1 + widened_bytes(run, execution) / max(component.weight_bytes, 1)

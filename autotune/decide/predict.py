@@ -272,6 +272,7 @@ class Predictor:
                 forward.workspace_bytes if self._takes_workspace else 0,
                 forward.weight_reads,
                 forward.weight_reads_bytes,
+                placement.widened_bytes(run, execution),
                 self._kept_bytes(run, execution),
                 self._once_s(run, execution),
             )
@@ -348,9 +349,7 @@ class Predictor:
 
     def _kept_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """What stays on the device from call to call, besides weights."""
-        stays_narrow = execution.decode_dtype or execution.decoder
-        kept = -run.upcast_bytes if stays_narrow else 0
-        kept += sum(e.extra_bytes for e in execution.effects if e.role == run.role)
+        kept = sum(e.extra_bytes for e in execution.effects if e.role == run.role)
         if run.role == "denoiser":
             kept += self._cached_bytes(run, execution)
         elif run.entry == "decode":  # pipelines let go of a cache when the image is done

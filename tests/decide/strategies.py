@@ -104,12 +104,12 @@ hosts = st.sampled_from((4, 64, 16)).map(
 def kernels(draw: st.DrawFn) -> Kernels:
     """float16 may be slower than float32, and the layout of tensor cores may be unknown."""
 
-    def rates() -> dict[str, Figure]:
-        return {dtype: draw(figures(1e11, 1e14)) for dtype in DTYPES}
+    def rates(*more: str) -> dict[str, Figure]:
+        return {dtype: draw(figures(1e11, 1e14)) for dtype in (*DTYPES, *more)}
 
     return Kernels(
         matmul_flops_per_s=rates(),
-        convolution_flops_per_s=rates(),
+        convolution_flops_per_s=rates("bfloat16"),
         memory_bytes_per_s=draw(figures(2e10, 2e12)),
         dispatch_s=draw(figures(1e-6, 1e-3)),
         convolution_channels_last_flops_per_s=rates() if draw(st.booleans()) else {},

@@ -50,6 +50,19 @@ def test_sdxl_vae_decodes_in_float32(traced, rtx_3080):
     assert decode.resident_bytes == workload.weight_bytes + vae.weight_bytes
 
 
+@pytest.mark.parametrize("moved", ["model_cpu_offload", "sequential_cpu_offload", "group_offload"])
+def test_nothing_is_widened_where_it_decodes_in_bfloat16(traced, rtx_3080, moved):
+    """However little of the autoencoder is on the device."""
+    workload = traced("sdxl")
+    vae = workload.component("vae")
+    wide, narrow = (
+        phase(predicted(rtx_3080, workload, text), "decode").resident_bytes
+        for text in (moved, f"{moved},vae_bfloat16")
+    )
+    assert wide == 2 * narrow
+    assert narrow == (vae.weight_bytes if moved == "model_cpu_offload" else vae.largest_leaf_bytes)
+
+
 def test_sd15_vae_stays_in_float16(traced, rtx_3080):
     workload = traced("sd15")
     decode = phase(predicted(rtx_3080, workload), "decode")

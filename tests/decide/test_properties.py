@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 from hypothesis import given
@@ -16,6 +18,7 @@ from autotune.decide.limits import PRIORITIES, allows
 from autotune.decide.plan import Plan, Reason, Rejection
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction
+from autotune.decide.rules import broken_rule
 from autotune.decide.search import Judge, execution_of, loss_of
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import Setting
@@ -193,6 +196,31 @@ def test_the_same_input_gives_the_same_plan_and_survives_json(machine, workload,
     assert choose(machine, workload, limits) == plan
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
     assert msgspec.json.decode(msgspec.json.encode(plan.to_dict()), type=Plan) == plan
+
+
+@examples(usually=40, thoroughly=1000)
+@given(machines(), workloads(), st.data())
+def test_nothing_predicted_is_negative(machine, workload, data):
+    settings: tuple[Setting, ...] = ()
+    for setting in data.draw(st.permutations(allowed(machine, workload, QUALITIES[-1]))):
+        names = {s.name for s in settings}
+        if setting.name not in names and broken_rule({*names, setting.name}) is None:
+            settings = (*settings, setting)
+    settings = settings[: data.draw(st.integers(0, len(settings)))]
+    numbers = list(
+        _numbers(msgspec.to_builtins(Predictor(machine, workload).predict(execution_of(settings))))
+    )
+    assert len(numbers) > 30
+    assert min(numbers) >= 0
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All of them, of phases, load and other GPUs too."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 # ---- the numbers in the texts -------------------------------------------------------------------

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 from autotune.decide.plan import Plan, WorkloadSummary
 from autotune.decide.rules import PLACEMENTS
+from autotune.errors import ModelError
 from autotune.optimizations import find
-from autotune.workload.architecture import Architecture
+from autotune.optimizations.base import Setting
+from autotune.optimizations.target import BEFORE_IMAGE, LOADING, Target
+from autotune.workload.architecture import Architecture, find_architecture
 
 TAKES_NO = {
     "StableDiffusionUpscalePipeline": ("height", "width"),
@@ -33,22 +36,21 @@ GIVEN = {
 }
 """Pipeline → pictures that it is given."""
 
-LOADING = "from_pretrained: "
-"""How lines of optimizations begin that are arguments of ``from_pretrained``."""
-
 
 def code_of(plan: Plan, architecture: Architecture | None = None) -> str:
     """A script that loads the pipeline, turns the plan's optimizations on and draws.
 
     Args:
         plan: What to do.
-        architecture: Of the model; without it, weights are named as the user named the model.
+        architecture: Of the model; without it, it is read where that needs no download, or else
+            weights are named as the user named the model.
     """
+    architecture = architecture or _readable(plan.workload.model)
     pipeline = plan.workload.pipeline
-    lines = list(_optimizing(plan))
+    lines = list(_optimizing(plan, architecture))
     imports = {line for line in lines if line.startswith(("import ", "from "))}
-    loading = [line.removeprefix(LOADING) for line in lines if line.startswith(LOADING)]
-    body = [line for line in lines if line not in imports and not line.startswith(LOADING)]
+    loading, before_image = (_beginning(prefix, lines) for prefix in (LOADING, BEFORE_IMAGE))
+    body = [x for x in lines if x not in imports and not x.startswith((LOADING, BEFORE_IMAGE))]
     imports |= {"import torch", f"from diffusers import {pipeline}"}
     if pipeline in GIVEN:
         imports.add("from diffusers.utils import load_image")
@@ -60,6 +62,7 @@ def code_of(plan: Plan, architecture: Architecture | None = None) -> str:
             *_call(f"pipe = {pipeline}.from_pretrained", (*_load(plan, architecture), *loading)),
             *body,
             "",
+            *before_image,
             *_call("output = pipe", tuple(_arguments(plan.workload))),
             drawn,
             "",
@@ -67,42 +70,51 @@ def code_of(plan: Plan, architecture: Architecture | None = None) -> str:
     )
 
 
+def _readable(model: str) -> Architecture | None:
+    """The model's architecture, where it is to be had without a download."""
+    try:
+        return find_architecture(model, download=False)
+    except ModelError:
+        return None
+
+
+def _beginning(prefix: str, lines: list[str]) -> tuple[str, ...]:
+    return tuple(line.removeprefix(prefix) for line in lines if line.startswith(prefix))
+
+
 def _call(function: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     return (f"{function}(", *(f"    {a}," for a in arguments), ")")
 
 
-def _optimizing(plan: Plan) -> Iterator[str]:
-    """The lines of every optimization; what moves weights comes last: its hooks wrap the rest."""
+def _optimizing(plan: Plan, architecture: Architecture | None) -> Iterator[str]:
+    """The lines of every optimization, in an order in which each finds what it changes."""
+    target = _target(plan, architecture)
     settings = (*plan.kept, *plan.optimizations)
-    for setting in sorted(settings, key=lambda s: s.name in PLACEMENTS):
-        lines = find(setting.name).code(setting.parameters)
-        lines = tuple(line.replace("{index}", str(plan.machine.index)) for line in lines)
-        yield from _expanded(lines, plan.workload)
+    for setting in sorted(settings, key=_order):
+        yield from find(setting.name).code(setting.parameters, target)
     if not PLACEMENTS & {s.name for s in settings} and plan.machine.device != "cpu":
         yield f'pipe.to("{plan.machine.device}")'
 
 
-def _expanded(lines: tuple[str, ...], workload: WorkloadSummary) -> Iterator[str]:
-    """The lines for each component that they name by its role, or with all of them in a row."""
-    rows = {
-        "{denoiser names}": ", ".join(map(_quoted, workload.denoisers)),
-        "{denoisers}": ", ".join(f"pipe.{name}" for name in workload.denoisers),
-        "{encoders}": ", ".join(f"pipe.{name}" for name in workload.encoders),
-        "{autoencoders}": ", ".join(f"pipe.{name}" for name in workload.autoencoders),
-    }
-    for whole, row in rows.items():
-        lines = tuple(line.replace(whole, row) for line in lines)
-    named = {
-        "{denoiser}": workload.denoisers,
-        "{autoencoder}": workload.autoencoders,
-        "{network}": (*workload.denoisers, *workload.autoencoders),
-    }
-    mark = next((m for m in named if any(m in line for line in lines)), None)
-    if mark is None:
-        yield from lines
-        return
-    for name in named[mark]:
-        yield from (line.replace(mark, name) for line in lines)
+def _order(setting: Setting) -> tuple[bool, bool, bool]:
+    """What moves weights comes last: its hooks wrap the rest."""
+    handler = find(setting.name)
+    return (setting.name in PLACEMENTS, not handler.before_moving, not handler.replaces)
+
+
+def _target(plan: Plan, architecture: Architecture | None) -> Target:
+    w = plan.workload
+    components = {} if architecture is None else architecture.components
+    return Target(
+        w.pipeline,
+        w.model,
+        w.dtype,
+        plan.machine.index,
+        w.encoders,
+        w.denoisers,
+        w.autoencoders,
+        components,
+    )
 
 
 def _load(plan: Plan, architecture: Architecture | None) -> Iterator[str]:

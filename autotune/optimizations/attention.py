@@ -17,6 +17,7 @@ from autotune.optimizations.modules import (
     diffusers_modules,
     random_state_kept,
 )
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import AttentionShape, Workload
 
@@ -103,8 +104,9 @@ class XFormers(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention="xformers")
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return ("pipe.{denoiser}.enable_xformers_memory_efficient_attention()",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        call = "enable_xformers_memory_efficient_attention()"
+        return tuple(f"pipe.{name}.{call}" for name in target.denoisers)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         modules = denoisers(pipe)
@@ -207,7 +209,7 @@ class AttentionSlicing(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention_slices=str(parameters["slices"]))
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         return (f'pipe.enable_attention_slicing("{parameters["slices"]}")',)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

@@ -17,6 +17,7 @@ from autotune.optimizations.attention import (
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import denoisers
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -58,8 +59,9 @@ class AttentionBackend(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention=f"sdpa_{parameters['kernel']}")
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return (f'pipe.{{denoiser}}.set_attention_backend("{KERNELS[str(parameters["kernel"])]}")',)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        call = f'set_attention_backend("{self._backend(parameters)}")'
+        return tuple(f"pipe.{name}.{call}" for name in target.denoisers)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         modules = denoisers(pipe)
@@ -125,9 +127,6 @@ class SageAttention(AttentionBackend):
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, attention="sage")
-
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return ('pipe.{denoiser}.set_attention_backend("sage")',)
 
     def found(self, pipe: Any) -> Parameters | None:
         backends = {backend_of(a) for a in attentions_of(denoisers(pipe))}

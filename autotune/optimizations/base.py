@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from autotune.errors import OptimizationError
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.rule import Rule
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine, Value
 from autotune.workload.workload import Workload
 
@@ -111,11 +112,11 @@ class Optimization(ABC):
         """What must be reset before each image (most need nothing)."""
         return
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         """The lines that a user would write instead, the pipeline being called ``pipe``.
 
-        ``pipe.{denoiser}``, ``pipe.{autoencoder}`` and ``pipe.{network}`` (both) stand for each
-        such component. Lines that begin with ``from_pretrained: `` are arguments of that call.
+        Lines that begin with ``from_pretrained: `` are arguments of that call, and those that
+        begin with ``before_image: `` come before each image: see ``target.py``.
         """
         return (f"# {self.name} has no equivalent in plain diffusers",)
 

@@ -14,6 +14,7 @@ from autotune.optimizations.modules import (
     remember_hooks,
     remove_hooks,
 )
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -68,8 +69,9 @@ class LayerwiseCasting(Optimization):
     def found(self, pipe: Any) -> Parameters | None:
         return {} if any(_hooks(m) for m in denoisers(pipe)) else None
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return (f"pipe.{{denoiser}}.enable_layerwise_casting(storage_dtype=torch.{STORAGE})",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        call = f"enable_layerwise_casting(storage_dtype=torch.{STORAGE})"
+        return tuple(f"pipe.{name}.{call}" for name in target.denoisers)
 
 
 def _hooks(module: Any) -> list[Any]:

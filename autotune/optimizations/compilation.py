@@ -12,6 +12,7 @@ from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import denoisers
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.live import original, parts_of
 from autotune.workload.workload import Workload
@@ -81,10 +82,9 @@ class Compile(Optimization):
         scope = next((s for s in reversed(SCOPES) if s in scopes), None)
         return None if scope is None else {"scope": scope}
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        if parameters["scope"] == "whole":
-            return ("pipe.{denoiser}.compile()",)
-        return ("pipe.{denoiser}.compile_repeated_blocks()",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        how = "compile" if parameters["scope"] == "whole" else "compile_repeated_blocks"
+        return tuple(f"pipe.{name}.{how}()" for name in target.denoisers)
 
 
 def _scope(module: Any, is_wrapped: bool = False) -> str | None:

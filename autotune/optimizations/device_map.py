@@ -18,6 +18,7 @@ from autotune.optimizations.modules import (
     remember_devices,
     remember_hooks,
 )
+from autotune.optimizations.target import Target, listed
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -71,15 +72,16 @@ class ComponentsOnGpus(Optimization):
             pairs += [(first, twins[1]), (twins[1], first)]
         return tuple({"encoders": one, "autoencoder": other} for one, other in pairs)
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        home = f"cuda:{target.device_index}"
         encoders_on, autoencoder_on = (f"cuda:{index}" for index in parameters.values())
         return (
             "from accelerate.hooks import ModelHook, add_hook_to_module",
             "from accelerate.utils import send_to_device",
-            "class Visiting(ModelHook):",
+            "class Visiting(ModelHook):  # takes inputs to where a part is, and outputs back",
             "    def __init__(self, there):",
             "        self.there = torch.device(there)",
-            '        self.execution_device = torch.device("cuda:{index}")',
+            f'        self.execution_device = torch.device("{home}")',
             "    def brought(self, value):",
             "        return value.to(self.there) if isinstance(value, torch.Tensor) else value",
             "    def pre_forward(self, module, *args, **kwargs):",
@@ -88,18 +90,15 @@ class ComponentsOnGpus(Optimization):
             "    def post_forward(self, module, output):",
             "        return send_to_device(output, self.execution_device)",
             "modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]",
-            "there = {}",
-            "for module in [{encoders}]:",
-            f'    there[module] = "{encoders_on}"',
-            "    add_hook_to_module(module, Visiting(there[module]))",
-            "for vae in [{autoencoders}]:",
-            f'    there[vae] = "{autoencoder_on}"',
-            "    for part in vae.children():  # pipelines call decode, not the VAE itself",
-            "        add_hook_to_module(part, Visiting(there[vae]))",
+            f'there = dict.fromkeys([{listed(target.encoders)}], "{encoders_on}")',
+            f'there |= dict.fromkeys([{listed(target.autoencoders)}], "{autoencoder_on}")',
             "for module in modules:",
-            '    module.to(there.get(module, "cuda:{index}"))',
+            f'    module.to(there.get(module, "{home}"))',
+            "for module, gpu in there.items():  # pipelines call decode, not the VAE itself",
+            '    for part in module.children() if hasattr(module, "decode") else [module]:',
+            "        add_hook_to_module(part, Visiting(gpu))",
             'if not hasattr(modules[0], "_hf_hook"):  # it tells where the pipeline computes',
-            '    add_hook_to_module(modules[0], Visiting("cuda:{index}"))',
+            f'    add_hook_to_module(modules[0], Visiting("{home}"))',
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

@@ -21,6 +21,7 @@ from autotune.optimizations.modules import (
     remove_hooks,
 )
 from autotune.optimizations.offload import READS_PAST_HOOKS
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -124,7 +125,7 @@ class GroupCpuOffload(Optimization):
             "disk": config.offload_to_disk_path is not None,
         }
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         overlaps, by_block = bool(parameters["stream"]), parameters["level"] == "block"
         folder = ", offload_to_disk_path=tempfile.mkdtemp()" if parameters["disk"] else ""
         apart = (

@@ -9,6 +9,7 @@ import msgspec
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import diffusers_modules
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -39,8 +40,9 @@ class ChannelsLast(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, channels_last=True)
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return ("pipe.{network}.to(memory_format=torch.channels_last)",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        networks = (*target.denoisers, *target.autoencoders)
+        return tuple(f"pipe.{n}.to(memory_format=torch.channels_last)" for n in networks)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch

@@ -19,6 +19,7 @@ from autotune.optimizations.modules import (
     remember_devices,
     remember_hooks,
 )
+from autotune.optimizations.target import Target, listed
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -99,7 +100,7 @@ class ModelCpuOffload(_Offload):
             return None
         return f"{workload.pipeline} names no order in which to offload its components"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         return ("pipe.enable_model_cpu_offload()",)
 
     def _enable(self, pipe: Any, device: str) -> None:
@@ -125,15 +126,15 @@ class TextEncoderOffload(_Offload):
             return None
         return f"{workload.pipeline} has no encoder that could leave the device"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         return (
             "from accelerate import cpu_offload_with_hook",
-            "encoders = [{encoders}]",
+            f"encoders = [{listed(target.encoders)}]",
             "for module in pipe.components.values():",
             "    if isinstance(module, torch.nn.Module) and module not in encoders:",
             '        module.to("cuda")',
             'hooks = [cpu_offload_with_hook(encoder, "cuda")[1] for encoder in encoders]',
-            "for denoiser in [{denoisers}]:",
+            f"for denoiser in [{listed(target.denoisers)}]:",
             "    denoiser.register_forward_pre_hook(",
             "        lambda *_: [hook.offload() for hook in hooks] and None",
             "    )",
@@ -200,7 +201,7 @@ class SequentialCpuOffload(_Offload):
         names = (c.class_name for c in workload.components)
         return next((_passed_by(n) for n in names if n in READS_PAST_HOOKS), None)
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         return ("pipe.enable_sequential_cpu_offload()",)
 
     def _enable(self, pipe: Any, device: str) -> None:

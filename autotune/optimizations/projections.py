@@ -9,6 +9,7 @@ import msgspec
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import denoisers, random_state_kept
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -51,8 +52,8 @@ class FuseQkv(Optimization):
     def found(self, pipe: Any) -> Parameters | None:
         return {} if any(map(_is_fused, denoisers(pipe))) else None
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return ("pipe.{denoiser}.fuse_qkv_projections()",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        return tuple(f"pipe.{name}.fuse_qkv_projections()" for name in target.denoisers)
 
 
 _CHANGED = ("fused_projections", "processor", "original_attn_processors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +14,7 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.gguf_blocks import BLOCK, in_blocks, scheme_of_blocks
 from autotune.optimizations.modules import denoisers, random_state_kept
+from autotune.optimizations.target import LOADING, Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -91,28 +94,22 @@ class Quantization(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, quantization=str(parameters["scheme"]))
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         scheme = str(parameters["scheme"])
         if scheme.startswith("gguf"):
-            return (
-                "from diffusers import GGUFQuantizationConfig",
-                f"# {scheme.removeprefix('gguf_').upper()} is read from a file of the model in it:",
-                'pipe.{denoiser} = type(pipe.{denoiser}).from_single_file("file.gguf", '
-                "quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16), "
-                "torch_dtype=torch.bfloat16)",
-            )
+            return tuple(_gguf_lines(scheme.removeprefix("gguf_").upper(), target))
         if scheme == "nf4":
             return (
                 "from diffusers import PipelineQuantizationConfig",
-                "from_pretrained: quantization_config=PipelineQuantizationConfig("
+                f"{LOADING}quantization_config=PipelineQuantizationConfig("
                 'quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_4bit": True, '
                 '"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, '
-                '"bnb_4bit_compute_dtype": torch.bfloat16}, '
-                "components_to_quantize=[{denoiser names}])",
+                f'"bnb_4bit_compute_dtype": torch.{target.dtype}}}, '
+                f"components_to_quantize={json.dumps(target.denoisers)})",
             )
         return (
             f"from torchao.quantization import {_CONFIGS[scheme]}, quantize_",
-            f"quantize_(pipe.{{denoiser}}, {_CONFIGS[scheme]}())",
+            *(f"quantize_(pipe.{name}, {_CONFIGS[scheme]}())" for name in target.denoisers),
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
@@ -150,6 +147,21 @@ _CONFIGS = {
     "float8_dynamic": "Float8DynamicActivationFloat8WeightConfig",
 }
 """Names in ``torchao.quantization``."""
+
+
+def _gguf_lines(scheme: str, target: Target) -> Iterator[str]:
+    """diffusers reads such blocks from files only: which others publish, under names of theirs."""
+    yield "from diffusers import GGUFQuantizationConfig"
+    options = (
+        f"quantization_config=GGUFQuantizationConfig(compute_dtype=torch.{target.dtype}), "
+        f"torch_dtype=torch.{target.dtype}"
+    )
+    for name in target.denoisers:
+        part = f"pipe.{name}"
+        yield f"# Put here the path, or the address on the hub, of this model's {name} in {scheme}:"
+        yield f"# a file that ends in {scheme}.gguf; look for {json.dumps(f'{target.model} gguf')} "
+        yield "# on huggingface.co/models."
+        yield f'{part} = type({part}).from_single_file("path/to/{name}-{scheme}.gguf", {options})'
 
 
 def _multiplies_float8(machine: Machine) -> bool:

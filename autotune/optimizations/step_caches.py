@@ -12,6 +12,7 @@ from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution, StepCache
 from autotune.optimizations.modules import denoisers, registries_of, remember_hooks
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -124,6 +125,17 @@ class _Cache(Optimization):
                     raise
         return undo
 
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        made = f"{self.config}({self._options(parameters, target)})"
+        return (
+            f"from diffusers import {self.config}",
+            *(f"pipe.{name}.enable_cache({made})" for name in target.denoisers),
+        )
+
+    @abstractmethod
+    def _options(self, parameters: Parameters, target: Target) -> str:
+        """The configuration's arguments, as ``_made`` gives them."""
+
     @abstractmethod
     def _made(self, pipe: Any, parameters: Parameters) -> Any:
         """diffusers' configuration."""
@@ -147,12 +159,8 @@ class FirstBlockCache(_Cache):
     def quality(self, parameters: Parameters) -> str:
         return "balanced" if float(parameters["threshold"]) <= 0.08 else "fast"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return (
-            "from diffusers import FirstBlockCacheConfig",
-            "pipe.{denoiser}.enable_cache("
-            f"FirstBlockCacheConfig(threshold={parameters['threshold']}))",
-        )
+    def _options(self, parameters: Parameters, target: Target) -> str:
+        return f"threshold={parameters['threshold']}"
 
     def _made(self, pipe: Any, parameters: Parameters) -> Any:
         from diffusers import FirstBlockCacheConfig
@@ -174,12 +182,8 @@ class TaylorSeerCache(_Cache):
     def quality(self, parameters: Parameters) -> str:
         return "fast"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return (
-            "from diffusers import TaylorSeerCacheConfig",
-            "pipe.{denoiser}.enable_cache(TaylorSeerCacheConfig("
-            f"cache_interval={parameters['interval']}, use_lite_mode=True))",
-        )
+    def _options(self, parameters: Parameters, target: Target) -> str:
+        return f"cache_interval={parameters['interval']}, use_lite_mode=True"
 
     def _made(self, pipe: Any, parameters: Parameters) -> Any:
         from diffusers import TaylorSeerCacheConfig
@@ -204,12 +208,10 @@ class PyramidAttentionBroadcast(_Cache):
     def quality(self, parameters: Parameters) -> str:
         return "balanced" if parameters["range"] == 2 else "fast"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def _options(self, parameters: Parameters, target: Target) -> str:
         return (
-            "from diffusers import PyramidAttentionBroadcastConfig",
-            "pipe.{denoiser}.enable_cache(PyramidAttentionBroadcastConfig("
             f"spatial_attention_block_skip_range={parameters['range']}, "
-            "current_timestep_callback=lambda: pipe.current_timestep))",
+            "current_timestep_callback=lambda: pipe.current_timestep"
         )
 
     def _made(self, pipe: Any, parameters: Parameters) -> Any:
@@ -242,14 +244,12 @@ class FasterCache(_Cache):
     def quality(self, parameters: Parameters) -> str:
         return "fast"
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def _options(self, parameters: Parameters, target: Target) -> str:
         return (
-            "from diffusers import FasterCacheConfig",
-            "pipe.{denoiser}.enable_cache(FasterCacheConfig("
-            f"spatial_attention_block_skip_range={parameters['range']},",
-            '    tensor_format="BFCHW", attention_weight_callback=lambda _: 0.5,',
-            f"    is_guidance_distilled=type(pipe).__name__ not in {sorted(GUIDED_IN_BATCH)},",
-            "    current_timestep_callback=lambda: pipe.current_timestep))",
+            f"spatial_attention_block_skip_range={parameters['range']}, "
+            'tensor_format="BFCHW", attention_weight_callback=lambda _: 0.5, '
+            f"is_guidance_distilled={target.pipeline not in GUIDED_IN_BATCH}, "
+            "current_timestep_callback=lambda: pipe.current_timestep"
         )
 
     def _made(self, pipe: Any, parameters: Parameters) -> Any:

@@ -10,6 +10,7 @@ from autotune.errors import OptimizationError, first_line
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import device_of, random_state_kept
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.variants import DISTILLED
 from autotune.workload.workload import Workload
@@ -51,12 +52,13 @@ class TinyAutoencoder(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decoder="tiny")
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        weights = parameters["weights"] or "madebyollin/taesdxl"
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        weights = parameters["weights"] or _family(target.pipeline)
         return (
             "from diffusers import AutoencoderTiny",
-            f'pipe.vae = AutoencoderTiny.from_pretrained("{weights}", torch_dtype=pipe.vae.dtype)'
-            "  # or taesd, taesd3, taef1: as the model",
+            *(() if weights else (f"# none is known for the latents of {target.pipeline}",)),
+            f'pipe.vae = AutoencoderTiny.from_pretrained("{weights or "path/to/one"}", '
+            "torch_dtype=pipe.vae.dtype)",
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

@@ -16,6 +16,7 @@ from autotune.optimizations.modules import (
     drop_bound_forwards,
     remember_hooks,
 )
+from autotune.optimizations.target import BEFORE_IMAGE, Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -74,11 +75,19 @@ class ToMe(Optimization):
         merge = TokenMerge(float(parameters["ratio"]), int(parameters["max_downsample"]))
         return msgspec.structs.replace(execution, merge=merge)
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         ratio, depth = parameters["ratio"], parameters["max_downsample"]
+        how = f"ratio={ratio}, max_downsample={depth}"
         return (
             "import tomesd",
-            f"tomesd.apply_patch(pipe.{{denoiser}}, ratio={ratio}, max_downsample={depth})",
+            *(f"tomesd.apply_patch(pipe.{name}, {how})" for name in target.denoisers),
+            f"{BEFORE_IMAGE}# ToMe's random numbers run on from image to image: a seed would not "
+            "repeat",
+            *(
+                f'{BEFORE_IMAGE}pipe.{name}._tome_info["args"]["generator"] = '
+                "torch.Generator(pipe._execution_device).manual_seed(0)"
+                for name in target.denoisers
+            ),
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

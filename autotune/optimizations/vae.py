@@ -17,7 +17,9 @@ from autotune.optimizations.base import (
 )
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.modules import autoencoders, classes_of
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
+from autotune.workload.architecture import ComponentConfig
 from autotune.workload.variants import OVERLAP, has_tiles, restore, switch
 from autotune.workload.workload import Workload
 
@@ -70,8 +72,8 @@ class VaeSlicing(_DecodeSwitch):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_sliced=True)
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        return ("pipe.{autoencoder}.enable_slicing()",)
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        return tuple(f"pipe.{name}.enable_slicing()" for name in target.autoencoders)
 
     def _variant(self, parameters: Parameters) -> str:
         return "sliced"
@@ -120,27 +122,10 @@ class VaeTiling(_DecodeSwitch):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_tile=int(parameters["tile"]))
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        tile, vae = parameters["tile"], "pipe.{autoencoder}"
-        return (
-            f'if hasattr({vae}, "tile_sample_min_height"):',
-            '    tiles = dict.fromkeys(("tile_sample_min_height", "tile_sample_min_width"), '
-            f"{tile})",
-            '    for way in ("height", "width"):',
-            f'        if hasattr({vae}, f"tile_sample_stride_{{way}}"):',
-            f'            stride = getattr({vae}, f"tile_sample_stride_{{way}}") * {tile}',
-            f'            stride //= getattr({vae}, f"tile_sample_min_{{way}}")',
-            f"            stride -= stride % {vae}.spatial_compression_ratio",
-            '            tiles[f"tile_sample_stride_{way}"] = stride',
-            f'        if hasattr({vae}, f"tile_overlap_factor_{{way}}"):',
-            f'            tiles[f"tile_overlap_factor_{{way}}"] = {OVERLAP}',
-            f"    {vae}.enable_tiling(**tiles)",
-            "else:",
-            f"    {vae}.enable_tiling()",
-            f"    factor = 2 ** (len({vae}.config.block_out_channels) - 1)",
-            f"    {vae}.tile_sample_min_size = {tile}",
-            f"    {vae}.tile_latent_min_size = {tile} // factor",
-        )
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        tile = int(parameters["tile"])
+        named = ((name, target.components.get(name)) for name in target.autoencoders)
+        return tuple(line for n, part in named for line in _tiling(f"pipe.{n}", part, tile))
 
     def _variant(self, parameters: Parameters) -> str:
         return f"tiled:{parameters['tile']}"
@@ -180,12 +165,15 @@ class VaeBfloat16(Optimization):
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
         return msgspec.structs.replace(execution, decode_dtype="bfloat16")
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
-        vae = "pipe.{autoencoder}"
-        return (
-            f"{vae}.to(torch.bfloat16)",
-            f"decode = {vae}.decode",
-            f"{vae}.decode = lambda z, *args, **options: decode(z.bfloat16(), *args, **options)",
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
+        return tuple(
+            line
+            for vae in (f"pipe.{name}" for name in target.autoencoders)
+            for line in (
+                f"{vae}.to(torch.bfloat16)",
+                f"{vae}.decode = lambda z, *args, decode={vae}.decode, **options: "
+                "decode(z.bfloat16(), *args, **options)",
+            )
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
@@ -213,6 +201,50 @@ class VaeBfloat16(Optimization):
     def found(self, pipe: Any) -> Parameters | None:
         is_set = any(hasattr(vars(a).get("decode"), "narrows") for a in autoencoders(pipe))
         return {} if is_set else None
+
+
+_STRIDES = {
+    "AutoencoderDC": 7 / 8,
+    "AutoencoderKLHunyuanVideo": 3 / 4,
+    "AutoencoderKLLTXVideo": 7 / 8,
+    "AutoencoderKLMochi": 3 / 4,
+    "AutoencoderKLQwenImage": 3 / 4,
+    "AutoencoderKLWan": 3 / 4,
+}
+"""Autoencoder → from one tile to the next, as a share of its side (diffusers 0.42)."""
+
+
+def _tiling(vae: str, component: ComponentConfig | None, tile: int) -> tuple[str, ...]:
+    """The lines that do for one autoencoder what ``variants.switch`` does."""
+    name = "" if component is None else component.class_name
+    config = {} if component is None else component.config
+    ways = ("height", "width")
+    sizes = [f"tile_sample_min_{way}={tile}" for way in ways]
+    if name in _STRIDES:
+        factor = _pixels_per_latent(config)
+        stride = int(tile * _STRIDES[name]) // factor * factor
+        sizes += [f"tile_sample_stride_{way}={stride}" for way in ways]
+        return (f"{vae}.enable_tiling({', '.join(sizes)})",)
+    if name == "AutoencoderKLCogVideoX":
+        sizes += [f"tile_overlap_factor_{way}={OVERLAP}" for way in ways]
+        return (f"{vae}.enable_tiling({', '.join(sizes)})",)
+    if name in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        return (
+            f"{vae}.enable_tiling()",
+            f"{vae}.tile_sample_min_size = {tile}",
+            f"{vae}.tile_latent_min_size = {tile // _pixels_per_latent(config)}",
+        )
+    return (f"{vae}.enable_tiling()  # planned with tiles of {tile} pixels: set them as it has it",)
+
+
+def _pixels_per_latent(config: dict[str, Any]) -> int:
+    """Along a side, as the autoencoders' classes work it out of their configurations."""
+    if "spatio_temporal_scaling" in config:  # LTX
+        return int(config["patch_size"] * 2 ** sum(config["spatio_temporal_scaling"]))
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if blocks:
+        return int(2 ** (len(blocks) - 1))
+    return 8
 
 
 def _is_widened(autoencoder: Any) -> bool:

@@ -33,6 +33,7 @@ from autotune.optimizations.base import (
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.plugins import flaw_of
 from autotune.optimizations.rule import Clash, Rule
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.testing.interruption import Interruption, OnPurpose, places
@@ -112,7 +113,7 @@ class OptimizationConformance:
             assert optimization.setting(dict(written)) == setting, f"{setting} reads back otherwise"
             quality = optimization.quality(setting.parameters)
             assert QUALITIES.index(quality) >= strictest, f"{setting} asks for {quality} only"
-            lines = optimization.code(setting.parameters)
+            lines = optimization.code(setting.parameters, _TARGET)
             assert lines and all(isinstance(line, str) and line for line in lines), "no code"
         for rule in optimization.rules:
             assert _is_sentence(rule.reason), f"rule {rule.id}: {rule.reason!r} is no sentence"
@@ -378,6 +379,10 @@ class OptimizationConformance:
             assert error <= ROUNDING, f"{setting} is declared exact, and differs by {error:.2g}"
 
 
+_TARGET = Target(
+    "StableDiffusionPipeline", "sd", "float16", 0, ("text_encoder",), ("unet",), ("vae",)
+)
+
 _IMAGES: dict[tuple[object, ...], torch.Tensor] = {}
 
 _PLAN = """
@@ -386,6 +391,7 @@ sys.modules["torch"] = None  # importing it fails
 import msgspec
 from autotune.decide.predict import Predictor
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 Given = tuple[Workload, Machine, dict[str, bool | int | float | str]]
@@ -395,7 +401,7 @@ optimization = operator.attrgetter(name)(importlib.import_module(module))()
 parameters = optimization.setting(given).parameters
 optimization.unavailable(machine, workload)
 optimization.worth_trying(machine, workload)
-optimization.code(parameters)
+optimization.code(parameters, Target(workload.pipeline, workload.model, "float32"))
 optimization.quality(parameters)
 Predictor(machine, workload).predict(optimization.configure(Execution(), parameters))
 """

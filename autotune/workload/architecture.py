@@ -96,8 +96,12 @@ def builtin_names() -> tuple[str, ...]:
     return (DEMO, *sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json")))
 
 
-def find_architecture(model: str) -> Architecture:
+def find_architecture(model: str, download: bool = True) -> Architecture:
     """Resolve a built-in name, a local folder in diffusers format, or a hub id.
+
+    Args:
+        model: As the user named it.
+        download: Whether the hub may be asked; else only what was downloaded before is read.
 
     Raises:
         ModelError: it is none of these, or the folder is not a pipeline.
@@ -122,7 +126,7 @@ def find_architecture(model: str) -> Architecture:
         )
     if model.count("/") != 1:
         raise _unknown(model)
-    return _read_hub(model)
+    return _read_hub(model, download)
 
 
 def describe_pipeline(pipe: Any) -> Architecture:
@@ -226,11 +230,13 @@ _CONFIGURATIONS = [
 """Files of a repository that say what it is; no weights among them."""
 
 
-def _read_hub(repository: str) -> Architecture:
+def _read_hub(repository: str, download: bool) -> Architecture:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(repository, allow_patterns=_CONFIGURATIONS)
+        folder = snapshot_download(
+            repository, allow_patterns=_CONFIGURATIONS, local_files_only=not download
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(
             f"cannot read {repository} from the Hugging Face hub: {first_line(error)}",

@@ -10,6 +10,7 @@ from autotune.optimizations.base import Optimization, Parameters, Undo, undone_o
 from autotune.optimizations.execution import Effect, Execution
 from autotune.optimizations.modules import classes_of, denoisers
 from autotune.optimizations.rule import Rule
+from autotune.optimizations.target import Target, listed
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -57,11 +58,12 @@ class ChunkedFeedForward(Optimization):
     def found(self, pipe: Any) -> Parameters | None:
         return {} if any(b._chunk_size for b in _blocks(pipe)) else None
 
-    def code(self, parameters: Parameters) -> tuple[str, ...]:
+    def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         return (
-            "for layer in pipe.{denoiser}.modules():",
-            '    if hasattr(layer, "set_chunk_feed_forward"):',
-            "        layer.set_chunk_feed_forward(1, dim=0)",
+            f"for denoiser in [{listed(target.denoisers)}]:",
+            "    for layer in denoiser.modules():",
+            '        if hasattr(layer, "set_chunk_feed_forward"):',
+            "            layer.set_chunk_feed_forward(1, dim=0)",
         )
 
 

@@ -142,7 +142,7 @@ def test_the_lines_name_every_gpu(traced, pair):
     plan = choose(machine, traced("flux-dev", dtype="bfloat16"), Limits(only=("device_map",)))
     text = plan.code()
     ast.parse(text)
-    assert 'there[vae] = "cuda:0"' in text
+    assert 'there |= dict.fromkeys([pipe.vae], "cuda:0")' in text
     assert 'module.to(there.get(module, "cuda:1"))' in text
     assert "pipe.to(" not in text and "{" not in text.replace("{}", "").replace("{name:", "")
 

@@ -16,11 +16,13 @@ from autotune.optimizations import find
 from autotune.optimizations.attention import foreign_processors
 from autotune.optimizations.base import Setting, Undo
 from autotune.optimizations.modules import autoencoders, classes_of, denoisers
+from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.runtime.apply import set_by_hand
 from autotune.testing.pipelines import BUILDERS, arguments, call
 from autotune.testing.state import differences
+from autotune.workload.architecture import describe_pipeline
 from tests.workloads import ONE_OF_EACH_AUTOENCODER, few_frames, workload_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)
@@ -211,8 +213,11 @@ def test_the_lines_for_tiling_do_what_applying_does(kind: str) -> None:
     applied, pipe = BUILDERS[kind](), BUILDERS[kind]()
     setting = find("vae_tiling").setting({"tile": 64})
     apply(applied, setting)
-    lines = find("vae_tiling").code(setting.parameters)
-    exec("\n".join(lines).replace("{autoencoder}", "vae"), {"pipe": pipe})
+    components = describe_pipeline(pipe).components
+    target = Target("", "", "float32", autoencoders=("vae",), components=components)
+    lines = find("vae_tiling").code(setting.parameters, target)
+    assert len(lines) <= 3
+    exec("\n".join(lines), {"pipe": pipe})
     tiles = [
         {n: v for n, v in vars(p.vae).items() if n.startswith(("tile_", "use_"))}
         for p in (applied, pipe)

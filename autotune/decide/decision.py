@@ -40,7 +40,7 @@ from autotune.decide.plan import Rejection
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget
 from autotune.decide.search import Candidate, Space, execution_of
-from autotune.errors import OptimizationError
+from autotune.errors import MachineError, OptimizationError
 from autotune.optimizations.base import Optimization, Setting
 from autotune.optimizations.execution import Execution
 from autotune.optimizations.plugins import failure_of
@@ -152,7 +152,14 @@ def select(candidates: Sequence[Candidate], budget: Budget, priority: str = "spe
 
 
 def smallest_of(pool: Pool, budget: Budget) -> Candidate:
-    """Of those within the tolerance of the fastest; where none fits, the one that lacks least."""
+    """Of those within the tolerance of the fastest; where none fits, the one that lacks least.
+
+    Raises:
+        MachineError: a prediction is no time at all: figures of the machine are absurd.
+    """
+    if not 0 <= pool.fastest_seconds < math.inf:
+        message = f"a generation is predicted to take {pool.fastest_seconds:g} s"
+        raise MachineError(message, "`autotune probe` measures this machine again")
     longest = pool.fastest_seconds * (1 + TOLERANCE)
     as_fast = [c for c in pool.candidates if c.seconds <= longest]
     if budget.holds(as_fast[0]):

@@ -8,14 +8,23 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from autotune.errors import MachineError
-from autotune.probe.machine import Machine
+from autotune.probe.machine import Figure, Machine, Value
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+PLAUSIBLE: Final = {"_per_s": (1e3, 1e18), "_s": (0.0, 1.0), "_fraction": (0.0, 1.0)}
+"""Within what every figure of a machine is, by how its name ends: with its unit. Bytes or
+operations per second, from a thousand to what no single device reaches; seconds that the host
+spends on one call; shares."""
+
+OPERATOR_S: Final = 3600.0
+"""More seconds than one call of an operator takes anywhere."""
 
 
 def reference_machines() -> dict[str, Path]:
@@ -66,7 +75,7 @@ def read_machine(path: Path) -> Machine:
 
 def machine_problems(machine: Machine) -> Iterator[str]:
     """What the types let through and no plan can be made with, in words."""
-    device, host, kernels, link = machine.device, machine.host, machine.kernels, machine.link
+    device, host, kernels = machine.device, machine.host, machine.kernels
     if not 0 <= device.free_bytes <= device.total_bytes or not device.total_bytes:
         yield f"it has {device.free_bytes} of {device.total_bytes} bytes free"
     if host.cores < 1 or not 0 <= host.ram_available_bytes <= host.ram_total_bytes:
@@ -77,16 +86,37 @@ def machine_problems(machine: Machine) -> Iterator[str]:
     ):
         if "float32" not in figures:
             yield f"{name} has no float32"
-    rates = [*kernels.matmul_flops_per_s.values(), *kernels.convolution_flops_per_s.values()]
-    rates += kernels.convolution_channels_last_flops_per_s.values()
-    rates.append(kernels.memory_bytes_per_s)
-    if link is not None:
-        rates += [link.h2d_pinned_bytes_per_s, link.d2h_pinned_bytes_per_s]
-        rates += [link.h2d_pageable_bytes_per_s, link.d2h_pageable_bytes_per_s]
-        rates += [link.module_h2d_bytes_per_s, link.module_d2h_bytes_per_s]
-    rates += [rate.flops_per_s for rate in machine.attention if rate.flops_per_s is not None]
-    if not all(rate.value > 0 for rate in rates):
-        yield "a rate is not positive"
+    if not 0 <= machine.context_bytes <= device.total_bytes:
+        yield f"its context takes {machine.context_bytes} of {device.total_bytes} bytes"
+    for part in (kernels, machine.link, machine.attention, host):
+        for name, value in _figures(part, ""):
+            low, high = next(r for unit, r in PLAUSIBLE.items() if name.endswith(unit))
+            if not low <= value <= high:
+                yield f"{name} is {value:g}, must be {low:g} to {high:g}"
+    yield from _operator_problems(machine)
+
+
+def _operator_problems(machine: Machine) -> Iterator[str]:
+    total = machine.device.total_bytes
+    for key, time in machine.operators.items():
+        for name, seconds in (("seconds", time.seconds), ("first_extra_s", time.first_extra_s)):
+            if seconds is not None and not 0 <= seconds <= OPERATOR_S:
+                text = f"{name} is {seconds:g}, must be 0 to {OPERATOR_S:g}"
+                yield f"an operator's {text}: {key[:80]}"
+        if not 0 <= (time.workspace_bytes or 0) <= total:
+            yield f"an operator took {time.workspace_bytes} of {total} bytes: {key[:80]}"
+
+
+def _figures(value: object, name: str) -> Iterator[tuple[str, float]]:
+    """Every figure in a part of a machine, with the name that says its unit."""
+    if isinstance(value, Figure):
+        yield name, value.value
+    elif isinstance(value, Value):
+        for field in value.__struct_fields__:
+            yield from _figures(getattr(value, field), field)
+    elif isinstance(value, (dict, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _figures(item, name)
 
 
 def check_writable(path: Path) -> None:

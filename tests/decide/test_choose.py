@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
 from autotune.decide.choose import TOLERANCE, Limits, choose, predict
+from autotune.decide.decision import decide, select
 from autotune.decide.plan import Plan
+from autotune.decide.predict import Predictor
 from autotune.decide.rules import OFFLOADS
-from autotune.errors import OptimizationError, RequestError
+from autotune.errors import MachineError, OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, CLASSIC, parse_settings
 from autotune.optimizations.base import EXACTNESS, Setting
 from autotune.probe.machine import Machine
@@ -178,3 +182,12 @@ def test_a_member_is_explained_by_what_it_attacks(traced, rtx_3080_torch1):
 def test_what_changes_nothing_is_said_to(traced, rtx_3080):
     plan = choose(rtx_3080, traced("sdxl"))
     assert "changes nothing" in text_of(plan, "xformers")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan])
+def test_times_that_cannot_be_are_an_error_with_a_remedy(traced, rtx_3080, seconds):
+    """Absurd figures overflow, or cancel each other out."""
+    decision = decide(Predictor(rtx_3080, traced("sd15")), Limits(only=("vae_slicing",)), CATALOGUE)
+    absurd = [c._replace(seconds=seconds) for c in decision.candidates]
+    with pytest.raises(MachineError, match="is predicted to take"):
+        select(absurd, decision.budget)

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from autotune.errors import MachineError
-from autotune.probe.machine import Figure, Machine
+from autotune.probe.machine import Figure, Machine, OperatorTime
 from autotune.probe.reference import (
     add_machine,
     load_machine,
@@ -135,11 +135,30 @@ def odd_machines() -> Iterator[tuple[Machine, str]]:
     for name in ("matmul_flops_per_s", "convolution_flops_per_s"):
         half = {"float16": Figure(1.0)}
         yield replace(machine, kernels=replace(kernels, **{name: half})), f"{name} has no float32"
-    zero, negative = Figure(0.0), Figure(-1.0)
-    yield replace(machine, kernels=replace(kernels, memory_bytes_per_s=negative)), "a rate"
-    yield replace(machine, link=replace(link, module_h2d_bytes_per_s=zero)), "a rate"
+    zero, negative, little, much = (Figure(f) for f in (0.0, -1.0, 1e-300, 1e300))
+    yield (
+        replace(machine, kernels=replace(kernels, memory_bytes_per_s=negative)),
+        "_s is -1, must be",
+    )
+    products = kernels.matmul_flops_per_s | {"float16": little}
+    yield (
+        replace(machine, kernels=replace(kernels, matmul_flops_per_s=products)),
+        "is 1e-300, must be",
+    )
+    yield (
+        replace(machine, kernels=replace(kernels, dispatch_s=much)),
+        "dispatch_s is 1e\\+300, must be",
+    )
+    yield replace(machine, link=replace(link, module_h2d_bytes_per_s=zero)), "module_h2d_.* is 0"
+    yield replace(machine, link=replace(link, overlap_fraction=negative)), "overlap_fraction is -1"
     rates = (replace(machine.attention[0], flops_per_s=zero),)
-    yield replace(machine, attention=rates), "a rate"
+    yield replace(machine, attention=rates), "flops_per_s is 0"
+    yield replace(machine, host=replace(host, disk_read_bytes_per_s=much)), "disk_read.* is 1e"
+    yield replace(machine, context_bytes=-1), "its context takes -1"
+    for time in (OperatorTime(1e300), OperatorTime(-1.0), OperatorTime(1.0, None, -1.0)):
+        yield replace(machine, operators={"conv": time}), "an operator's .*: conv"
+    time = OperatorTime(1.0, workspace_bytes=device.total_bytes + 1)
+    yield replace(machine, operators={"conv": time}), "an operator took"
 
 
 @pytest.mark.parametrize(("machine", "problem"), tuple(odd_machines()))

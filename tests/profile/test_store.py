@@ -152,7 +152,7 @@ def test_any_profile_survives_the_round_trip(data: st.DataObject) -> None:
         runs=tuple(data.draw(st.lists(runs, max_size=3))),
         machine=msgspec.structs.replace(
             old.machine,
-            context_bytes=data.draw(st.integers(0, 1 << 60)),
+            context_bytes=data.draw(st.integers(0, old.machine.device.total_bytes)),
             software=data.draw(st.dictionaries(st.text(), st.text())),
             findings=tuple(data.draw(st.lists(st.text()))),
         ),
@@ -336,6 +336,7 @@ def bad_files() -> dict[str, bytes]:
         "huge": b" " * (files.MAX_FILE_BYTES + 1),
         "a huge number": good.replace(b'"cores": 8', b'"cores": ' + b"8" * 5000),
         "a machine that cannot be": good.replace(b'"value": 700000000000.0', b'"value": 0.0'),
+        "an absurd rate": good.replace(b'"value": 700000000000.0', b'"value": 1e-300'),
         "negative memory": good.replace(b'"free_bytes": 9', b'"free_bytes": -9'),
         "a version that never was": json.dumps({**fields, "schema_version": 0}).encode(),
         "deep in a plan": v2.replace(b'"fits": true', b'"x": ' + b"[" * 9999 + b"]" * 9999),
@@ -475,7 +476,7 @@ key, file, me = sys.argv[1], store.Path(sys.argv[2]), sys.argv[3]
 given = store.read_profile(file)
 sys.stdin.readline()  # all begin at once
 kernels = given.machine.kernels
-rates = {"float32": Figure(1.0), f"dtype {me}": Figure(1.0)}
+rates = {"float32": Figure(1e12), f"dtype {me}": Figure(1e12)}
 machine = replace(given.machine, kernels=replace(kernels, matmul_flops_per_s=rates))
 for turn in range(4):
     name = f"process {me}, turn {turn}"

@@ -23,7 +23,7 @@ from autotune.decide.prediction import PhasePrediction
 from autotune.errors import OptimizationError
 from autotune.optimizations import execution_of
 from autotune.optimizations.execution import Execution
-from autotune.units import MIB, format_bytes
+from autotune.units import GIB, MIB, format_bytes
 
 LATEST = 5
 """Runs of a look that count: as many as make a median that two disturbed ones cannot move."""
@@ -38,6 +38,10 @@ then decides nothing."""
 BELIEVED = (0.5, 2.0)
 """A generation that took less or more than this times what was predicted of it, then and now, ran
 on a machine that was busy, then or when its operators were timed."""
+
+BELIEVED_PEAK = (4.0, GIB)
+"""Of a phase that held more than this times the peak predicted of it and so many bytes on top,
+nothing was measured that is its own. Believed, it might never run again to show otherwise."""
 
 
 class Look(NamedTuple):
@@ -95,6 +99,12 @@ class Seen(NamedTuple):
         """Of the allocator's peak than predicted; negative: less."""
         peak = self.observed.peak_bytes
         return None if peak is None else peak - self.raw.peak_bytes
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether the peak can be that of this phase."""
+        times, more = BELIEVED_PEAK
+        return 0 <= (self.observed.peak_bytes or 0) <= times * self.raw.peak_bytes + more
 
 
 class _OfALook(NamedTuple):
@@ -169,7 +179,7 @@ def residuals_of(history: History, predict: RawPhases) -> dict[str, OfAPhase]:
     """What the runs of a history have shown, by phase.
 
     Runs of optimizations that are no longer there, or of code paths that are not traced, are left
-    out, and so are those of a busy machine.
+    out, and so are those of a busy machine, or with a peak that cannot be.
     """
     by_phase: dict[str, list[Seen]] = defaultdict(list)
     for observation in history.observations[-OBSERVATIONS:]:
@@ -189,6 +199,8 @@ def _compared(observation: Observation, predict: RawPhases) -> list[Seen]:
         for look, raw in phases
         if raw.name in observed and raw.seconds > 0
     ]
+    if not all(s.is_believed for s in seen):
+        return []
     raw_s = sum(s.raw.seconds for s in seen)
     measured = sum(s.observed.seconds for s in seen)
     if _is_within(BELIEVED, measured, raw_s):

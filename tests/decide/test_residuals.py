@@ -22,7 +22,7 @@ from autotune.decide.whatif import frontier
 from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
-from autotune.units import MIB
+from autotune.units import GIB, MIB
 from autotune.workload.workload import Workload
 from tests.decide.strategies import machines, workloads
 from tests.decide.test_properties import ROUNDING, more, with_more
@@ -262,6 +262,14 @@ def test_the_most_that_was_needed_counts(traced, rtx_3080):
     found = predicted(rtx_3080, workload, PLAIN, History(runs))
     assert found.peak_bytes == raw.peak_bytes + 90 * MIB
     assert found.needed_bytes == raw.needed_bytes + 90 * MIB
+
+
+@pytest.mark.parametrize("more_bytes", [10**15, 40 * GIB, -(10**15)])
+def test_a_peak_that_cannot_be_teaches_nothing(traced, rtx_3080, more_bytes):
+    workload = traced("sd15")
+    raw = predicted(rtx_3080, workload, PLAIN)
+    runs = (observed(raw, PLAIN, 1.5, more_bytes=more_bytes),)
+    assert predicted(rtx_3080, workload, PLAIN, History(runs)) == raw
 
 
 # ---- decisions ----------------------------------------------------------------------------------

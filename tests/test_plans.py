@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -114,20 +116,43 @@ def test_a_decision_made_again_takes_the_place_of_the_one_before(rtx_3080, sd15)
     remembered(with_free(rtx_3080, 2), workload, basis, limits)
     profile = load_profile(KEY)
     assert profile is not None
-    assert [p.basis for p in profile.plans] == [basis]
+    assert [p.basis.partition("-")[0] for p in profile.plans] == [basis]
 
 
-def test_a_plan_edited_by_hand_is_made_anew(rtx_3080, sd15):
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"fits": "perhaps"},
+        {"optimizations": [{"name": "nonexistent", "parameters": {}}]},
+        {"optimizations": [{"name": "vae_tiling", "parameters": {"tile": -5}}]},
+        {"fastest_seconds": -1.0},
+    ],
+)
+def test_a_plan_edited_by_hand_is_made_anew(
+    edited: dict[str, Any],
+    rtx_3080: Machine,
+    sd15: tuple[Workload, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "autotune")
     workload, origin = sd15
     limits = Limits()
     basis = basis_of(rtx_3080, workload, origin, limits, History())
     save_profile(new_profile(KEY, rtx_3080))
     remembered(rtx_3080, workload, basis, limits)
+    decided = recall(KEY, rtx_3080, limits, basis)
 
     def spoil(profile: Profile | None) -> Profile:
         assert profile is not None
-        plans = tuple(msgspec.structs.replace(p, plan={"fits": "perhaps"}) for p in profile.plans)
-        return msgspec.structs.replace(profile, plans=plans)
+        (plan,) = profile.plans
+        changed = msgspec.structs.replace(plan, plan=plan.plan | edited)
+        return msgspec.structs.replace(profile, plans=(changed,))
 
     update_profile(KEY, spoil)
     assert recall(KEY, rtx_3080, limits, basis) is None
+    assert "is not used: it was edited" in caplog.text
+    remembered(rtx_3080, workload, basis, limits)
+    assert recall(KEY, rtx_3080, limits, basis) == decided
+    profile = load_profile(KEY)
+    assert profile is not None
+    assert len(profile.plans) == 1

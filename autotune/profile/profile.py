@@ -68,7 +68,8 @@ class PlanRecord(Value, frozen=True):
 
     Attributes:
         workload: The workload's key.
-        basis: A digest of all that decided, but for free memory: machine, model, limits, history.
+        basis: A digest of all that decided, but for free memory: machine, model, limits, history;
+            then one of ``plan``, which tells whether it is still what was decided.
         optimizations: What was chosen.
         predicted: The prediction per phase.
         least: Smallest budget with which the same is chosen.

@@ -51,7 +51,7 @@ def basis_of(
     asked = (origin, workload.is_loaded, limits)
     lasting = _lasting(machine)
     parts = (lasting, times, asked, history, sources, _offers(lasting, workload), _code())
-    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
+    return _digest(parts)
 
 
 def recall(key: str, machine: Machine, limits: Limits, basis: str) -> Plan | None:
@@ -65,8 +65,8 @@ def recall(key: str, machine: Machine, limits: Limits, basis: str) -> Plan | Non
     """
     profile = load_profile(key)
     records = profile.plans if profile is not None else ()
-    record = next((r for r in reversed(records) if r.basis == basis), None)
-    plan = _plan_of(record) if record is not None else None
+    record = next((r for r in reversed(records) if _is_made_from(r, basis)), None)
+    plan = _plan_of(record, basis) if record is not None else None
     budget = budget_within(machine, limits)
     if plan is None or plan.validity is None or not plan.validity.holds(budget):
         return None
@@ -78,22 +78,23 @@ def keep(measured: Measured, workload: Workload, plan: Plan, basis: str) -> None
     validity = plan.validity
     if validity is None:
         return
+    plain = msgspec.json.decode(msgspec.json.encode(plan))
     record = PlanRecord(
         workload=workload.key,
-        basis=basis,
+        basis=_sealed(basis, plain),
         optimizations=tuple(map(str, plan.optimizations)),
         predicted=tuple(
             PhaseMeasurement(p.name, p.seconds, p.peak_bytes) for p in plan.prediction.phases
         ),
         least=_least(validity),
         most=_most(validity),
-        plan=msgspec.json.decode(msgspec.json.encode(plan)),
+        plan=plain,
         at=timestamp(),
     )
 
     def change(profile: Profile | None) -> Profile:
         base = profile or new_profile(measured.key, measured.machine)
-        others = tuple(p for p in base.plans if p.basis != basis)
+        others = tuple(p for p in base.plans if not _is_made_from(p, basis))
         return msgspec.structs.replace(base, plans=(*others, record), updated_at=timestamp())
 
     updated_if_possible(measured.key, change)
@@ -132,11 +133,31 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _plan_of(record: PlanRecord) -> Plan | None:
-    """``None`` where the file was edited by hand, or a package that it names is gone."""
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:32]
+
+
+def _sealed(basis: str, plain: dict[str, Any]) -> str:
+    """The basis with a digest of what was made from it.
+
+    A type can be right where a value is not: a set that does not exist, a time below zero. All that
+    is in a plan was checked when it was decided, by the code and for the packages that are in its
+    basis, and holds as long as nobody has touched it.
+    """
+    return f"{basis}-{_digest(plain)}"
+
+
+def _is_made_from(record: PlanRecord, basis: str) -> bool:
+    return record.basis.startswith(f"{basis}-")
+
+
+def _plan_of(record: PlanRecord, basis: str) -> Plan | None:
+    """``None`` where it is not what was stored, or not of a type of today's."""
     try:
+        if record.basis != _sealed(basis, record.plan):
+            raise ValueError("it was edited")
         return msgspec.convert(record.plan, Plan, str_keys=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, ValueError) as error:
         log.info("a remembered plan of %s is not used: %s", record.workload, error)
         return None
 

@@ -45,16 +45,22 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def check_limits(limits: Limits) -> None:
-    """Refuse unknown quality levels, priorities and names.
+    """Refuse unknown quality levels, priorities and names, and sizes that are none.
 
     Raises:
-        RequestError: an unknown quality level or priority, or no image is expected.
+        RequestError: an unknown quality level or priority, no image is expected, or a size is
+            negative or no whole number.
         OptimizationError: an unknown name in ``only`` or ``without``.
     """
     if limits.images < 1:
         raise RequestError(f"{limits.images} images expected", "expect one image or more")
     if limits.priority not in PRIORITIES:
         raise RequestError(f"unknown priority {limits.priority!r}", f"use {', '.join(PRIORITIES)}")
+    for name in ("vram_limit", "ram_limit", "reserve"):
+        size = getattr(limits, name)
+        if size is not None and (type(size) is not int or size < 0):
+            hint = "give whole bytes, 5 * 2**30, or text with a unit, '5GiB'"
+            raise RequestError(f"{name} {size!r} is no number of bytes", hint)
     _parse_quality(limits.quality)
     for name in (*limits.only, *limits.without):
         find(name)

@@ -53,7 +53,8 @@ def configure(
     """Configure a loaded diffusers pipeline in place, for this machine and this request.
 
     Args:
-        pipe: A loaded pipeline; what was set on it by hand is kept.
+        pipe: A loaded pipeline. What was set on it by hand is recognised and kept as it is; only
+            ``plan``, which has no pipeline to look at, must be told (``keep``).
         height: Pixels; the model's native size by default.
         width: Pixels; the model's native size by default.
         batch: Images (or videos) per call.
@@ -146,6 +147,7 @@ def plan(
     priority: str = "speed",
     only: Iterable[str] = (),
     without: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
     images: int = 1,
     vram_limit: int | str | None = None,
     ram_limit: int | str | None = None,
@@ -157,6 +159,8 @@ def plan(
     Args:
         model: A hub id, a local folder, or a built-in name.
         machine: A ``Machine``, a reference machine's name, or a JSON file; this one by default.
+        keep: Optimizations that you set by hand, ``("xformers", "tome:ratio=0.3")``: they are
+            predicted with the rest, and neither proposed nor changed.
 
     The other arguments are those of ``load``.
 
@@ -165,7 +169,7 @@ def plan(
     """
     from autotune.tuner import machine_here, make_plan
 
-    limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve)
+    limits = _limits(quality, priority, only, without, images, vram_limit, ram_limit, reserve, keep)
     ask = _ask(height, width, batch, frames, steps, guidance_scale, dtype, limits, call)
     if machine is None:
         machine = machine_here().machine
@@ -206,14 +210,17 @@ def _limits(
     vram_limit: int | str | None,
     ram_limit: int | str | None,
     reserve: int | str,
+    keep: str | Iterable[str] = (),
 ) -> Limits:
-    from autotune.decide.limits import Limits
+    from autotune.decide.limits import Limits, parse_keep
 
+    left_out = tuple(without)
     return Limits(
         quality=quality,
         priority=priority,
         only=tuple(only),
-        without=tuple(without),
+        without=left_out,
+        keep=parse_keep(keep if isinstance(keep, str) else ",".join(keep), left_out),
         images=images,
         vram_limit=_bytes(vram_limit),
         ram_limit=_bytes(ram_limit),

@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 
 import autotune
 from autotune.demo import model_path
-from autotune.errors import AutotuneError, ModelError, RequestError
+from autotune.errors import AutotuneError, ModelError, OptimizationError, RequestError
+from autotune.optimizations import parse_settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,6 +124,14 @@ def test_limits_are_those_of_the_command_line():
     assert held.budget_bytes == plain.budget_bytes - (1 << 30)
 
 
+def test_a_plan_is_told_what_is_set_by_hand():
+    kept = parse_settings("xformers,tome:ratio=0.5")
+    for keep in ("xformers,tome:ratio=0.5", ["xformers", "tome:ratio=0.5,max_downsample=1"]):
+        plan = autotune.plan("sd15", machine="t4-16gb", keep=keep)
+        assert plan.kept == kept and not any(s in plan.optimizations for s in kept)
+        assert plan.execution.merge is not None
+
+
 def test_probe_and_profiles():
     machine = autotune.probe("cpu")
     assert machine.device.kind == "cpu"
@@ -152,6 +161,14 @@ def test_submodule_does_not_hide_the_function():
         (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"width": 512}), RequestError),
         (lambda: autotune.plan("sdxl", machine="t4-16gb", call={"sigmas": [1]}), RequestError),
         (lambda: autotune.plan("sd15", machine="t4-16gb", call={"strength": 0.5}), RequestError),
+        (
+            lambda: autotune.plan("sd15", machine="t4-16gb", only=["tome"], without=["tome"]),
+            OptimizationError,
+        ),
+        (
+            lambda: autotune.plan("sd15", machine="t4-16gb", keep="tome", without=["tome"]),
+            OptimizationError,
+        ),
         (lambda: autotune.configure(object()), AutotuneError),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
-from autotune.decide.limits import Limits
+from autotune.decide.limits import Limits, parse_keep
 from autotune.errors import RequestError
 from autotune.tuner import Ask
 from autotune.units import parse_bytes
@@ -114,12 +114,16 @@ def _options(parameter: inspect.Parameter, hint: Any) -> Iterator[inspect.Parame
 
 
 def make_ask(
-    request: RequestOptions, memory: MemoryOptions, choice: ChoiceOptions | None = None
+    request: RequestOptions,
+    memory: MemoryOptions,
+    choice: ChoiceOptions | None = None,
+    keep: str = "",
 ) -> Ask:
     """What the options ask for.
 
     Raises:
         RequestError: a limit is not a size, or ``call`` cannot be read.
+        OptimizationError: ``keep`` cannot be read.
     """
     return Ask(
         height=request.height,
@@ -128,23 +132,26 @@ def make_ask(
         steps=request.steps,
         guidance_scale=request.guidance,
         dtype=request.dtype,
-        limits=make_limits(choice or ChoiceOptions(), memory),
+        limits=make_limits(choice or ChoiceOptions(), memory, keep),
         frames=request.frames,
         options=parse_call(request.call),
     )
 
 
-def make_limits(choice: ChoiceOptions, memory: MemoryOptions) -> Limits:
+def make_limits(choice: ChoiceOptions, memory: MemoryOptions, keep: str = "") -> Limits:
     """The options that restrict the choice.
 
     Raises:
         RequestError: a limit is not a size.
+        OptimizationError: ``keep`` cannot be read.
     """
+    without = names_of(choice.without)
     return Limits(
         quality=choice.quality,
         priority=choice.priority,
         only=names_of(choice.only),
-        without=names_of(choice.without),
+        without=without,
+        keep=parse_keep(keep, without),
         vram_limit=_size("--vram-limit", memory.vram_limit),
         ram_limit=_size("--ram-limit", memory.ram_limit),
         reserve=_size("--reserve", memory.reserve) or 0,

@@ -17,6 +17,7 @@ from autotune.cli.machine import plan_on, work_out_on
 from autotune.cli.memory import MemoryAccount, memory_of, print_memory
 from autotune.cli.options import (
     ChoiceOptions,
+    Images,
     MachineName,
     MemoryOptions,
     RequestOptions,
@@ -56,6 +57,12 @@ Compare = Annotated[
         metavar="A,B", help="Machines or models beside these, in one table; `here` is this machine."
     ),
 ]
+Keep = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B", help="Set by hand already, with parameters as in --with: stays as it is."
+    ),
+]
 CodeFlag = Annotated[bool, typer.Option("--code", help="Print plain diffusers lines to paste.")]
 FrontierFlag = Annotated[
     bool, typer.Option("--frontier", help="What less memory costs in time, set by set.")
@@ -71,6 +78,7 @@ def plan(
     request: RequestOptions,
     choice: ChoiceOptions,
     memory: MemoryOptions,
+    keep: Keep = "",
     explain: Explain = None,
     frontier: FrontierFlag = False,
     code: CodeFlag = False,
@@ -83,7 +91,7 @@ def plan(
     `autotune plan sdxl --compare t4-16gb,rtx-4060-8gb`.
     """
     view = _view(explain, frontier, code)
-    ask = make_ask(request, memory, choice)
+    ask = make_ask(request, memory, choice, keep)
     cases = cases_of(model, machine, compare)
     if len(cases) > 1:
         _print_comparison(plan_all(cases, ask), view, json)
@@ -106,6 +114,7 @@ def predict(
     *,
     request: RequestOptions,
     memory: MemoryOptions,
+    images: Images = 1,
     explain: Explain = None,
     json: JsonFlag = False,
 ) -> None:
@@ -115,7 +124,7 @@ def predict(
     """
     view = _view(explain)
     settings = parse_settings(with_)
-    ask = make_ask(request, memory)
+    ask = make_ask(request, memory, ChoiceOptions(images=images))
     here, workload, history = work_out_on(machine, model, ask)
     report = predict_set(here, workload, settings, ask.limits, history)
     execution = execution_of(settings)

@@ -6,7 +6,7 @@ import msgspec
 
 from autotune.decide.prediction import Budget, budget_of
 from autotune.errors import OptimizationError, RequestError
-from autotune.optimizations import find
+from autotune.optimizations import find, parse_settings
 from autotune.optimizations.base import QUALITIES as QUALITIES
 from autotune.optimizations.base import Optimization, Parameters, Setting
 from autotune.probe.machine import Machine
@@ -50,7 +50,7 @@ def check_limits(limits: Limits) -> None:
     Raises:
         RequestError: an unknown quality level or priority, no image is expected, or a size is
             negative or no whole number.
-        OptimizationError: an unknown name in ``only`` or ``without``.
+        OptimizationError: an unknown name in ``only`` or ``without``, or one in both.
     """
     if limits.images < 1:
         raise RequestError(f"{limits.images} images expected", "expect one image or more")
@@ -64,6 +64,27 @@ def check_limits(limits: Limits) -> None:
     _parse_quality(limits.quality)
     for name in (*limits.only, *limits.without):
         find(name)
+    both = next((name for name in limits.only if name in limits.without), None)
+    if both is not None:
+        raise OptimizationError(
+            f"{both} is both to be considered alone and to be left out",
+            "name it in only or in without",
+        )
+
+
+def parse_keep(text: str, without: tuple[str, ...]) -> tuple[Setting, ...]:
+    """What a user says is set by hand: ``"xformers,tome:ratio=0.3"``.
+
+    Raises:
+        OptimizationError: an optimization is unknown or named twice, or is to be left out.
+    """
+    keep = parse_settings(text)
+    both = next((s.name for s in keep if s.name in without), None)
+    if both is not None:
+        raise OptimizationError(
+            f"{both} is both set by hand and to be left out", "name it in keep or in without"
+        )
+    return keep
 
 
 def allows(quality: str, optimization: Optimization, parameters: Parameters) -> bool:

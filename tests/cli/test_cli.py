@@ -147,8 +147,10 @@ def test_plan_json_keeps_its_contract():
 
 def test_predict_json_keeps_its_contract():
     shown = asked_json(
-        "predict", "sd15", "--with", "xformers,tome:ratio=0.3", "--machine", "rtx-3080-10gb"
-    )
+        "predict", "sd15", "--with", "xformers,tome:ratio=0.3",
+        "--machine", "rtx-3080-10gb", "--images", "500",
+    )  # fmt: skip
+    assert shown["prediction"]["images"] == 500
     jsonschema.validate(shown, schema("predict.json"))
     assert shown["optimizations"][1] == {
         "name": "tome",
@@ -212,6 +214,10 @@ BAD = {
     "limit without a unit": ["plan", "sdxl", "--machine", "t4-16gb", "--vram-limit", "5"],
     "RAM limit without a unit": ["plan", "sdxl", "--machine", "t4-16gb", "--ram-limit", "5"],
     "bad reserve": ["run", "--reserve", "some"],
+    "alone and left out": ["plan", "sdxl", "--machine", "t4-16gb",
+                           "--only", "tome", "--without", "tome"],
+    "kept and left out": ["plan", "sdxl", "--machine", "t4-16gb",
+                          "--keep", "tome", "--without", "tome"],
     "no images": ["plan", "sdxl", "--machine", "t4-16gb", "--images", "0"],
     "unknown priority": ["plan", "sdxl", "--machine", "t4-16gb", "--priority", "colour"],
     "neither machine nor model": ["plan", "sdxl", "--compare", "t4-16gb,sdxxl"],

@@ -9,7 +9,8 @@ import pytest
 from autotune.cli.options import ChoiceOptions, MemoryOptions, make_limits, parse_call, spread
 from autotune.cli.output import JsonFlag
 from autotune.decide.limits import Limits
-from autotune.errors import RequestError
+from autotune.errors import OptimizationError, RequestError
+from autotune.optimizations import parse_settings
 from autotune.tuner import Ask, check_ask
 
 
@@ -57,6 +58,18 @@ def test_limits():
     assert limits.images == 9
     assert (limits.ram_limit, limits.reserve, limits.priority) == (16 << 30, 512 << 20, "memory")
     assert make_limits(ChoiceOptions(), MemoryOptions()) == Limits()
+
+
+def test_what_is_kept_is_read_like_a_set():
+    limits = make_limits(ChoiceOptions(), MemoryOptions(), "xformers, tome:ratio=0.5")
+    assert limits.keep == parse_settings("xformers,tome:ratio=0.5")
+
+
+@pytest.mark.parametrize("keep", ["xformer", "tome,tome", "tome:ratio=2", "vae_slicing"])
+def test_what_cannot_be_kept(keep):
+    with pytest.raises(OptimizationError) as caught:
+        make_limits(ChoiceOptions(without="vae_slicing"), MemoryOptions(), keep)
+    assert caught.value.hint
 
 
 def test_groups_of_options_are_spread():

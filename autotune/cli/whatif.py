@@ -149,7 +149,9 @@ def print_frontier(points: tuple[FrontierPoint, ...], plan: Plan) -> None:
 def _with_chosen(points: tuple[FrontierPoint, ...], plan: Plan) -> Iterator[FrontierPoint]:
     """Fewer optimizations are worth 3 % of the time: the choice may lie a little inside."""
     p = plan.prediction
-    chosen = FrontierPoint(plan.optimizations, p.seconds, p.needed_bytes, p.host_bytes, plan.fits)
+    chosen = FrontierPoint(
+        plan.optimizations, p.mean_seconds, p.needed_bytes, p.host_bytes, plan.fits
+    )
     others = [point for point in points if point.optimizations != plan.optimizations]
     yield from sorted((chosen, *others), key=lambda point: point.seconds)
 

@@ -17,8 +17,10 @@ than 3 %. (Counted from the chosen one, two that gain 2 % each would both be dro
 that more memory never makes a plan slower by more than the tolerance, and that a stricter quality
 never makes it lossier.
 
-Where none fits, the choice is the nearest miss: of the sets within 3 % of the one that lacks least,
-the least lossy; of these, by time and number as before, the one that lacks least.
+Where none fits, the choice is the nearest miss: of the sets that lack the fewest memories, those
+within 3 % of the one that lacks least; of these, the least lossy, then those with the fewest
+members, then those within 3 % of the fastest of them, then the one that lacks least. So each member
+is there for memory: what only saves time helps nobody before it fits.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from autotune.decide.limits import (
 )
 from autotune.decide.plan import Rejection
 from autotune.decide.predict import Predictor
-from autotune.decide.prediction import Budget
+from autotune.decide.prediction import Budget, Shortage
 from autotune.decide.search import Candidate, Space, execution_of
 from autotune.errors import MachineError, OptimizationError
 from autotune.optimizations.base import Optimization, Setting
@@ -58,7 +60,7 @@ Options = dict[str, tuple[Setting, ...]]
 
 
 class Pool(NamedTuple):
-    """What is chosen from: all fit, or none does and these are the least lossy of the nearest.
+    """What is chosen from: all fit, or none does and these are the smallest of the nearest.
 
     Attributes:
         candidates: The sets.
@@ -164,7 +166,7 @@ def smallest_of(pool: Pool, budget: Budget) -> Candidate:
     as_fast = [c for c in pool.candidates if c.seconds <= longest]
     if budget.holds(as_fast[0]):
         return min(as_fast, key=smallness)
-    return min(as_fast, key=lambda c: (len(c.settings), budget.lacks(c), *smallness(c)))
+    return min(as_fast, key=lambda c: (budget.shortage(c), *smallness(c)))
 
 
 def smallness(candidate: Candidate) -> tuple[object, ...]:
@@ -189,10 +191,7 @@ def pool_of(candidates: Sequence[Candidate], budget: Budget, priority: str) -> P
     """The sets that fit, where memory comes first those that need little; else the nearest."""
     fitting = [c for c in candidates if budget.holds(c)]
     if not fitting:
-        farthest = min(budget.lacks(c) for c in candidates) * (1 + TOLERANCE)
-        nearest = [c for c in candidates if budget.lacks(c) <= farthest]
-        least_loss = min(c.loss for c in nearest)
-        return Pool([c for c in nearest if c.loss == least_loss])
+        return Pool(_nearest(candidates, budget))
     if priority not in SLACK:
         return Pool(fitting)
     longest = min(c.seconds for c in fitting) * (1 + SLACK[priority])
@@ -200,6 +199,16 @@ def pool_of(candidates: Sequence[Candidate], budget: Budget, priority: str) -> P
     least = min(c.needed_bytes for c in affordable)
     small = [c for c in affordable if c.needed_bytes <= least * (1 + TOLERANCE)]
     return Pool(small, longest, least)
+
+
+def _nearest(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
+    """Of the sets that lack about as little as any, the least lossy with the fewest members."""
+    shortages = [budget.shortage(c) for c in candidates]
+    count, shares = min(shortages)
+    farthest = Shortage(count, shares * (1 + TOLERANCE))
+    near = [c for c, s in zip(candidates, shortages, strict=True) if s <= farthest]
+    fewest = min((c.loss, len(c.settings)) for c in near)
+    return [c for c in near if (c.loss, len(c.settings)) == fewest]
 
 
 # ---- what there is to choose from ---------------------------------------------------------------

@@ -13,9 +13,8 @@ from autotune.decide.prediction import (
     Budget,
     Prediction,
     Resource,
-    find_bottleneck,
 )
-from autotune.decide.wording import RESOURCES, as_much_ran_out, lack_elsewhere
+from autotune.decide.wording import DEVICE_MEMORY, RESOURCES, Memory, lacking, memories
 from autotune.optimizations.base import Setting
 from autotune.units import format_bytes, format_seconds
 
@@ -73,9 +72,10 @@ def _change(before: str, after: str) -> str:
 
 
 def _attacked(without: Prediction, terms: Terms) -> Bottleneck:
-    """Memory that would not suffice; else the share of a phase's time that shrinks most."""
-    if _lacks_more(without, terms):
-        return find_bottleneck(without, terms.budget)
+    """Memory that would lack more; else the share of a phase's time that shrinks most."""
+    lack = _lack_of(without, terms)
+    if lack is not None:
+        return lack.bottleneck
     shrunk: dict[tuple[Resource, str], float] = {}
     for before, after in zip(without.phases, terms.chosen.phases, strict=True):
         shrunk["compute", before.name] = before.compute_s - after.compute_s
@@ -88,20 +88,18 @@ def _attacked(without: Prediction, terms: Terms) -> Bottleneck:
     return Bottleneck("vram", without.binding_phase.name)
 
 
-def _lacks_more(without: Prediction, terms: Terms) -> bool:
-    """Whether the member is there for memory; where nothing fits, others make up for lost time."""
-    budget, chosen = terms.budget, terms.chosen
-    if budget.holds(without):
-        return False
-    is_slow = without.mean_seconds > terms.pool.fastest_seconds * (1 + TOLERANCE)
-    is_as_near = budget.lacks(without) <= budget.lacks(chosen) * (1 + TOLERANCE)
-    return budget.holds(chosen) or not (is_slow and is_as_near)
+def _lack_of(without: Prediction, terms: Terms) -> Memory | None:
+    """The first memory that lacks more without a member; ``None`` where it is not for memory."""
+    pairs = zip(memories(without, terms.budget), memories(terms.chosen, terms.budget), strict=True)
+    more = (w for w, chosen in pairs if w.lacks and w.needed_bytes > chosen.needed_bytes)
+    return next(more, None)
 
 
 def _price_of_dropping(without: Prediction, terms: Terms) -> str:
     chosen = terms.chosen
-    if _lacks_more(without, terms):
-        return _shortage(without, terms)
+    lack = _lack_of(without, terms)
+    if lack is not None:
+        return _said_of_lack(lack, terms)
     fastest = terms.pool.fastest_seconds
     if without.mean_seconds > fastest * (1 + TOLERANCE):
         return _loss(_SLOWER, without.mean_seconds, chosen.mean_seconds, fastest, format_seconds)
@@ -109,8 +107,9 @@ def _price_of_dropping(without: Prediction, terms: Terms) -> str:
     if without.needed_bytes > least * (1 + TOLERANCE):
         needed = without.needed_bytes
         return _loss(_LARGER, needed, chosen.needed_bytes, least, format_bytes)
-    longest = format_seconds(terms.pool.longest_seconds)
-    return f"longer than the {longest} that saving memory may take"
+    longest = terms.pool.longest_seconds
+    longer = format_seconds(without.mean_seconds - longest)
+    return f"{longer} longer than the {format_seconds(longest)} that saving memory may take"
 
 
 _SLOWER, _LARGER = ("slower", "times as long"), ("more memory", "times the memory")
@@ -132,27 +131,14 @@ def _loss(
     return f"{_percent(without / best - 1)} {more} than the best set ({write(best)})"
 
 
-def _shortage(without: Prediction, terms: Terms) -> str:
-    budget = terms.budget
-    device = format_bytes(budget.device_bytes)
-    if without.needed_bytes <= budget.device_bytes:
-        gpu = budget.short_gpu(without)
-        if gpu is not None:
-            return lack_elsewhere(without, budget, gpu)
-        phase = budget.short_phase(without)
-        if phase is not None:
-            return as_much_ran_out(without, phase)
-        return _host_shortage(without, budget)
-    if not budget.holds(terms.chosen):
-        return f"even further from fitting in {device}"
-    return f"{without.binding_phase.name} does not fit in {device}"
-
-
-def _host_shortage(needs: Prediction, budget: Budget) -> str:
-    return (
-        f"{format_bytes(needs.host_bytes)} of host RAM are needed of "
-        f"{format_bytes(budget.host_bytes or 0)}"
-    )
+def _said_of_lack(lack: Memory, terms: Terms) -> str:
+    lacking_anyway = [m.name for m in lacking(terms.chosen, terms.budget)]
+    if lack.name in lacking_anyway:
+        return f"even further from fitting: {lack.text}"
+    if lack.name != DEVICE_MEMORY:
+        return lack.text
+    either = " either" if lacking_anyway else ""
+    return f"{lack.bottleneck.phase} does not fit in {format_bytes(lack.available_bytes)}{either}"
 
 
 # ---- left out -----------------------------------------------------------------------------------
@@ -188,32 +174,42 @@ def _most_saved(added: Prediction, chosen: Prediction) -> tuple[str, int]:
 
 def _verdict(added: Prediction, terms: Terms) -> str:
     budget, chosen = terms.budget, terms.chosen
-    memory = _memory_verdict(added, terms)
+    lacks = lacking(added, budget)
     if not budget.holds(chosen):
-        if budget.holds(added):
+        if not lacks:
             needed, seconds = format_bytes(added.needed_bytes), format_seconds(added.mean_seconds)
             return f"would make it fit: needs {needed}, {seconds}"
-        return f"would not make it fit: {memory}"
-    if added.needed_bytes > budget.device_bytes:
-        needed, free = format_bytes(added.needed_bytes), format_bytes(budget.device_bytes)
-        return f"would not fit: {added.binding_phase.name} needs {needed} of {free}"
-    if not budget.host_holds(added):
-        return f"would not fit: {_host_shortage(added, budget)}"
-    gpu = budget.short_gpu(added)
-    if gpu is not None:
-        return f"would not fit: {lack_elsewhere(added, budget, gpu)}"
-    phase = budget.short_phase(added)
-    if phase is not None:
-        return f"would not fit: {as_much_ran_out(added, phase)}"
+        return f"would not make it fit: {_still_lacking(added, terms)}"
+    if lacks:
+        return f"would not fit: {lacks[0].text}"
     if added == chosen:
         needed, seconds = format_bytes(chosen.needed_bytes), format_seconds(chosen.mean_seconds)
         return f"changes nothing: {seconds} and {needed} with and without it"
+    memory = _memory_verdict(added, terms)
     time = _time_verdict(added, terms)
     is_faster = added.mean_seconds < chosen.mean_seconds
     return time if is_faster and memory == _SAVES_NONE else f"{time}; {memory}"
 
 
 _SAVES_NONE = "it saves no memory"
+
+
+def _still_lacking(added: Prediction, terms: Terms) -> str:
+    """What it does to the memory that lacks, where nothing fits."""
+    budget = terms.budget
+    pairs = zip(memories(added, budget), memories(terms.chosen, budget), strict=True)
+    after, before = next((a, b) for a, b in pairs if b.lacks)
+    if after.lacks and after.name == DEVICE_MEMORY:
+        return _memory_verdict(added, terms)
+    saved = before.needed_bytes - after.needed_bytes
+    if saved < 0:
+        return f"it needs {format_bytes(-saved)} more of {after.name}, which is what lacks"
+    if saved == 0:
+        return f"it saves no {after.name}, which is what lacks"
+    saves = f"it saves {format_bytes(saved)} of {after.name}"
+    if after.lacks:
+        return f"{saves}, which is not enough"
+    return f"{saves}, but {lacking(added, budget)[0].text}"
 
 
 def _time_verdict(added: Prediction, terms: Terms) -> str:
@@ -226,7 +222,7 @@ def _time_verdict(added: Prediction, terms: Terms) -> str:
         )
     gain = 1 - added.mean_seconds / chosen.mean_seconds
     after, now = format_seconds(added.mean_seconds), format_seconds(chosen.mean_seconds)
-    if after == now:
+    if after == now or 0 <= gain < LEAST_SHARE:
         return f"would gain no time ({now})"
     if gain < 0:
         return f"would be slower: {after} instead of {now}"
@@ -256,6 +252,10 @@ def _memory_verdict(added: Prediction, terms: Terms) -> str:
     if not terms.budget.holds(chosen):
         return f"{saves}, which is not enough"
     return saves if terms.pool.least_bytes else f"{saves}, which fits without it"
+
+
+LEAST_SHARE = 0.0005
+"""What is less than this would be written as 0.0%."""
 
 
 def _percent(share: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -183,6 +183,18 @@ class Needs(Protocol):
         """Phase → device memory that must be free in it."""
 
 
+class Shortage(NamedTuple):
+    """How far from fitting, in the order in which more is farther.
+
+    Attributes:
+        lacking: Memories that do not suffice: what helps one does nothing for another.
+        shares: Of these: needed over available, added up.
+    """
+
+    lacking: int
+    shares: float
+
+
 class Budget(NamedTuple):
     """Memory that a pipeline may take, in bytes; ``None`` where the host's is the device's.
 
@@ -207,14 +219,22 @@ class Budget(NamedTuple):
 
     def lacks(self, needs: Needs) -> float:
         """How far it is from fitting: needed over available, of the scarcer memory."""
-        share = needs.needed_bytes / max(self.device_bytes, 1)
+        return max(self._shares(needs))
+
+    def shortage(self, needs: Needs) -> Shortage:
+        """How far it is from fitting, in each memory that does not suffice."""
+        short = [share for share in self._shares(needs) if share > 1]
+        return Shortage(len(short), sum(short))
+
+    def _shares(self, needs: Needs) -> Iterator[float]:
+        """Needed over available, of each memory."""
+        yield needs.needed_bytes / max(self.device_bytes, 1)
         if self.host_bytes is not None:
-            share = max(share, needs.host_bytes / max(self.host_bytes, 1))
+            yield needs.host_bytes / max(self.host_bytes, 1)
         for gpu, needed in needs.elsewhere_bytes.items():
-            share = max(share, needed / max(self.elsewhere_bytes.get(gpu, 0), 1))
+            yield needed / max(self.elsewhere_bytes.get(gpu, 0), 1)
         for phase, most in self.phase_bytes.items():
-            share = max(share, needs.phase_needs.get(phase, 0) / max(most, 1))
-        return share
+            yield needs.phase_needs.get(phase, 0) / max(most, 1)
 
     def short_phase(self, needs: Needs) -> str | None:
         """The phase that needs as much as what ran out of memory in it; ``None``: none does."""

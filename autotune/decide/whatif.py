@@ -30,7 +30,7 @@ class ComparisonRow(msgspec.Struct, frozen=True):
         batch: Images or videos per call.
         optimizations: The chosen set.
         bottleneck: What holds it back with the chosen set.
-        seconds: One generation.
+        seconds: One generation, with its share of what is done once.
         needed_bytes: Device memory that must be free.
         budget_bytes: Device memory available.
         fits: Whether it fits; if not, the set is the nearest miss.
@@ -62,7 +62,7 @@ def compare(plans: Iterable[Plan]) -> tuple[ComparisonRow, ...]:
             batch=plan.workload.batch,
             optimizations=plan.optimizations,
             bottleneck=plan.bottleneck.after,
-            seconds=plan.prediction.seconds,
+            seconds=plan.prediction.mean_seconds,
             needed_bytes=plan.prediction.needed_bytes,
             budget_bytes=plan.budget_bytes,
             fits=plan.fits,
@@ -76,7 +76,7 @@ class FrontierPoint(msgspec.Struct, frozen=True):
 
     Attributes:
         optimizations: The set, the smallest where several come to the same.
-        seconds: One generation.
+        seconds: One generation, with its share of what is done once.
         needed_bytes: Device memory that must be free.
         host_bytes: Host RAM that must be available.
         fits: Whether both are, within the limits.

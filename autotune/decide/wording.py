@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from autotune.decide.prediction import Budget, Prediction, Resource
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from autotune.decide.prediction import Bottleneck, Budget, Prediction, Resource
 from autotune.units import format_bytes
 
 RESOURCES: dict[Resource, str] = {
@@ -16,14 +19,61 @@ RESOURCES: dict[Resource, str] = {
 """What people call them."""
 
 
-def lack_elsewhere(needs: Prediction, budget: Budget, gpu: int) -> str:
-    """``"decode needs 10.1 GiB of 9.16 GiB on cuda:1"``."""
-    phase = needs.binding_phase_of(gpu)
-    needed, free = phase.elsewhere_bytes[gpu], budget.elsewhere_bytes.get(gpu, 0)
-    return f"{phase.name} needs {format_bytes(needed)} of {format_bytes(free)} on cuda:{gpu}"
+DEVICE_MEMORY = "device memory"
 
 
-def as_much_ran_out(needs: Prediction, phase: str) -> str:
-    """``"decode needs 10.1 GiB, and no more than that ran out of memory in it"``."""
-    needed = format_bytes(needs.phase_needs[phase])
-    return f"{phase} needs {needed}, and no more than that ran out of memory in it"
+class Memory(NamedTuple):
+    """One of the memories that a set needs.
+
+    Attributes:
+        bottleneck: What it is where it lacks.
+        name: What people call it.
+        needed_bytes: By the set.
+        available_bytes: Within the budget.
+        text: The two in words: ``"decode needs 16.0 GiB of 3.45 GiB"``.
+    """
+
+    bottleneck: Bottleneck
+    name: str
+    needed_bytes: int
+    available_bytes: int
+    text: str
+
+    @property
+    def lacks(self) -> bool:
+        """Whether it does not suffice."""
+        return self.needed_bytes > self.available_bytes
+
+
+def memories(needs: Prediction, budget: Budget) -> Iterator[Memory]:
+    """The device's, the host's, other GPUs', and that of phases in which it ran out before."""
+    needed, free = needs.needed_bytes, budget.device_bytes
+    phase = needs.binding_phase.name
+    text = f"{phase} needs {_of(needed, free)}"
+    yield Memory(Bottleneck("vram", phase), DEVICE_MEMORY, needed, free, text)
+    if budget.host_bytes is not None:
+        needed, free = needs.host_bytes, budget.host_bytes
+        text = f"the host needs {_of(needed, free)} of RAM"
+        yield Memory(Bottleneck("ram", "load"), "host RAM", needed, free, text)
+    for gpu, free in budget.elsewhere_bytes.items():
+        phase, needed = needs.binding_phase_of(gpu).name, needs.elsewhere_bytes.get(gpu, 0)
+        text = f"{phase} needs {_of(needed, free)} on cuda:{gpu}"
+        yield Memory(Bottleneck("vram", phase), f"memory on cuda:{gpu}", needed, free, text)
+    for phase, most in budget.phase_bytes.items():
+        needed = needs.phase_needs.get(phase, 0)
+        text = (
+            f"{phase} needs {format_bytes(needed)}, and no more than that ran out of memory in it"
+        )
+        yield Memory(Bottleneck("vram", phase), f"memory in {phase}", needed, most, text)
+
+
+def lacking(needs: Prediction, budget: Budget) -> tuple[Memory, ...]:
+    """The memories that do not suffice."""
+    return tuple(m for m in memories(needs, budget) if m.lacks)
+
+
+def _of(needed: int, available: int) -> str:
+    """The two, or their difference where they read the same."""
+    if format_bytes(needed) != format_bytes(available):
+        return f"{format_bytes(needed)} of {format_bytes(available)}"
+    return f"{format_bytes(needed - available)} more than the {format_bytes(available)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
-from autotune.decide.wording import RESOURCES, as_much_ran_out, lack_elsewhere
+from autotune.decide.wording import RESOURCES, lacking
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds
@@ -45,10 +45,16 @@ def describe_machine(plan: Plan | PredictionReport) -> str:
 
 
 def describe_prediction(prediction: Prediction) -> str:
-    """``"30.9 s, needs 5.15 GiB (denoise)"``."""
+    """``"30.9 s, needs 5.15 GiB (denoise)"``; with its share of compiling where there is any."""
     binding = prediction.binding_phase
     needed = f"needs {format_bytes(binding.needed_bytes)} ({binding.name})"
-    return f"{format_seconds(prediction.seconds)}, {needed}"
+    seconds = format_seconds(prediction.mean_seconds)
+    once_s = prediction.mean_seconds - prediction.seconds
+    if prediction.once_s:
+        seconds += (
+            f" ({format_seconds(prediction.seconds)} + {format_seconds(once_s)} of compiling)"
+        )
+    return f"{seconds}, {needed}"
 
 
 def describe_other_gpus(plan: Plan | PredictionReport) -> Iterator[str]:
@@ -63,14 +69,14 @@ def describe_other_gpus(plan: Plan | PredictionReport) -> Iterator[str]:
 def describe_start(plan: Plan | PredictionReport) -> str:
     """``"loading 12.0 s; first image 3.00 s more; 7.10 GiB of host RAM"``, as far as is known."""
     prediction = plan.prediction
+    what = "video" if plan.workload.frames > 1 else "image"
     facts = []
     if prediction.load.seconds is not None:
         facts.append(f"loading {format_seconds(prediction.load.seconds)}")
     if prediction.first_image_extra_s is not None:
-        what = "video" if plan.workload.frames > 1 else "image"
         facts.append(f"first {what} {format_seconds(prediction.first_image_extra_s)} more")
     if prediction.once_s:
-        over = f", spread over {prediction.images}" if prediction.images > 1 else ""
+        over = f", spread over {prediction.images} {what}s" if prediction.images > 1 else ""
         facts.append(f"compiling {format_seconds(prediction.once_s)}{over}")
     if plan.host_budget_bytes is not None:  # else the device's memory is the host's
         facts.append(f"{format_bytes(prediction.host_bytes)} of host RAM")
@@ -118,23 +124,8 @@ def left_out(plan: Plan) -> dict[str, list[str]]:
 
 def shortage(plan: Plan) -> str:
     """The numbers when nothing fits."""
-    host, available = plan.prediction.host_bytes, plan.host_budget_bytes
-    if available is not None and host > available:
-        return (
-            f"does not fit: {format_bytes(host)} of host RAM are needed and "
-            f"{format_bytes(available)} are available"
-        )
-    elsewhere = plan.budget.short_gpu(plan.prediction)
-    if elsewhere is not None and plan.prediction.needed_bytes <= plan.budget_bytes:
-        return f"does not fit: {lack_elsewhere(plan.prediction, plan.budget, elsewhere)}"
-    ran_out = plan.budget.short_phase(plan.prediction)
-    if ran_out is not None and plan.prediction.needed_bytes <= plan.budget_bytes:
-        return f"does not fit: {as_much_ran_out(plan.prediction, ran_out)}"
-    phase = plan.prediction.binding_phase
-    return (
-        f"does not fit: {phase.name} needs {format_bytes(phase.needed_bytes)} and "
-        f"{format_bytes(plan.budget_bytes)} are available"
-    )
+    lacks = (m.text for m in lacking(plan.prediction, plan.budget))
+    return f"does not fit: {' and '.join(lacks)}"
 
 
 def ways_out(plan: Plan) -> str:

@@ -14,6 +14,7 @@ from autotune.cli.app import app
 from autotune.cli.whatif import Case, cases_of, short_names
 from autotune.errors import RequestError
 from autotune.optimizations import parse_settings
+from autotune.units import format_seconds
 from tests.cli.test_cli import schema
 
 ON = ("--machine", "rtx-3080-10gb")
@@ -123,6 +124,24 @@ def test_a_choice_beside_the_frontier_is_shown_too(said):
     assert chosen not in [[o["name"] for o in p["optimizations"]] for p in shown["frontier"]]
     lines = said("sdxl", *ON, "--frontier").splitlines()
     assert sum(line.startswith(" ▶") for line in lines) == 1
+
+
+def test_time_is_the_same_wherever_it_is_told(said):
+    """With its share of compiling."""
+    asked = ("sdxl", "--machine", "a100-80gb", "--images", "1000")
+    plan = json.loads(said(*asked, "--frontier", "--json"))
+    (compiling,) = (r for r in plan["reasons"] if r["optimization"] == "compile")
+    seconds = compiling["after_seconds"]
+    assert seconds > plan["prediction"]["seconds"]
+    same = [p for p in plan["frontier"] if p["optimizations"] == plan["optimizations"]]
+    beside = json.loads(said(*asked, "--compare", "t4-16gb", "--json"))["comparison"]
+    assert [p["seconds"] for p in (*same, beside[0])] == pytest.approx([seconds] * (len(same) + 1))
+    (planned,) = (line for line in said(*asked).splitlines() if line.startswith("planned"))
+    assert f" {format_seconds(seconds)} (" in planned
+    assert "of compiling)" in planned
+    assert "spread over 1000 images" in " ".join(said(*asked).split())
+    (marked,) = (line for line in said(*asked, "--frontier").splitlines() if "▶  " in line)
+    assert format_seconds(seconds) in marked
 
 
 @pytest.mark.parametrize("machine", ["rtx-3080-10gb", "a100-80gb", "cpu-16-cores"])

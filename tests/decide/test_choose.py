@@ -101,6 +101,18 @@ def test_when_nothing_fits_the_nearest_miss_is_shown(traced, rtx_3080):
     assert OFFLOADS & set(names(plan))
 
 
+def test_the_nearest_miss_lacks_as_few_memories_as_any(traced, rtx_3080):
+    """Offloading cures the device though host RAM lacks, and nothing else is taken besides."""
+    plan = choose(with_ram(rtx_3080, 4), traced("sdxl"))
+    assert not plan.fits
+    assert names(plan) == ["group_offload"]
+    assert plan.prediction.needed_bytes < plan.budget_bytes
+    assert plan.bottleneck.after.resource == "ram"
+    assert text_of(plan, "group_offload").endswith("either")
+    for name in ("channels_last", "vae_tiling"):
+        assert "it saves no host RAM, which is what lacks" in text_of(plan, name)
+
+
 # ---- quality, priority and memory ---------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from autotune.errors import ProfileError
 from autotune.probe import devices, host, live, nvml, software
-from autotune.probe.machine import Device, GpuProcess, Machine, OperatorTime
+from autotune.probe.machine import Device, Figure, GpuProcess, Machine, OperatorTime
 from autotune.profile import coding
 from autotune.profile.profile import Profile, RunRecord
 from autotune.profile.store import load_profile, save_profile
@@ -74,7 +74,7 @@ def there(here: Device, rtx_3080: Machine) -> Profile:
 def taken_over(profile: Profile, **changes: Any) -> Profile:
     """The profile of a machine with some differences, imported here."""
     exported = coding.encode(replace(profile, machine=replace(profile.machine, **changes)))
-    return fleet.import_profile(coding.decode(exported, "it"), "it")
+    return fleet.import_profile(coding.decode(exported, "it"), "it").profile
 
 
 def test_the_same_kind_of_machine_takes_it_over(here: Device, there: Profile) -> None:
@@ -143,6 +143,45 @@ def test_a_backup_of_this_machine_is_taken_back_and_found_stale(
     stored = taken_over(backup, device=device)
     assert stored.key == "GPU-here"
     assert [change.what for change in changes_here(stored)] == ["driver"]
+
+
+def test_a_backup_from_before_a_change_takes_nothing_away(there: Profile, here: Device) -> None:
+    """Neither the figures measured since, nor what was recorded with them."""
+    own = replace(there, key="GPU-here", machine=replace(there.machine, device=here))
+    save_profile(own)
+    kernels = replace(own.machine.kernels, launch_s=Figure(0.5))
+    machine = replace(own.machine, kernels=kernels, operators={"old": OperatorTime(9.0)})
+    before = replace(own, machine=machine, runs=(replace(RUN, workload="old"),))
+    old = replace(before, machine=replace(machine, device=replace(here, driver="570.10")))
+    taken = fleet.import_profile(old, "it")
+    assert taken.outdated == ("driver 570.10 there, 580.82 here",)
+    assert taken.profile.machine == own.machine
+    assert (taken.profile.runs, taken.profile.changed_at) == (own.runs, None)
+    # What was exported here is as good as what is here, then and after that.
+    again = fleet.import_profile(own, "it")
+    assert again.outdated == ()
+    assert again.profile.machine.kernels == own.machine.kernels
+    assert (again.profile.runs, again.profile.changed_at) == (own.runs, None)
+
+
+def test_after_a_change_what_is_imported_counts(there: Profile, here: Device) -> None:
+    """What is stored here is from before it, and is told apart where that can be told."""
+    late, early = (replace(RUN, workload="own", at=f"{y}-01-01T00:00:00Z") for y in (2030, 2020))
+    device = replace(here, driver="570.10")
+    machine = replace(there.machine, device=device, operators={"old": OperatorTime(9.0)})
+    save_profile(replace(there, key="GPU-here", machine=machine, runs=(early, late)))
+    since = "2025-01-01T00:00:00+00:00"
+    stored = fleet.import_profile(replace(there, changed_at=since), "it").profile
+    assert stored.machine.operators == there.machine.operators
+    assert (stored.runs, stored.changed_at) == ((early, *there.runs), since)
+
+
+def test_records_from_before_a_change_there_do_not_count_here(there: Profile, here: Device) -> None:
+    since = "2026-06-01T00:00:00+00:00"
+    stored = fleet.import_profile(replace(there, changed_at=since), "it").profile
+    assert stored.is_outdated(stored.runs[0])
+    save_profile(replace(stored, changed_at=None, runs=()))
+    assert fleet.import_profile(replace(there, changed_at=since), "it").profile.runs == ()
 
 
 def test_a_processors_profile_is_the_processors(

@@ -146,14 +146,19 @@ def import_(
     """
     from autotune.tuner import import_profile, why_stale
 
-    profile = import_profile(_read(file), str(file), device)
+    profile, outdated = import_profile(_read(file), str(file), device)
     stored_at = store.profile_path(profile.key)
+    name = profile.machine.device.name
     if json:
-        print_json({"key": profile.key, "path": stored_at})
+        print_json({"key": profile.key, "path": stored_at, "outdated": outdated})
+    elif outdated:
+        typer.echo(f"Kept the figures of {name} here, in {stored_at}: those of {file} are older")
+        for difference in outdated:
+            typer.echo(f"Changed since: {difference}")
     else:
-        typer.echo(f"Stored as the profile of {profile.machine.device.name} here, in {stored_at}")
-        for reason in why_stale(profile):
-            typer.echo(f"At the next start: {reason}")
+        typer.echo(f"Stored as the profile of {name} here, in {stored_at}")
+    for reason in () if json else why_stale(profile):
+        typer.echo(f"At the next start: {reason}")
 
 
 def _read(file: Path) -> Profile:

@@ -7,7 +7,7 @@ moment to the one with something added. So nothing that another process has stor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Final, Protocol, TypeVar
 
@@ -32,6 +32,7 @@ class _Record(Protocol):
 
 
 Record = TypeVar("Record", bound=_Record)
+_Dated = TypeVar("_Dated", RunRecord, PlanRecord, MisfitRecord)
 
 
 def new_profile(key: str, machine: Machine, now: str) -> Profile:
@@ -101,6 +102,34 @@ def with_records(
         plans=_in_order((*profile.plans, *plans)),
         misfits=_in_order((*profile.misfits, *misfits)),
         updated_at=now,
+    )
+
+
+def with_profile(base: Profile, other: Profile, machine: Machine, now: str) -> Profile:
+    """A profile with the records of another one of the same machine.
+
+    Left out are those that ``changed_at`` would put on the wrong side of the last change: what was
+    recorded before one, or with other software, must not count as of the machine as it is.
+
+    Args:
+        base: All of its records stay.
+        other: Whose are added.
+        machine: Merged from both.
+        now: As ISO 8601.
+    """
+    differs = bool(_stale(other.machine, base.machine))
+
+    def told(records: Iterable[_Dated]) -> Iterator[_Dated]:
+        for record in records:
+            if base.is_outdated(record) == (differs or other.is_outdated(record)):
+                yield record
+
+    return with_records(
+        replace(base, machine=machine),
+        now,
+        runs=told(other.runs),
+        plans=told(other.plans),
+        misfits=told(other.misfits),
     )
 
 

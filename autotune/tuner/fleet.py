@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from autotune.errors import ProfileError
 from autotune.probe.live import other_gpus, profile_key
 from autotune.probe.machine import Machine
 from autotune.probe.software import installed_versions
-from autotune.profile.merging import with_machine, with_records
+from autotune.profile.merging import merged, with_profile
 from autotune.profile.profile import Profile
-from autotune.profile.staleness import Change, changes, facts_of
+from autotune.profile.staleness import Change, changes, facts_of, stale_parts
 from autotune.profile.store import update_profile
-from autotune.tuner.here import facts_here, timestamp
+from autotune.tuner.here import changes_here, facts_here, timestamp
 
 
-def import_profile(imported: Profile, source: str, device: str | None = None) -> Profile:
+class Imported(NamedTuple):
+    """What came of an import.
+
+    Attributes:
+        profile: As it is stored.
+        outdated: What has changed since the imported one was measured and not since the one stored
+            here was, whose figures therefore stay; empty where the imported ones were taken over.
+    """
+
+    profile: Profile
+    outdated: tuple[str, ...]
+
+
+def import_profile(imported: Profile, source: str, device: str | None = None) -> Imported:
     """Store a profile that was measured here or on a machine of the same kind as this machine's.
 
     What identifies the machine and what is free is read here. The imported figures take the place
-    of those stored before, which only fill gaps; runs, plans and misfits of both are kept.
+    of those stored before, which only fill gaps, unless they are from before a change of this very
+    machine that those know of: then it is the other way round. Runs, plans and misfits of both are
+    kept, but none that would pass for one of the machine as it is and is not.
 
     Args:
         imported: As it was exported.
         source: What it is called in errors, such as the file it comes from.
         device: For which of this machine's devices; by default the one that it would be for a
             pipeline, and for the profile of a CPU the CPU.
-
-    Returns:
-        The profile as stored.
 
     Raises:
         ProfileError: the profile is of a machine of another kind, or the cache folder cannot be
@@ -46,16 +60,30 @@ def import_profile(imported: Profile, source: str, device: str | None = None) ->
         )
     # Of this very machine, from before a change: then that is what it stays, and is found stale.
     of_here = machine if not differences else imported.machine
-    now = timestamp()
+    given = msgspec.structs.replace(imported, key=key, machine=of_here, updated_at=timestamp())
+    outdated: tuple[str, ...] = ()
 
     def change(stored: Profile | None) -> Profile:
-        base = with_machine(stored, key, of_here, now)
-        base = base if stored else msgspec.structs.replace(base, created_at=imported.created_at)
-        return with_records(
-            base, now, runs=imported.runs, plans=imported.plans, misfits=imported.misfits
-        )
+        nonlocal outdated
+        if stored is None:
+            return given
+        outdated = differences if _has_less_stale(stored, given) else ()
+        return _joined(stored, given, keeps=bool(outdated))
 
-    return update_profile(key, change)
+    return Imported(update_profile(key, change), outdated)
+
+
+def _has_less_stale(stored: Profile, given: Profile) -> bool:
+    return stale_parts(changes_here(stored)) < stale_parts(changes_here(given))
+
+
+def _joined(stored: Profile, given: Profile, *, keeps: bool) -> Profile:
+    """One profile of both; ``keeps``: the figures of the stored one rather than those given."""
+    older, newer = (given, stored) if keeps else (stored, given)
+    differ = stale_parts(changes(facts_of(older.machine), facts_of(newer.machine)))
+    base, other = (newer, older) if differ else (stored, given)
+    base = msgspec.structs.replace(base, created_at=stored.created_at)
+    return with_profile(base, other, merged(older.machine, newer.machine), given.updated_at)
 
 
 def kind_differences(there: Machine, here: Machine) -> tuple[str, ...]:

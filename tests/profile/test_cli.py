@@ -343,6 +343,12 @@ def test_a_backup_from_before_a_change_says_what_follows(tmp_path: Path, cpu: Pr
     file = tmp_path / "out.json"
     file.write_bytes(coding.encode(changed(cpu, torch="1.0")))
     assert "At the next start: torch 1.0 → " in output("import", str(file))
+    store.save_profile(cpu)
+    told = output("import", str(file))
+    assert "Kept the figures of " in told
+    assert "Changed since: torch 1.0 there" in told
+    assert "At the next start" not in told
+    assert len(as_json("import", str(file))["outdated"]) == 1
 
 
 def test_import_refuses_another_kind_of_machine(tmp_path: Path, profile: Profile) -> None:

@@ -17,11 +17,16 @@ from autotune.units import MIB, format_bytes
 
 MAX_FILE_BYTES: Final = 64 * MIB
 LOCK_TIMEOUT_S = 10.0
+HUNG_TIMEOUT_S: Final = 0.2
+"""For a lock that this process has waited for in vain: who kept it so long keeps it longer."""
 
 # Distinctive, so that `clear` can delete nothing else where AUTOTUNE_CACHE names a shared folder.
 SUFFIX: Final = ".profile.json"
 FOLDER_HINT: Final = "set AUTOTUNE_CACHE to a folder that you can write"
 MEASURE_HINT: Final = "`autotune probe` measures this machine and saves its profile"
+
+_hung: set[Path] = set()
+"""Folders whose lock was held for too long when this process last asked."""
 
 
 def location() -> Path:
@@ -148,15 +153,19 @@ def locked() -> Iterator[None]:
     """Hold the cache folder's lock: the operating system's, so a killed holder frees it.
 
     Raises:
-        ProfileError: another process kept it for ``LOCK_TIMEOUT_S``, or it cannot be made.
+        ProfileError: another process kept it for ``LOCK_TIMEOUT_S`` (or does so still, when asked
+            for again: see ``HUNG_TIMEOUT_S``), or it cannot be made.
     """
     import filelock
 
     folder = cache_folder()
-    lock = filelock.FileLock(folder / ".lock", timeout=LOCK_TIMEOUT_S, mode=0o600)
+    timeout_s = HUNG_TIMEOUT_S if folder in _hung else LOCK_TIMEOUT_S
+    lock = filelock.FileLock(folder / ".lock", timeout=timeout_s, mode=0o600)
     try:
         lock.acquire()
+        _hung.discard(folder)
     except filelock.Timeout as error:
+        _hung.add(folder)
         raise ProfileError(_holder(folder), "wait for it, or end it if it hangs") from error
     except OSError as error:
         raise_from(error, f"cannot lock the cache folder {folder}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final, Literal, get_args
 
 from msgspec.structs import replace
 
+from autotune.probe.deadline import left_out_finding
 from autotune.probe.machine import Kernels, Link, Machine
 
 Part = Literal[
@@ -18,11 +19,40 @@ replayed ones, timed when a model first needs them."""
 
 EVERYTHING: Final[frozenset[Part]] = frozenset(get_args(Part))
 
+_WORDS: Final[Mapping[str, Part]] = {
+    "attention": "attention",
+    "xFormers": "attention",
+    "copies": "link",
+    "operator in a model": "dispatch",
+    "offload hook": "dispatch",
+    "model cache": "disk",
+    "kernels": "kernels",
+    "products": "kernels",
+    "convolutions": "kernels",
+}
+"""By which a note on something left out is one on a part."""
+
+
+def part_of(note: str) -> Part | None:
+    """The part that a note of ``Machine.left_out`` is on; ``None``: not one of this version's."""
+    return next((part for words, part in _WORDS.items() if words in note), None)
+
+
+def leaving_out(machine: Machine, notes: tuple[str, ...]) -> Machine:
+    """The machine with other notes on what was left out, and the finding that tells them."""
+    if notes == machine.left_out:
+        return machine
+    told = left_out_finding(machine.left_out)
+    findings = [text for text in machine.findings if text != told]
+    findings += [left_out_finding(notes)] if notes else []
+    return replace(machine, left_out=notes, findings=tuple(findings))
+
 
 def composed(kept: Machine, fresh: Machine, parts: Collection[Part]) -> Machine:
     """``fresh`` with all but some parts as they were.
 
-    What identifies device and host, and what is free, is always the fresh one's.
+    What identifies device and host, and what is free, is always the fresh one's. Of what was left
+    out it says what is true of each part.
 
     Args:
         kept: Measured before, on the same machine.
@@ -34,7 +64,9 @@ def composed(kept: Machine, fresh: Machine, parts: Collection[Part]) -> Machine:
         return fresh if part in parts else kept
 
     disk = of("disk").host.disk_read_bytes_per_s
-    return replace(
+    others = (note for note in kept.left_out if part_of(note) not in {*parts, None})
+    notes = (*others, *(note for note in fresh.left_out if part_of(note) in {*parts, None}))
+    machine = replace(
         fresh,
         host=replace(fresh.host, disk_read_bytes_per_s=disk),
         kernels=_kernels(of("kernels").kernels, of("dispatch").kernels),
@@ -43,6 +75,7 @@ def composed(kept: Machine, fresh: Machine, parts: Collection[Part]) -> Machine:
         context_bytes=of("context").context_bytes,
         operators=of("operators").operators,
     )
+    return leaving_out(machine, notes)
 
 
 def _kernels(rates: Kernels, costs: Kernels) -> Kernels:

@@ -13,9 +13,8 @@ from typing import Any, Final, Protocol, TypeVar
 
 from msgspec.structs import asdict, replace
 
-from autotune.probe.deadline import left_out_finding
 from autotune.probe.machine import AttentionRate, Figure, Machine, OperatorTime, Value
-from autotune.probe.parts import EVERYTHING, Part, composed
+from autotune.probe.parts import EVERYTHING, Part, composed, leaving_out, part_of
 from autotune.profile.profile import MisfitRecord, PlanRecord, Profile, RunRecord, moment
 from autotune.profile.staleness import changes, facts_of, stale_parts
 
@@ -173,7 +172,7 @@ def merged(stored: Machine, fresh: Machine, parts: Collection[Part] = EVERYTHING
     that is worth more than the stored one: see ``_better``. The rest is as stored.
     """
     stale = _stale(stored, fresh)
-    mixed = _mixed(stored, fresh, reached=not stale)
+    mixed = _mixed(stored, fresh, stale)
     both = composed(stored, mixed, {*parts, "operators"})
     return composed(both, fresh, stale) if stale else both
 
@@ -182,13 +181,13 @@ def _stale(before: Machine, now: Machine) -> frozenset[Part]:
     return stale_parts(changes(facts_of(before), facts_of(now)))
 
 
-def _mixed(stored: Machine, fresh: Machine, *, reached: bool) -> Machine:
+def _mixed(stored: Machine, fresh: Machine, stale: Collection[Part]) -> Machine:
     """The best of both.
 
     Args:
         stored: One of them.
         fresh: The other, later one.
-        reached: What the stored one did not leave out still holds.
+        stale: What the stored one did not leave out of these does not hold any more.
     """
     beside = _overlap(stored, fresh)
     disk = _mix(stored.host.disk_read_bytes_per_s, fresh.host.disk_read_bytes_per_s, beside)
@@ -201,8 +200,8 @@ def _mixed(stored: Machine, fresh: Machine, *, reached: bool) -> Machine:
         context_bytes=fresh.context_bytes or stored.context_bytes,
         operators=_newest(stored.operators, fresh.operators),
     )
-    left_out = tuple(name for name in fresh.left_out if name in stored.left_out or not reached)
-    return _leaving_out(machine, left_out)
+    still = (n for n in fresh.left_out if n in stored.left_out or part_of(n) in {*stale, None})
+    return leaving_out(machine, tuple(still))
 
 
 def _mix(stored: Any, fresh: Any, beside: bool) -> Any:
@@ -245,15 +244,6 @@ def _overlap(stored: Machine, fresh: Machine) -> bool:
     if end is None or now is None:
         return False
     return end >= now - timedelta(seconds=fresh.measured_in_s or 0)
-
-
-def _leaving_out(machine: Machine, left_out: tuple[str, ...]) -> Machine:
-    if left_out == machine.left_out:
-        return machine
-    told = left_out_finding(machine.left_out)
-    findings = [text for text in machine.findings if text != told]
-    findings += [left_out_finding(left_out)] if left_out else []
-    return replace(machine, left_out=left_out, findings=tuple(findings))
 
 
 def _newest(

@@ -18,6 +18,7 @@ from autotune.probe import attention, deadline, disk, kernels, measure
 from autotune.probe.kernels import BARE
 from autotune.probe.machine import Machine
 from autotune.probe.measure import FULL_S, QUICK_S, measure_machine
+from autotune.probe.parts import part_of
 from autotune.probe.timing import COLD
 from tests.probe.pretend import SlowDevice, pretend, shrink
 
@@ -59,6 +60,7 @@ def test_a_slow_device_ends_the_probe_in_time(
 @pytest.mark.usefixtures("small")
 def test_what_a_slow_device_was_not_asked_is_named(slow_clock: Any) -> None:
     machine, _ = probed(slow_clock, "cpu", per_operator_s=0.1)
+    assert all(map(part_of, machine.left_out))
     assert "bfloat16 kernels" in machine.left_out
     assert "bfloat16" not in machine.kernels.matmul_flops_per_s
     assert "the host's cost per operator in a model" in machine.left_out
@@ -87,6 +89,7 @@ def test_a_slow_gpu_with_a_slow_link_ends_in_time(
     assert machine.link is not None
     assert machine.link.h2d_pinned_bytes_per_s.value > 0
     assert any("copies of" in text for text in machine.left_out) or quick
+    assert all(map(part_of, machine.left_out))
 
 
 @pytest.mark.usefixtures("small")

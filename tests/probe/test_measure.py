@@ -227,7 +227,12 @@ def test_names() -> None:
 
 def test_parts_of_a_known_machine(measured: tuple[Machine, float, list[str]]) -> None:
     """What is asked for is measured, and nothing else."""
-    known = replace(measured[0], operators={"a": OperatorTime(1.0)}, context_bytes=7)
+    known = replace(
+        measured[0],
+        operators={"a": OperatorTime(1.0)},
+        context_bytes=7,
+        left_out=("bfloat16 kernels", "attention over 7 tokens and more"),
+    )
     said: list[str] = []
     machine = measure_machine(
         "cpu", progress=said.append, known=known, parts={"attention"}, budget_s=0.5
@@ -237,6 +242,9 @@ def test_parts_of_a_known_machine(measured: tuple[Machine, float, list[str]]) ->
     assert machine.kernels == known.kernels
     assert machine.host.disk_read_bytes_per_s == known.host.disk_read_bytes_per_s
     assert (machine.operators, machine.context_bytes) == (known.operators, 7)
+    assert known.left_out[0] in machine.left_out
+    assert known.left_out[1] not in machine.left_out
+    assert any(known.left_out[0] in finding for finding in machine.findings)
     assert machine.measured_at != known.measured_at or machine.device != known.device
 
 

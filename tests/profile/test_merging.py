@@ -134,6 +134,19 @@ def test_what_time_did_not_suffice_for_is_filled_in(full: Machine) -> None:
     assert found.findings == ("news", left_out_finding(left_out[1:]))
 
 
+def test_what_was_left_out_of_parts_that_are_kept_is_still_said(full: Machine) -> None:
+    left_out = ("bfloat16 kernels", "copies beside a kernel")
+    stored = replace(full, left_out=left_out, findings=(left_out_finding(left_out),))
+    fresh = faster(full, left_out=("some kinds of attention over 64 tokens",))
+    notes = (left_out[1], *fresh.left_out)
+    measured = composed(stored, fresh, {"kernels", "attention"})
+    assert (measured.left_out, measured.findings) == (notes, (left_out_finding(notes),))
+    changed = replace(another_driver(measured), findings=("news", left_out_finding(notes)))
+    found = merged(stored, changed, {"kernels", "attention"})
+    assert found.left_out == notes
+    assert found.findings == changed.findings
+
+
 def test_an_estimate_replaces_no_measurement(full: Machine) -> None:
     estimate = Figure(9.0, source=BARE)
     fresh = replace(full, kernels=replace(full.kernels, dispatch_s=estimate))

@@ -47,7 +47,11 @@ def transient_bytes(kernel: Kernel, shape: AttentionShape, dtype: str) -> int:
 
 
 def seconds(machine: Machine, kernel: Kernel, shape: AttentionShape, dtype: str) -> float:
-    """Time of one call, from the nearest measured shape, else from matmul and memory rates."""
+    """Time of one call, from the nearest measured shape, else from matmul and memory rates.
+
+    Slices compute what the default kernel does, in more pieces and with scores in memory: where
+    they were not timed, they are no faster than it.
+    """
     rate = _nearest_rate(machine, kernel.implementation, shape, dtype)
     if rate is not None and rate.flops_per_s is not None:
         return shape.flops / rate.flops_per_s.value
@@ -57,7 +61,10 @@ def seconds(machine: Machine, kernel: Kernel, shape: AttentionShape, dtype: str)
         return shape.flops / (FUSED_FRACTION * peak)
     # The score matrix is written, read by softmax, written, and read by the second product.
     traffic = 4 * shape.scores * BYTES.get(dtype, 4)
-    return shape.flops / peak + traffic / machine.kernels.memory_bytes_per_s.value
+    found = shape.flops / peak + traffic / machine.kernels.memory_bytes_per_s.value
+    if kernel.implementation != "sliced":
+        return found
+    return max(found, seconds(machine, Kernel(machine.default_attention), shape, dtype))
 
 
 def calls_per_operator(kernel: Kernel, shape: AttentionShape) -> int:

@@ -23,6 +23,7 @@ from autotune.decide.search import Judge, execution_of, loss_of
 from autotune.decide.wording import lacking, memories
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import Setting
+from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Machine
 from autotune.units import MIB, format_bytes, format_seconds
 from autotune.workload.workload import Workload
@@ -213,6 +214,18 @@ def test_the_same_input_gives_the_same_plan_and_survives_json(machine, workload,
     assert choose(machine, workload, limits) == plan
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
     assert msgspec.json.decode(msgspec.json.encode(plan.to_dict()), type=Plan) == plan
+
+
+@often
+@given(machines(), workloads())
+def test_slices_that_were_not_timed_are_no_faster_than_the_default_kernel(machine, workload):
+    timed = tuple(r for r in machine.attention if r.implementation != "sliced")
+    machine = msgspec.structs.replace(machine, attention=timed)
+    predictor = Predictor(machine, workload)
+    plain, sliced = (
+        predictor.predict(Execution(attention_slices=slices)).phases[1] for slices in ("", "auto")
+    )
+    assert sliced.seconds >= plain.seconds * (1 - ROUNDING)
 
 
 @examples(usually=40, thoroughly=1000)

@@ -13,6 +13,7 @@ from autotune.decide.explain import Terms, explain_chosen, explain_rejected
 from autotune.decide.history import Applied, History
 from autotune.decide.keeping import Kept, keeping, note_on, said_of_kept
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, budget_within, check_limits
+from autotune.decide.placement import assumptions
 from autotune.decide.plan import (
     Bottlenecks,
     Plan,
@@ -106,7 +107,7 @@ def choose(
             *workload.notes,
             *decision.notes,
             *(() if postponed is None else (note_on(postponed),)),
-            *_corrected(predictor, execution),
+            *_caveats(predictor, execution),
         ),
         priority=limits.priority,
         fastest_seconds=decision.pool.fastest_seconds,
@@ -125,9 +126,10 @@ def _decided(
     return Kept(decision) if applied is None else keeping(decision, applied, predictor.machine)
 
 
-def _corrected(predictor: Predictor, execution: Execution) -> Iterator[str]:
-    """What verified runs have changed in the prediction."""
-    return residuals.explain(predictor.residuals, predictor.corrections(execution))
+def _caveats(predictor: Predictor, execution: Execution) -> Iterator[str]:
+    """What the prediction assumes, and what verified runs have changed in it."""
+    yield from assumptions(predictor.machine, execution)
+    yield from residuals.explain(predictor.residuals, predictor.corrections(execution))
 
 
 def _reason(setting: Setting, without: Prediction, terms: Terms, is_on: bool) -> Reason:
@@ -168,7 +170,7 @@ def predict(
         notes=(
             *workload.notes,
             *_notes(predictor, settings, prediction),
-            *_corrected(predictor, execution),
+            *_caveats(predictor, execution),
         ),
         elsewhere_budget_bytes=dict(budget.elsewhere_bytes),
     )

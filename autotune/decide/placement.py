@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from autotune.decide.allocator import rounding_bytes
@@ -25,6 +26,18 @@ def group_host_s(machine: Machine, component: Component, group: GroupOffload) ->
     """Seconds of the host that moving a component's groups takes in one call."""
     calls = GROUP_HOOK_CALLS[group.level] * (STREAM_CALLS if group.overlaps else 1)
     return calls * component.leaf_count * machine.kernels.dispatch_s.value
+
+
+UNKNOWN_DISK_BYTES_PER_S = 500e6
+"""Of a disk whose speed was not measured: a SATA SSD, whose link carries 600 MB/s at the most."""
+
+
+def assumptions(machine: Machine, execution: Execution) -> Iterator[str]:
+    """What was not measured, and is taken to be slow rather than fast: a sentence each."""
+    from_disk = execution.group is not None and execution.group.from_disk
+    if from_disk and machine.host.disk_read_bytes_per_s is None:
+        rate = UNKNOWN_DISK_BYTES_PER_S / 1e6
+        yield f"the disk's speed is not known: it is taken to read {rate:.0f} MB/s, as a SATA SSD"
 
 
 WHOLE_COMPONENTS = ("model_offload", "encoder_offload")
@@ -260,20 +273,20 @@ class Weights:
         """
         component = self._components[run.component]
         weights = forward.weight_reads_bytes
-        inward = self._inward_bytes_per_s(link, group)
+        inward = self._inward_bytes_per_s(link, run, group)
         if not _overlaps(run, group):
             return weights / inward + weights / link.d2h_pageable_bytes_per_s.value
         first = min(weights, _groups_at_once(component, run, group) // 2) / inward
         computing = forward.compute_s + forward.memory_s + forward.launch_s
         return first + max(0.0, weights / inward - first - computing)
 
-    def _inward_bytes_per_s(self, link: Link, group: GroupOffload) -> float:
+    def _inward_bytes_per_s(self, link: Link, run: ComponentRun, group: GroupOffload) -> float:
         """A group that is pinned when it is its turn is copied once more, inside host RAM."""
         inward = link.h2d_pinned_bytes_per_s if group.pins else link.h2d_pageable_bytes_per_s
+        if not group.from_disk or run.role == "autoencoder":  # which stays in RAM
+            return inward.value
         disk = self._machine.host.disk_read_bytes_per_s
-        if group.from_disk and disk is not None:
-            return min(disk.value, inward.value)
-        return inward.value
+        return min(disk.value if disk else UNKNOWN_DISK_BYTES_PER_S, inward.value)
 
     def host_bytes(self, execution: Execution) -> int:
         """Host RAM that this process takes while the pipeline runs.

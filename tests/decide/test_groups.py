@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from autotune.decide.choose import execution_of
-from autotune.decide.placement import PROCESS_BYTES
+from autotune.decide.choose import execution_of, predict
+from autotune.decide.placement import PROCESS_BYTES, UNKNOWN_DISK_BYTES_PER_S
 from autotune.decide.predict import Predictor
 from autotune.decide.rules import broken_rule
 from autotune.optimizations import parse_settings
@@ -69,6 +69,21 @@ def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
     disk = execution_of(parse_settings("group_offload:disk=True"))
     left = workload.component("vae").weight_bytes
     assert weights.host_bytes(disk) == PROCESS_BYTES + left
+
+
+def test_a_disk_of_unknown_speed_is_slower_than_ram(traced, rtx_3080):
+    workload = traced("sdxl")
+    assert rtx_3080.host.disk_read_bytes_per_s is None
+    ram = phase(predicted(rtx_3080, workload, "group_offload:level=leaf"), "denoise")
+    text = "group_offload:level=leaf,disk=True"
+    disk, decode = (phase(predicted(rtx_3080, workload, text), n) for n in ("denoise", "decode"))
+    read_s = 50 * workload.component("unet").weight_bytes / UNKNOWN_DISK_BYTES_PER_S
+    assert disk.seconds == pytest.approx(read_s, rel=0.01)
+    assert disk.seconds > 5 * ram.seconds
+    # The autoencoder stays in RAM.
+    assert decode == phase(predicted(rtx_3080, workload, "group_offload:level=leaf"), "decode")
+    (note,) = predict(rtx_3080, workload, parse_settings(text)).notes
+    assert "500 MB/s" in note
 
 
 def test_casting_saves_memory_where_the_denoiser_is(traced, rtx_3080):

@@ -12,6 +12,8 @@ from autotune.decide.prediction import Budget, budget_of, find_bottleneck
 from autotune.errors import OptimizationError
 from autotune.optimizations import parse_settings
 from autotune.optimizations.execution import Execution
+from autotune.probe.machine import Figure
+from autotune.probe.reference import load_machine
 from autotune.units import GIB, MIB
 from autotune.workload.workload import AttentionShape
 from tests.workloads import workload_of
@@ -198,6 +200,25 @@ def test_launch_bound_only_where_the_host_is_slower(traced, rtx_3080):
     prediction = predicted(machine, traced("sd15"))
     assert find_bottleneck(prediction, Budget(80 * GIB, None)).resource == "launch"
     assert phase(predicted(rtx_3080, traced("sd15")), "denoise").launch_s == 0
+
+
+@pytest.mark.parametrize("beside", ["", ",compile"])
+def test_a_fused_projection_saves_a_bare_launch(traced, beside):
+    """Where the host sets the pace; taking the result apart costs what the modules' Python did."""
+    workload, h100 = traced("sdxl"), load_machine("h100-80gb")
+    plain, fused = (
+        phase(predicted(h100, workload, text), "denoise")
+        for text in (beside.strip(","), f"fuse_qkv{beside}")
+    )
+    assert plain.launch_s > 0
+    assert fused.seconds == plain.seconds
+    kernels = msgspec.structs.replace(h100.kernels, launch_s=Figure(5e-6))
+    measured = msgspec.structs.replace(h100, kernels=kernels)
+    saved = (
+        plain.seconds - phase(predicted(measured, workload, f"fuse_qkv{beside}"), "denoise").seconds
+    )
+    products = workload.component("unet").fusable_products
+    assert saved == pytest.approx(50 * products * 5e-6)
 
 
 def test_budget_leaves_context_and_reserve(rtx_3080):

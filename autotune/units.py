@@ -31,16 +31,20 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def format_seconds(seconds: float) -> str:
-    """``0.0123`` → ``"12.3 ms"``; ``83`` → ``"83.0 s"``; ``4674`` → ``"1 h 18 min"``."""
-    if abs(seconds) >= 600:
-        minutes = round(seconds / 60)
-        return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-    if abs(seconds) >= 1:
-        return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{seconds:.2f} s"
-    if abs(seconds) >= 1e-3:
+def format_seconds(seconds: float, beside: float | None = None) -> str:
+    """``0.0123`` → ``"12.3 ms"``; ``83`` → ``"83.0 s"``; ``735`` → ``"12.2 min"``; ``"1.83 h"``.
+
+    Beside another time, it is in the unit of the smaller: ``735`` beside ``546`` is ``"735 s"``.
+    """
+    least = abs(seconds) if beside is None else min(abs(seconds), abs(beside))
+    if abs(seconds) < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    if abs(seconds) < 1:
         return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds * 1e6:.1f} µs"
+    unit, name = (1, "s") if least < 600 else (60, "min") if least < 6000 else (3600, "h")
+    value = seconds / unit
+    decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f} {name}"
 
 
 def format_rate(per_second: float, unit: str) -> str:

@@ -115,7 +115,8 @@ def _verification(verification: Verification) -> Table:
 
 def phase_table(prediction: Prediction, parts: Parts) -> RenderableType:
     """Memory and time per phase, and per component where a phase has several."""
-    table = table_of(("phase", "weights", "active", "needed", "seconds", "bound by"), left=(0, 5))
+    titles = ("phase", "weights", "active", "needed", "seconds", "bound by")
+    table = table_of(titles, left=(0, 5), whole=(0, 4))
     binding = prediction.binding_phase.name
     for phase in prediction.phases:
         within = [p for p in parts if p.prediction.name == phase.name]
@@ -171,9 +172,9 @@ def _facts(plan: Plan) -> Table:
     if plan.kept:
         grid.add_row("kept", ", ".join(map(str, plan.kept)))
     plain_fits = plan.budget.holds(plan.baseline)
-    plain = describe_prediction(plan.baseline)
+    plain = describe_prediction(plan.baseline, plan.prediction)
     grid.add_row("plain", plain if plain_fits else f"{plain}; does not fit")
-    grid.add_row("planned", describe_prediction(plan.prediction))
+    grid.add_row("planned", describe_prediction(plan.prediction, plan.baseline))
     grid.add_row("fits", _fit(plan))
     _add_start(grid, plan)
     return grid
@@ -209,16 +210,17 @@ def _comparison(prediction: Prediction, measured: tuple[PhaseMeasurement, ...]) 
     levels = {"reserved": "reserved_bytes", "device": "device_bytes"}
     known = {n: f for n, f in levels.items() if any(getattr(m, f) is not None for m in measured)}
     columns = ("phase", "predicted", "measured", "predicted peak", "measured peak")
-    table = table_of((*columns, *known))
+    table = table_of((*columns, *known), whole=(0,))
     found = {m.name: m for m in measured}
     for row in compare(prediction, measured):
         phase = [found[row[0]]] if row[0] in found else []
         table.add_row(*row, *(_most(phase, f) for f in known.values()))
     table.add_section()
+    whole = sum(m.seconds for m in measured)
     table.add_row(
         "all",
-        format_seconds(prediction.seconds),
-        format_seconds(sum(m.seconds for m in measured)),
+        format_seconds(prediction.seconds, whole),
+        format_seconds(whole, prediction.seconds),
         format_bytes(prediction.peak_bytes),
         *(_most(measured, f) for f in ("peak_bytes", *known.values())),
     )

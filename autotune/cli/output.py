@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -30,14 +30,23 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-def table_of(titles: Sequence[str], left: Container[int] = (0,)) -> Table:
-    """A table without lines but the one below its titles; columns but some are flush right."""
+def table_of(
+    titles: Sequence[str], left: Container[int] = (0,), whole: Container[int] = ()
+) -> Table:
+    """A table without lines but the one below its titles.
+
+    Args:
+        titles: Of its columns.
+        left: Columns that are flush left, by index; the others are flush right.
+        whole: Columns that others are narrowed for, where the terminal is narrow.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index in left else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if index in left else "right"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=index in whole)
     return table
 
 

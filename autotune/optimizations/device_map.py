@@ -37,7 +37,7 @@ class ComponentsOnGpus(Optimization):
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if not machine.others:
-            return "it needs a second GPU, and this process sees none"
+            return f"it needs a second GPU, and {machine.name} shows no other"
         if not machine.twins:
             gpu = machine.others[0]
             return f"cuda:{gpu.index} is another model ({gpu.name}): its speed was not measured"

@@ -79,6 +79,10 @@ class _Cache(Optimization):
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if workload.pipeline not in self.pipelines:
+            named = workload.components_as("denoiser")
+            without = next((c for c in named if "step_caches" not in c.abilities), None)
+            if without is not None:
+                return f"diffusers has no caches for the steps of {without.class_name}"
             return f"it has not been tried with {workload.pipeline}"
         if workload.request.steps < 2:
             return "a single step has no earlier one to reuse"

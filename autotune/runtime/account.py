@@ -44,16 +44,19 @@ def describe_machine(plan: Plan | PredictionReport) -> str:
     )
 
 
-def describe_prediction(prediction: Prediction) -> str:
-    """``"30.9 s, needs 5.15 GiB (denoise)"``; with its share of compiling where there is any."""
+def describe_prediction(prediction: Prediction, beside: Prediction | None = None) -> str:
+    """``"30.9 s, needs 5.15 GiB (denoise)"``; with its share of compiling where there is any.
+
+    Beside another, its time is in a unit that suits both.
+    """
     binding = prediction.binding_phase
     needed = f"needs {format_bytes(binding.needed_bytes)} ({binding.name})"
-    seconds = format_seconds(prediction.mean_seconds)
+    other = None if beside is None else beside.mean_seconds
+    seconds = format_seconds(prediction.mean_seconds, other)
     once_s = prediction.mean_seconds - prediction.seconds
     if prediction.once_s:
-        seconds += (
-            f" ({format_seconds(prediction.seconds)} + {format_seconds(once_s)} of compiling)"
-        )
+        drawing = format_seconds(prediction.seconds, other)
+        seconds += f" ({drawing} + {format_seconds(once_s)} of compiling)"
     return f"{seconds}, {needed}"
 
 
@@ -88,8 +91,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"workload    {describe_workload(plan)}"
     yield f"bottleneck  {describe_bottleneck(plan.bottleneck.before)}"
     yield f"after       {describe_bottleneck(plan.bottleneck.after)}"
-    yield f"plain       {describe_prediction(plan.baseline)}"
-    yield f"planned     {describe_prediction(plan.prediction)}"
+    yield f"plain       {describe_prediction(plan.baseline, plan.prediction)}"
+    yield f"planned     {describe_prediction(plan.prediction, plan.baseline)}"
     yield from (f"elsewhere   {text}" for text in describe_other_gpus(plan))
     start = describe_start(plan)
     if start:
@@ -145,8 +148,8 @@ def compare(
         rows.append(
             (
                 phase.name,
-                format_seconds(phase.seconds),
-                format_seconds(real.seconds) if real else "-",
+                format_seconds(phase.seconds, real.seconds if real else None),
+                format_seconds(real.seconds, phase.seconds) if real else "-",
                 format_bytes(phase.peak_bytes),
                 format_bytes(peak) if peak is not None else "-",
             )

@@ -396,9 +396,11 @@ class Tuned:
         expected = prediction.seconds + once
         if load is None or planner is None or not is_spilling(seconds, expected, load, _SYSTEM):
             return
-        took = f"{format_seconds(seconds)} instead of {format_seconds(expected)}"
+        took, planned = format_seconds(seconds, expected), format_seconds(expected, seconds)
         free = f"{format_bytes(load.free_bytes)} of {format_bytes(load.total_bytes)} free"
-        failure = Failure(f"{took}, {free}: spilling into host RAM", None, False)
+        failure = Failure(
+            f"{took} instead of {planned}, {free}: spilling into host RAM", None, False
+        )
         smaller = planner.step_down(self.plan, self._workload, failure, is_on=True)
         if smaller.plan.fits:
             what = f"the next image is drawn with {describe_next(smaller.plan, self.plan, failure)}"

@@ -142,7 +142,8 @@ def _with_text(check: PhaseCheck) -> PhaseCheck:
 
 def _time(check: PhaseCheck) -> str:
     seconds, predicted = check.measured.seconds, check.predicted.seconds
-    text = f"{format_seconds(seconds)} {_against(seconds, predicted, format_seconds(predicted))}"
+    written = format_seconds(predicted, seconds)
+    text = f"{format_seconds(seconds, predicted)} {_against(seconds, predicted, written)}"
     if check.first_run_s < 0.01 * seconds:
         return f"{text}, no more the first time"
     return f"{text}, {format_seconds(check.first_run_s)} more the first time"

@@ -62,6 +62,8 @@ def _abilities(module: Any) -> Iterator[Ability]:
     processors = [m.processor for m in module.modules() if hasattr(m, "processor")]
     if processors and all(hasattr(p, "_attention_backend") for p in processors):
         yield "attention_backend"
+    if hasattr(module, "enable_cache"):
+        yield "step_caches"
 
 
 _PRODUCTS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))

@@ -156,7 +156,7 @@ class Trace(Value, frozen=True):
         return sum(o.flops * o.count for o in self.operators)
 
 
-Ability = Literal["repeated_blocks", "attention_backend"]
+Ability = Literal["repeated_blocks", "attention_backend", "step_caches"]
 """repeated_blocks: names those of its blocks that can be compiled once for all. attention_backend:
 takes attention kernels by name."""
 

@@ -256,7 +256,7 @@ def _numbers(value: Any) -> Iterator[float]:
 # ---- the numbers in the texts -------------------------------------------------------------------
 
 BYTES = re.compile(r"\d[\d.]* (?:B|KiB|MiB|GiB)\b")
-SECONDS = re.compile(r"\d[\d.]* (?:s|ms|µs)\b|\d+ min\b|\d+ h \d\d min\b")
+SECONDS = re.compile(r"\d[\d.]* (?:s|ms|µs|min|h)\b")
 SHARE = re.compile(r"\d[\d.]*%|\d[\d.]* times")
 
 

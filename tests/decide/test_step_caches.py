@@ -11,6 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from autotune.decide.step_caches import kept_bytes, share_computed
+from autotune.optimizations import find
 from autotune.optimizations.execution import Execution, StepCache
 from autotune.optimizations.modules import registries_of
 from autotune.optimizations.step_caches import (
@@ -195,3 +196,12 @@ def test_broadcast_attention_mixes_guided_passes() -> None:
     outside, inside = results[0:2], results[6:8]
     assert not torch.equal(*outside)
     assert torch.equal(*inside)
+
+
+def test_what_has_no_caches_is_told_from_what_was_not_tried(traced, rtx_3080):
+    cache = find("first_block_cache")
+    assert cache.unavailable(rtx_3080, traced("sdxl")) == (
+        "diffusers has no caches for the steps of UNet2DConditionModel"
+    )
+    reason = cache.unavailable(rtx_3080, traced("chroma", dtype="bfloat16"))
+    assert reason == "it has not been tried with ChromaPipeline"

@@ -273,7 +273,7 @@ def test_what_takes_long_is_verified_only_when_asked_for(planned: Planned) -> No
     measured = Measured("k", planned.machine, ())
     now, note = is_verified_now("auto", measured, slow)
     assert not now
-    assert note.startswith("not verified: short passes are predicted to take 270.0 s")
+    assert note.startswith("not verified: short passes are predicted to take 270 s")
     assert is_verified_now("always", measured, slow) == (True, "")
 
 

@@ -100,12 +100,6 @@ class Seen(NamedTuple):
         peak = self.observed.peak_bytes
         return None if peak is None else peak - self.raw.peak_bytes
 
-    @property
-    def is_believed(self) -> bool:
-        """Whether the peak can be that of this phase."""
-        times, more = BELIEVED_PEAK
-        return 0 <= (self.observed.peak_bytes or 0) <= times * self.raw.peak_bytes + more
-
 
 class _OfALook(NamedTuple):
     """What the latest runs of one look have shown; ``more_bytes`` is ``None`` where none tells."""
@@ -199,7 +193,7 @@ def _compared(observation: Observation, predict: RawPhases) -> list[Seen]:
         for look, raw in phases
         if raw.name in observed and raw.seconds > 0
     ]
-    if not all(s.is_believed for s in seen):
+    if not all(can_be_peak(s.observed.peak_bytes or 0, s.raw.peak_bytes) for s in seen):
         return []
     raw_s = sum(s.raw.seconds for s in seen)
     measured = sum(s.observed.seconds for s in seen)
@@ -207,6 +201,12 @@ def _compared(observation: Observation, predict: RawPhases) -> list[Seen]:
         return seen
     was_expected = _is_within(BELIEVED, measured, observation.expected_s or 0.0)
     return seen if was_expected and _is_within(FACTORS, measured, raw_s) else []
+
+
+def can_be_peak(measured: int, predicted: int) -> bool:
+    """Whether a phase can have held so many bytes: see ``BELIEVED_PEAK``."""
+    times, more = BELIEVED_PEAK
+    return 0 <= measured <= times * predicted + more
 
 
 def _is_within(factors: tuple[float, float], measured: float, predicted: float) -> bool:

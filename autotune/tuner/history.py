@@ -11,6 +11,7 @@ from autotune.decide.history import History, Misfit, Observation, Observed
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import counting, is_outgrown
 from autotune.decide.prediction import Budget
+from autotune.decide.residuals import can_be_peak
 from autotune.errors import AutotuneError, ProfileError, first_line
 from autotune.optimizations import parse_setting
 from autotune.optimizations.base import Setting
@@ -45,14 +46,22 @@ def history_here(key: str, workload: Workload, machine: Machine, limits: Limits)
 def verified_runs(profile: Profile, workload: Workload) -> Iterator[RunRecord]:
     """Runs of a workload since the machine was measured whose first pass was measured apart.
 
-    Others hold what a first run takes: kernels being loaded, algorithms chosen.
+    Others hold what a first run takes: kernels being loaded, algorithms chosen. One with a peak
+    that cannot be has verified nothing.
     """
     for run in profile.runs:
         is_steady = run.measured and all(m.first_seconds is not None for m in run.measured)
         is_old = profile.is_outdated(run) or is_before(run.at, profile.machine.measured_at)
         is_same = (run.workload, run.weight_bytes) == (workload.key, workload.weight_bytes)
-        if is_same and is_steady and not is_old:
+        if is_same and is_steady and not is_old and _can_be(run):
             yield run
+
+
+def _can_be(run: RunRecord) -> bool:
+    peaks = {p.name: p.peak_bytes or 0 for p in run.predicted}
+    return all(
+        can_be_peak(m.peak_bytes or 0, peaks[m.name]) for m in run.measured if m.name in peaks
+    )
 
 
 def observations_in(profile: Profile, workload: Workload) -> Iterator[Observation]:

@@ -284,7 +284,10 @@ def test_observations_are_the_verified_runs(planned: Planned) -> None:
     assert profile is not None
     gone = msgspec.structs.replace(profile.runs[-1], optimizations=("no_such_thing",))
     namesake = msgspec.structs.replace(profile.runs[-1], weight_bytes=1)
-    profile = msgspec.structs.replace(profile, runs=(*profile.runs, gone, namesake))
+    (*phases, last) = profile.runs[-1].measured
+    absurd = (*phases, msgspec.structs.replace(last, peak_bytes=10**15))
+    edited = msgspec.structs.replace(profile.runs[-1], measured=absurd)
+    profile = msgspec.structs.replace(profile, runs=(*profile.runs, gone, namesake, edited))
     (found,) = observations_in(profile, planned.workload)
     assert found.settings == (*planned.plan.kept, *planned.plan.optimizations)
     assert [p.name for p in found.phases] == ["encode", "denoise", "decode"]

@@ -37,6 +37,7 @@ from autotune.decide.limits import (
     budget_within,
     check_limits,
     level_of,
+    nothing_left,
 )
 from autotune.decide.plan import Rejection
 from autotune.decide.predict import Predictor
@@ -128,24 +129,50 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
     space = Space(predictor, options, kept)
     candidates = space.candidates()
     available = budget_within(machine, limits)
-    for step in misfits.STEPS:
-        budget = misfits.lowered(available, predictor, step)
-        pool = pool_of(candidates, budget, limits.priority)
-        if budget.holds(pool.candidates[0]):
-            break
+    budget, pool, step = within(candidates, available, predictor, limits.priority)
     return Decision(
         space=space,
         options=options,
         offered=offered,
         refused=(*refused, *too_lossy),
         kept=kept,
-        notes=(*notes, *misfits.notes(available, predictor, step)),
+        notes=(
+            *notes,
+            *nothing_left(machine, limits),
+            *misfits.notes(available, predictor, step),
+        ),
         available=available,
         budget=budget,
         candidates=candidates,
         pool=pool,
         chosen=smallest_of(pool, budget),
     )
+
+
+class Held(NamedTuple):
+    """What there is to choose from, and the budget that holds it.
+
+    Attributes:
+        budget: What is available, less where something ran out of memory before.
+        pool: The sets.
+        step: By how much less, of ``misfits.STEPS``.
+    """
+
+    budget: Budget
+    pool: Pool
+    step: float
+
+
+def within(
+    candidates: Sequence[Candidate], available: Budget, predictor: Predictor, priority: str
+) -> Held:
+    """What there is to choose from in so much memory."""
+    for step in misfits.STEPS:
+        budget = misfits.lowered(available, predictor, step)
+        held = Held(budget, pool_of(candidates, budget, priority), step)
+        if budget.holds(held.pool.candidates[0]):
+            break
+    return held
 
 
 def select(candidates: Sequence[Candidate], budget: Budget, priority: str = "speed") -> Candidate:

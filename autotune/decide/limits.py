@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from autotune.decide.prediction import Budget, budget_of
@@ -10,6 +12,7 @@ from autotune.optimizations import find, parse_settings
 from autotune.optimizations.base import QUALITIES as QUALITIES
 from autotune.optimizations.base import Optimization, Parameters, Setting
 from autotune.probe.machine import Machine
+from autotune.units import format_bytes
 
 PRIORITIES = ("speed", "balanced", "memory")
 
@@ -137,3 +140,19 @@ def budget_within(machine: Machine, limits: Limits) -> Budget:
     if budget.host_bytes is None:
         return Budget(min(budget.device_bytes, limits.ram_limit), None)
     return budget._replace(host_bytes=min(budget.host_bytes, limits.ram_limit))
+
+
+def nothing_left(machine: Machine, limits: Limits) -> Iterator[str]:
+    """One sentence where no device memory at all is left for a pipeline."""
+    free, limit, context = machine.device.free_bytes, limits.vram_limit, machine.context_bytes
+    if budget_of(machine, limit, limits.reserve).device_bytes:
+        return
+    binds = limit is not None and limit < free
+    what = (
+        f"the VRAM limit of {format_bytes(limit or 0)}" if binds else f"{format_bytes(free)} free"
+    )
+    reserve = f" and the reserve {format_bytes(limits.reserve)}" if limits.reserve else ""
+    yield (
+        f"{what} leaves nothing for the pipeline: the device's runtime (CUDA's context) takes "
+        f"{format_bytes(context)}{reserve}"
+    )

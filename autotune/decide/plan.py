@@ -112,11 +112,12 @@ class Rejection(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 WayOutKind = Literal[
-    "processes", "dtype", "limits", "batch", "quality", "size", "frames", "ram", "vram"
+    "processes", "dtype", "limits", "batch", "options", "quality", "size", "frames", "ram", "vram"
 ]
 
 
-Change = dict[str, int | str | tuple[int | str, ...] | None]
+Option = bool | int | float | str
+Change = dict[str, int | str | tuple[int | str, ...] | dict[str, Option] | None]
 """Names of limits or of the request's fields, and what to set them to."""
 
 
@@ -125,10 +126,12 @@ class WayOut(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: What it costs: other programs' memory, precision, the user's own limits, fewer images
-            at once, quality, a smaller image, a shorter video, or hardware.
+            or frames at once, quality, a smaller image, a shorter video, or hardware; where it
+            takes two of these, the dearer.
         text: A few words with the numbers.
         change: The same for a program: ``{"batch": 1}``, ``{"quality": "high"}``,
-            ``{"vram_limit": None}``; ``"pids"`` of programs to close; ``"device_bytes"`` and
+            ``{"vram_limit": None}``, ``{"options": {"decode_chunk_size": 2}}``, or two of these
+            together; ``"pids"`` of programs to close; ``"device_bytes"`` and
             ``"host_bytes"`` of memory to be had besides.
         optimizations: The set that would then be chosen.
         seconds: One generation with it.

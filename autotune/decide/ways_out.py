@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from autotune.decide import misfits
-from autotune.decide.decision import Catalogue, Decision, decide, select
-from autotune.decide.limits import Limits, budget_within, looser_than
+from autotune.decide.changes import (
+    LARGEST_GPU_BYTES,
+    LARGEST_RAM_BYTES,
+    Situation,
+    Steps,
+    asked,
+    changed,
+    closing,
+    fewer_at_once,
+    fewer_frames_at_once,
+    holding,
+    in_half_precision,
+    is_there,
+    lifting,
+    lifting_memory,
+    of_less_quality,
+    said_of_memory,
+    shorter,
+    smaller,
+)
+from autotune.decide.decision import Catalogue, Decision, decide, smallest_of, within
+from autotune.decide.limits import QUALITIES, Limits, budget_within
 from autotune.decide.plan import Change, WayOut, WayOutKind
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget
 from autotune.decide.search import Candidate
 from autotune.errors import AutotuneError
-from autotune.probe.machine import GpuProcess, Machine
 from autotune.units import format_bytes, format_seconds
 from autotune.workload.workload import Request, Workload
 
@@ -29,11 +48,8 @@ MOST_WAYS = 3
 MOST_TRACES = 5
 """A trace takes a second or two, and somebody is waiting."""
 
-SMALLER_SIDES = (3 / 4, 1 / 2)
-SIDE_FACTOR = 64
-"""Pixels: every model's sides may be multiples of it."""
-
-HALF_DTYPES = ("bfloat16", "float16")
+MOST_SPACES = 12
+"""So many times the sets are enumerated anew, which takes up to a second each."""
 
 
 def ways_out(
@@ -43,11 +59,12 @@ def ways_out(
     decision: Decision,
     rework: Rework | None = None,
 ) -> tuple[WayOut, ...]:
-    """The first few that help, the cheapest first.
+    """The first few that help, the cheapest first; none where nothing within reason does.
 
     What costs the image nothing comes first: closing other programs, half the bytes per number,
-    lifting the user's own limits, fewer images at once. Then quality, a smaller image, a shorter
-    video, and at last hardware: how much memory is missing for the nearest miss is always known.
+    lifting the user's own limits, fewer images or frames at once. Then quality, a smaller image, a
+    shorter video, and memory that could be freed. Then two of these together where neither helps
+    alone, and at last hardware.
 
     Args:
         predictor: Of the workload that does not fit.
@@ -56,206 +73,204 @@ def ways_out(
         decision: The nearest miss.
         rework: Traces another request; without it, what needs another trace is not offered.
     """
-    search = _Search(predictor, limits, catalogue, decision, _counted(rework))
-    kinds = (
-        search.closing,
-        search.in_half_precision,
-        search.within_no_limits,
-        search.fewer_at_once,
-        search.at_less_quality,
-        search.smaller,
-        search.shorter,
-        search.more_than_ran_out,
-        search.more_host_memory,
-        search.more_memory,
-    )
-    ways = itertools.chain.from_iterable(kind() for kind in kinds)
-    return tuple(itertools.islice(ways, MOST_WAYS))
+    search = _Search(predictor, limits, catalogue, decision, rework)
+    return tuple(itertools.islice(search.ways(), MOST_WAYS))
 
 
-def _counted(rework: Rework | None) -> Rework | None:
-    """The same, giving up after a few traces."""
-    if rework is None:
-        return None
-    left = iter(range(MOST_TRACES))
-
-    def trace(request: Request) -> Workload:
-        if next(left, None) is None:
-            raise AutotuneError("enough was traced")
-        return rework(request)
-
-    return trace
-
-
-class _Search(NamedTuple):
-    """Looks for ways out; every method yields one or none."""
+class _Offer(NamedTuple):
+    """What there is to choose from, however much memory there is."""
 
     predictor: Predictor
-    limits: Limits
-    catalogue: Catalogue
-    decision: Decision
-    rework: Rework | None
+    candidates: Sequence[Candidate]
+
+
+class _Search:
+    """Looks for ways out."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        limits: Limits,
+        catalogue: Catalogue,
+        decision: Decision,
+        rework: Rework | None,
+    ) -> None:
+        self._predictor = predictor
+        self._limits = limits
+        self._catalogue = catalogue
+        self._decision = decision
+        self._rework = rework
+        self._traces_left, self._spaces_left = MOST_TRACES, MOST_SPACES
+        self._traced: dict[str, Workload | None] = {}
+        offer = _Offer(predictor, decision.candidates)
+        request = predictor.workload.request
+        self._offers: dict[str, _Offer | None] = {_key(request, limits): offer}
+
+    def ways(self) -> Iterator[WayOut]:
+        """The cheapest first."""
+        helpless: list[Steps] = []
+        for steps in filter(None, self._kinds()):
+            way = self._mildest([(step,) for step in steps])
+            if way is None:
+                helpless.append(steps)
+            else:
+                yield way
+        memory = list(self._more_memory())
+        freed = [way for way in memory if is_there(self._predictor.machine, way.change)]
+        yield from freed
+        for cheaper, dearer in _pairs(helpless):
+            way = self._mildest([(a, b) for b in dearer for a in cheaper])
+            if way is not None:
+                yield way
+        yield from (way for way in memory if way not in freed)
+
+    def _kinds(self) -> Iterator[Steps]:
+        """What can be changed, the cheapest first."""
+        machine, limits, request = self._situation
+        yield closing(machine)
+        yield in_half_precision(request, machine)
+        yield lifting(limits)
+        if self._ram_suffices():
+            yield fewer_at_once(request)
+            yield fewer_frames_at_once(request, self._predictor.workload.pipeline)
+        yield of_less_quality(limits)
+        if self._ram_suffices():
+            yield smaller(request)
+            yield shorter(request)
+
+    def _ram_suffices(self) -> bool:
+        """Whether a smaller request could fit: in host RAM lie weights, whatever is asked."""
+        available = self._decision.available._replace(
+            host_bytes=self._predictor.machine.host.ram_available_bytes
+        )
+        if self._decision.available.host_bytes is None:
+            return True
+        loosest = msgspec.structs.replace(self._limits, quality=QUALITIES[-1])
+        offers = (self._offer(self._predictor.workload.request, x) for x in (self._limits, loosest))
+        return any(available.host_holds(c) for o in offers if o for c in o.candidates)
+
+    @property
+    def _situation(self) -> Situation:
+        workload = self._predictor.workload
+        return Situation(self._predictor.machine, self._limits, workload.request)
+
+    # ---- whether it helps -----------------------------------------------------------------------
+
+    def _mildest(self, ways: Sequence[Steps]) -> WayOut | None:
+        """The first that leads out; none does unless the last does, which changes most."""
+        last = self._way(ways[-1])
+        if last is None:
+            return None
+        return next(filter(None, map(self._way, ways[:-1])), last)
+
+    def _way(self, steps: Steps) -> WayOut | None:
+        """All these steps together, where they lead out."""
+        change: Change = {}
+        for step in steps:
+            change |= step.change
+        found = self._after(change)
+        if found is None:
+            return None
+        what = " and ".join(step.what for step in steps)
+        return _worded(steps[-1].kind, what, change, *found)
+
+    def _after(self, change: Change) -> tuple[Candidate, Budget] | None:
+        """What would then be chosen; ``None`` where nothing would fit."""
+        machine, limits, request = changed(self._situation, change)
+        offer = self._offer(request, limits)
+        if offer is None:
+            return None
+        available = budget_within(machine, limits)
+        held = within(offer.candidates, available, offer.predictor, limits.priority)
+        chosen = smallest_of(held.pool, held.budget)
+        return (chosen, held.budget) if held.budget.holds(chosen) else None
+
+    def _offer(self, request: Request, limits: Limits) -> _Offer | None:
+        key = _key(request, limits)
+        if key not in self._offers:
+            self._offers[key] = self._offered(request, limits)
+        return self._offers[key]
+
+    def _offered(self, request: Request, limits: Limits) -> _Offer | None:
+        predictor = self._predictor
+        if request != predictor.workload.request:
+            workload = self._workload(request)
+            if workload is None:
+                return None
+            predictor = Predictor(predictor.machine, workload, limits.images)
+        if not self._spaces_left:
+            return None
+        self._spaces_left -= 1
+        return _Offer(predictor, decide(predictor, limits, self._catalogue).candidates)
+
+    def _workload(self, request: Request) -> Workload | None:
+        """Another request, unless it cannot be traced or enough was."""
+        key = str(request)
+        if key not in self._traced and self._rework is not None and self._traces_left:
+            self._traces_left -= 1
+            try:
+                self._traced[key] = self._rework(request)
+            except AutotuneError:  # the model refuses it
+                self._traced[key] = None
+        return self._traced.get(key)
 
     # ---- the same sets, with more memory for them -----------------------------------------------
 
-    def closing(self) -> Iterator[WayOut]:
-        """The fewest other programs whose memory would suffice."""
-        device = self.predictor.machine.device
-        holders = [p for p in device.processes if p.used_bytes]
-        holders.sort(key=lambda p: (-(p.used_bytes or 0), p.pid))
-        for count in range(1, len(holders) + 1):
-            closed = holders[:count]
-            freed = sum(p.used_bytes or 0 for p in closed)
-            more = budget_within(_with_free(self.predictor.machine, freed), self.limits)
-            budget = misfits.lowered(more, self.predictor)
-            chosen = select(self.decision.candidates, budget, self.limits.priority)
-            if budget.holds(chosen):
-                names = " and ".join(map(_name, closed))
-                hold = "holds" if count == 1 else "hold"
-                what = f"closing {names}, which {hold} {format_bytes(freed)}"
-                change: Change = {"pids": tuple(p.pid for p in closed)}
-                yield _way("processes", what, change, chosen, budget)
+    def _more_memory(self) -> Iterator[WayOut]:
+        """The least that would do; the user's limits are lifted where they leave no room for it."""
+        lifts: tuple[Change, Change] = ({}, lifting_memory(self._limits))
+        for lift in lifts:
+            found = list(filter(None, map(self._with_memory, self._memory_changes(lift))))
+            yield from found
+            if found:
                 return
 
-    def within_no_limits(self) -> Iterator[WayOut]:
-        """Lifting one of the user's own restrictions."""
-        for name, change in _LIFTS:
-            lifted = msgspec.structs.replace(self.limits, **change)
-            if lifted == self.limits:
-                continue
-            found = decide(self.predictor, lifted, self.catalogue)
-            if found.fits:
-                yield _way("limits", f"lifting {name}", change, found.chosen, found.budget)
-                return
+    def _memory_changes(self, lift: Change) -> Iterator[Change]:
+        """What could be asked for.
 
-    def more_than_ran_out(self) -> Iterator[WayOut]:
-        """More than there was when something ran out, where it would fit but for that."""
-        available = self._available
-        for more in misfits.with_more(available, self.predictor):
-            budget = misfits.lowered(more, self.predictor)
-            chosen = select(self.decision.candidates, budget, self.limits.priority)
-            if not budget.holds(chosen):
-                continue
-            device = more.device_bytes - available.device_bytes
-            if device:
-                what = f"{format_bytes(device)} more free device memory"
-                yield _way("vram", what, {"device_bytes": device}, chosen, budget)
-            else:
-                host = (more.host_bytes or 0) - (available.host_bytes or 0)
-                what = f"{format_bytes(host)} more free host RAM"
-                yield _way("ram", what, {"host_bytes": host}, chosen, budget)
-            return
+        More than there was when something ran out; of RAM alone, or of the device's alone; of both
+        only where no set makes do with one.
+        """
+        situation = changed(self._situation, lift)
+        available = budget_within(situation.machine, situation.limits)
+        targets = list(misfits.with_more(available, self._predictor))
+        most: Change = {"device_bytes": LARGEST_GPU_BYTES, "host_bytes": LARGEST_RAM_BYTES}
+        most_machine, most_limits, _ = changed(situation, most)
+        roomy = budget_within(most_machine, most_limits)
+        sets = [c for c in self._decision.candidates if roomy.holds(c)]
+        short_of_ram = [c for c in sets if c.needed_bytes <= available.device_bytes]
+        short_on_device = [c for c in sets if available.host_holds(c)]
+        one_is_enough = [found for found in (short_of_ram, short_on_device) if found]
+        for curable in one_is_enough or [sets] if sets else []:
+            nearest = min(curable, key=lambda c: (available.shortage(c), c.seconds))
+            targets.append(holding(available, nearest))
+        more = (asked(situation, available, target) for target in targets)
+        yield from (change | lift for change in more if change)
 
-    def more_host_memory(self) -> Iterator[WayOut]:
-        """The least that would do, where only host RAM is missing."""
-        (device, host, *_), candidates = self._available, self._within_other_gpus()
-        enough = [c.host_bytes for c in candidates if c.needed_bytes <= device]
-        if host is None or not enough or min(enough) <= host:
-            return
-        budget = self._available._replace(host_bytes=min(enough))
-        chosen = select(candidates, budget, self.limits.priority)
-        what = f"{format_bytes(min(enough))} of free host RAM instead of {format_bytes(host)}"
-        yield _way("ram", what, {"host_bytes": min(enough) - host}, chosen, budget)
-
-    def more_memory(self) -> Iterator[WayOut]:
-        """What the nearest miss lacks, unless it is host RAM alone."""
-        available, candidates = self._available, self._within_other_gpus()
-        device, host, elsewhere = available[:3]
-        nearest = min(candidates, key=lambda c: (available.lacks(c), c.seconds))
-        if nearest.needed_bytes <= device:
-            return
-        change: Change = {"device_bytes": nearest.needed_bytes - device}
-        what = f"{format_bytes(nearest.needed_bytes - device)} more free device memory"
-        if host is not None and nearest.host_bytes > host:
-            change["host_bytes"] = nearest.host_bytes - host
-            what += f" and {format_bytes(nearest.host_bytes - host)} more free host RAM"
-            host = nearest.host_bytes
-        enough = Budget(nearest.needed_bytes, host, elsewhere)
-        chosen = select(candidates, enough, self.limits.priority)
-        yield _way("vram", what, change, chosen, enough)
-
-    @property
-    def _available(self) -> Budget:
-        """What there is, whatever ran out in it before."""
-        return budget_within(self.predictor.machine, self.limits)
-
-    def _within_other_gpus(self) -> list[Candidate]:
-        """The sets that lack nothing of other GPUs' memory."""
-        budget = self.decision.budget
-        return [c for c in self.decision.candidates if budget.short_gpu(c) is None]
-
-    # ---- other sets, or another request ---------------------------------------------------------
-
-    def at_less_quality(self) -> Iterator[WayOut]:
-        """The strictest looser level at which something fits."""
-        for quality in looser_than(self.limits.quality):
-            limits = msgspec.structs.replace(self.limits, quality=quality)
-            found = decide(self.predictor, limits, self.catalogue)
-            if found.fits:
-                change: Change = {"quality": quality}
-                what = f"quality {quality}"
-                yield _way("quality", what, change, found.chosen, found.budget)
-                return
-
-    def in_half_precision(self) -> Iterator[WayOut]:
-        """Half the bytes per number, where the device computes with such numbers."""
-        rates = self.predictor.machine.kernels.matmul_flops_per_s
-        half = next((d for d in HALF_DTYPES if d in rates), None)
-        if self._request.dtype == "float32" and half is not None:
-            yield from self._first("dtype", ((half, {"dtype": half}),))
-
-    def fewer_at_once(self) -> Iterator[WayOut]:
-        """Half of the batch, or one by one."""
-        batch = self._request.batch
-        fewer = sorted({batch // 2, 1} - {0, batch}, reverse=True)
-        yield from self._first("batch", ((f"a batch of {n}", {"batch": n}) for n in fewer))
-
-    def smaller(self) -> Iterator[WayOut]:
-        """Three quarters or half of each side."""
-        r = self._request
-        sides = [(_shrunk(r.width, s), _shrunk(r.height, s)) for s in SMALLER_SIDES]
-        yield from self._first(
-            "size", ((f"{w}x{h}", {"width": w, "height": h}) for w, h in sides if w and h)
-        )
-
-    def shorter(self) -> Iterator[WayOut]:
-        """Half or a quarter of the frames; video models want one more than a multiple of 8."""
-        frames = self._request.frames
-        fewer = [frames // part // 8 * 8 + 1 for part in (2, 4)] if frames > 8 else []
-        yield from self._first("frames", ((f"{n} frames", {"frames": n}) for n in fewer))
-
-    @property
-    def _request(self) -> Request:
-        return self.predictor.workload.request
-
-    def _first(self, kind: WayOutKind, changes: Iterable[tuple[str, Change]]) -> Iterator[WayOut]:
-        """The first changed request that fits; one that cannot be traced is passed over."""
-        for what, change in changes:
-            request = msgspec.structs.replace(self._request, **change)
-            try:
-                found = self._redecide(request)
-            except AutotuneError:
-                continue
-            if found is not None and found.fits:
-                yield _way(kind, what, change, found.chosen, found.budget)
-                return
-
-    def _redecide(self, request: Request) -> Decision | None:
-        if self.rework is None:
+    def _with_memory(self, change: Change) -> WayOut | None:
+        found = self._after(change)
+        if found is None:
             return None
-        predictor = Predictor(self.predictor.machine, self.rework(request))
-        return decide(predictor, self.limits, self.catalogue)
+        kind: WayOutKind = "vram" if "device_bytes" in change else "ram"
+        what = said_of_memory(self._predictor.machine, change)
+        return _worded(kind, what, change, *found)
 
 
-_LIFTS: tuple[tuple[str, Change], ...] = (
-    ("--only and --without", {"only": (), "without": ()}),
-    ("the VRAM limit", {"vram_limit": None}),
-    ("the RAM limit", {"ram_limit": None}),
-    ("the reserve", {"reserve": 0}),
-)
+def _key(request: Request, limits: Limits) -> str:
+    """All that the sets to choose from depend on, memory aside."""
+    return f"{request} {limits.quality} {limits.only} {limits.without}"
 
 
-def _way(kind: WayOutKind, what: str, change: Change, chosen: Candidate, budget: Budget) -> WayOut:
+def _pairs(kinds: Sequence[Steps]) -> Iterator[tuple[Steps, Steps]]:
+    """Two kinds each, those first whose dearer one is cheap."""
+    for place, dearer in enumerate(kinds):
+        for cheaper in kinds[:place]:
+            yield cheaper, dearer
+
+
+def _worded(
+    kind: WayOutKind, what: str, change: Change, chosen: Candidate, budget: Budget
+) -> WayOut:
     names = ", ".join(s.name for s in chosen.settings) or "no optimization"
     cost = f"{format_seconds(chosen.seconds)}, needs {format_bytes(chosen.needed_bytes)}"
     return WayOut(
@@ -269,17 +284,3 @@ def _way(kind: WayOutKind, what: str, change: Change, chosen: Candidate, budget:
         budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
     )
-
-
-def _name(process: GpuProcess) -> str:
-    return f"{process.name or 'the program'} (PID {process.pid})"
-
-
-def _with_free(machine: Machine, more_bytes: int) -> Machine:
-    free = min(machine.device.total_bytes, machine.device.free_bytes + more_bytes)
-    device = msgspec.structs.replace(machine.device, free_bytes=free)
-    return msgspec.structs.replace(machine, device=device)
-
-
-def _shrunk(side: int, share: float) -> int:
-    return int(side * share) // SIDE_FACTOR * SIDE_FACTOR

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autotune.decide.choose import QUALITIES, Limits, choose
@@ -17,6 +18,7 @@ from autotune.probe.machine import GpuProcess, Machine
 from autotune.units import GIB, MIB, format_bytes
 from autotune.workload.workload import Request, Trace, Workload
 from tests.decide.strategies import machines, workloads
+from tests.thorough import examples
 
 
 def small(machine: Machine, free_bytes: int, *processes: GpuProcess) -> Machine:
@@ -60,37 +62,39 @@ def reworked(workload: Workload, request: Request) -> Workload:
 
 def followed(way: WayOut, machine: Machine, workload: Workload, limits: Limits) -> Plan:
     """The plan after doing what the way out says."""
-    change = dict(way.change)
-    if way.kind == "processes":
-        closed = [p for p in machine.device.processes if p.pid in change["pids"]]
-        freed = machine.device.free_bytes + sum(p.used_bytes or 0 for p in closed)
-        machine = small(machine, min(freed, machine.device.total_bytes))
-    elif way.kind in ("ram", "vram"):
-        host, device = machine.host, machine.device
-        more_host, more_device = change.get("host_bytes", 0), change.get("device_bytes", 0)
-        host = msgspec.structs.replace(
-            host, ram_available_bytes=host.ram_available_bytes + more_host
-        )
-        machine = msgspec.structs.replace(machine, host=host)
-        machine = small(machine, device.free_bytes + more_device)
-    elif way.kind in ("limits", "quality"):
-        limits = msgspec.structs.replace(limits, **change)
-    else:
-        workload = reworked(workload, msgspec.structs.replace(workload.request, **change))
-    return choose(machine, workload, limits)
+    change = way.change
+    device, host = machine.device, machine.host
+    closed = [p for p in device.processes if p.pid in change.get("pids", ())]
+    free = min(device.total_bytes, device.free_bytes + sum(p.used_bytes or 0 for p in closed))
+    free += change.get("device_bytes", 0)
+    more = host.ram_available_bytes + change.get("host_bytes", 0)
+    host = msgspec.structs.replace(host, ram_available_bytes=more)
+    machine = small(msgspec.structs.replace(machine, host=host), free)
+    fields = {f: change[f] for f in Limits.__struct_fields__ if f in change}
+    asked = {f: change[f] for f in Request.__struct_fields__ if f in change}
+    beside = {"pids", "device_bytes", "host_bytes"}
+    assert set(change) <= {*fields, *asked, *beside}
+    if asked:
+        workload = reworked(workload, msgspec.structs.replace(workload.request, **asked))
+    return choose(machine, workload, msgspec.structs.replace(limits, **fields))
 
 
-@settings(max_examples=150, deadline=None)
+memory_limits = st.none() | st.integers(100, 4000).map(lambda mib: mib * MIB)
+
+
+@examples(usually=40, thoroughly=400)
 @given(
     machine=machines(),
     workload=workloads(),
     quality=st.sampled_from(QUALITIES),
     free=st.integers(100, 4000),
     only=st.sampled_from(((), (), ("xformers",))),
+    vram_limit=memory_limits,
+    ram_limit=memory_limits,
 )
-def test_every_way_out_leads_out(machine, workload, quality, free, only):
+def test_every_way_out_leads_out(machine, workload, quality, free, only, vram_limit, ram_limit):
     machine = small(machine, free * MIB, *machine.device.processes)
-    limits = Limits(quality=quality, only=only)
+    limits = Limits(quality=quality, only=only, vram_limit=vram_limit, ram_limit=ram_limit)
     traced = []
 
     def rework(request: Request) -> Workload:
@@ -101,17 +105,20 @@ def test_every_way_out_leads_out(machine, workload, quality, free, only):
     assume(not plan.fits)
     assert 1 <= len(plan.remedies) <= MOST_WAYS
     assert len(traced) <= MOST_TRACES
-    assert len({way.kind for way in plan.remedies}) == len(plan.remedies)
+    changes = [way.change for way in plan.remedies]
+    assert all(a != b for a, b in itertools.combinations(changes, 2))
     for way in plan.remedies:
-        # Freed memory may be worth less than its bytes where there was less than the context.
-        if way.kind == "vram" and plan.budget_bytes == 0:
-            continue
         after = followed(way, machine, workload, limits)
         assert after.fits
         assert after.optimizations == way.optimizations
         assert after.prediction.mean_seconds == way.seconds
         assert after.prediction.needed_bytes == way.needed_bytes
         assert after.prediction.host_bytes == way.host_bytes
+        # Of two things, none would do alone.
+        for name in ("device_bytes", "host_bytes"):
+            if name in way.change and len(way.change) > 1:
+                less = msgspec.structs.replace(way, change={**way.change, name: 0})
+                assert not followed(less, machine, workload, limits).fits
     assert plan.ways_out == tuple(way.text for way in plan.remedies)
 
 

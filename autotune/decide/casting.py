@@ -85,11 +85,33 @@ def _stored(
 
 
 def copied_bytes(workload: Workload, storage: Storage) -> int:
-    """What of the denoisers' weights is copied before it is narrowed."""
+    """What of the denoisers' weights is kept in RAM as it was before it was narrowed.
+
+    Quantizing keeps the layers themselves: those that are mapped from a file take no RAM.
+    """
     named = workload.components_as("denoiser")
     if storage.dtype:
         return sum(c.weight_bytes for c in named)
-    return sum(c.linear_bytes for c in named) if storage.quantization else 0
+    if not storage.quantization:
+        return 0
+    return sum(c.linear_bytes for c in named if c.name not in workload.mapped)
+
+
+def narrowing_bytes(workload: Workload, storage: Storage) -> int:
+    """RAM that narrowing the denoisers' weights takes beside all weights as they were read.
+
+    Casting copies a denoiser, then narrows one tensor after the other in its place; of mapped ones
+    nothing is freed by that. Quantization makes packed layers beside the others.
+    """
+    named = workload.components_as("denoiser")
+    if storage.dtype:
+        narrow = sum(
+            c.weight_bytes - c.casting_saves_bytes for c in named if c.name in workload.mapped
+        )
+        return copied_bytes(workload, storage) + narrow
+    element = BYTES.get(workload.request.dtype, 4)
+    linear = sum(c.linear_bytes for c in named) if storage.quantization else 0
+    return linear - quantized.saved_bytes(storage.quantization, linear, element)
 
 
 def memory_s(machine: Machine, component: Component, dtype: str) -> float:

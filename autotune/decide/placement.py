@@ -303,11 +303,11 @@ class Weights:
         return PROCESS_BYTES + weights
 
     def load(self, execution: Execution) -> LoadPrediction:
-        """All weights are read into host RAM first, then go where the execution wants them.
+        """All weights are read first, then go where the execution wants them.
 
-        safetensors maps files: the pages read are cache that the system can drop, so that only the
-        tensors made from them count. Of a pipeline that is loaded already, nothing is read again:
-        it may be on the device, with no copy in RAM.
+        safetensors maps files: the pages read are cache that the system can drop, so that only
+        those in another dtype than their file take RAM: they are cast. Of a pipeline that is
+        loaded already, nothing is read again: it may be on the device, with no copy in RAM.
         """
         weights = self._workload.weight_bytes
         on_device = self._loaded_bytes(execution)
@@ -320,7 +320,10 @@ class Weights:
             leaving = weights if execution.placement == "device_map" else on_device
             crossing = leaving / link.module_h2d_bytes_per_s.value if link else 0.0
             seconds = weights / disk.value + crossing
-        return LoadPrediction(on_device, PROCESS_BYTES + (0 if is_host else weights), seconds)
+        cast = sum(
+            c.weight_bytes for c in self._workload.components if c.name not in self._workload.mapped
+        )
+        return LoadPrediction(on_device, PROCESS_BYTES + (0 if is_host else cast), seconds)
 
     def _loaded_bytes(self, execution: Execution) -> int:
         """Weights on the device before the first image."""

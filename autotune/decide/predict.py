@@ -160,15 +160,26 @@ class Predictor:
         if key not in self._hosts:
             weights = self.weights(execution)
             running = weights.host_bytes(execution) + self._copies(execution)
-            # Weights are read as they are on the disk, whatever is made of them then.
+            # Weights are read as they are on the disk, and all are there when some are narrowed.
             as_read = self.weights(Execution()).load(execution).host_bytes
-            load = msgspec.structs.replace(weights.load(execution), host_bytes=as_read)
+            peak = as_read + self._narrowing_bytes(execution)
+            load = msgspec.structs.replace(weights.load(execution), host_bytes=peak)
             self._hosts[key] = (load, running)
         return self._hosts[key]
 
+    @property
+    def _is_host(self) -> bool:
+        return self.machine.device.kind == "cpu" or self.machine.device.unified_memory
+
+    def _narrowing_bytes(self, execution: Execution) -> int:
+        """Host RAM for weights that are narrowed after all were read, before any is moved."""
+        if self._is_host or self.workload.is_loaded:
+            return 0
+        return casting.narrowing_bytes(self.workload, storage_of(execution))
+
     def _copies(self, execution: Execution) -> int:
         """Host RAM for the weights as they were, without which there would be no way back."""
-        if self.machine.device.kind == "cpu" or self.machine.device.unified_memory:
+        if self._is_host:
             return 0
         return casting.copied_bytes(self.workload, storage_of(execution))
 

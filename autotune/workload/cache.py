@@ -22,6 +22,7 @@ from autotune.errors import ProfileError
 from autotune.probe.software import version_of
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
+from autotune.workload.files import mapped_components
 from autotune.workload.live import has_own_code
 from autotune.workload.workload import Request, Workload
 
@@ -68,7 +69,12 @@ def traced_before(
 def _named(workload: Workload, architecture: Architecture, pipe: Any) -> Workload:
     """What a trace does not depend on, and is not kept with it."""
     is_loaded = pipe is not None
-    return msgspec.structs.replace(workload, model=architecture.name, is_loaded=is_loaded)
+    return msgspec.structs.replace(
+        workload,
+        model=architecture.name,
+        is_loaded=is_loaded,
+        mapped=() if is_loaded else mapped_components(architecture, workload),
+    )
 
 
 def is_lasting(pipe: Any) -> bool:

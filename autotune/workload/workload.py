@@ -274,6 +274,8 @@ class Workload(Value, frozen=True):
         latent_tokens: Height times width of the latent: what token merging compares a block with.
         notes: What is estimated rather than traced, one sentence each.
         is_loaded: Its weights were read before it was planned for.
+        mapped: Components whose files hold the dtype that they run in: they are mapped when they
+            are read, and take no RAM of the process before they are moved or changed.
     """
 
     model: str
@@ -286,6 +288,7 @@ class Workload(Value, frozen=True):
     offload_apart: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     is_loaded: bool = False
+    mapped: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from autotune.decide.choose import choose
+from autotune.decide.choose import choose, execution_of
 from autotune.decide.placement import PROCESS_BYTES, Weights
-from autotune.optimizations import find
+from autotune.decide.predict import Predictor
+from autotune.decide.quantized import saved_bytes
+from autotune.optimizations import find, parse_settings
 from autotune.optimizations.execution import Execution
 from autotune.probe.reference import load_machine
 from autotune.testing.pipelines import BUILDERS, call
@@ -187,6 +189,43 @@ def test_what_is_loaded_takes_no_ram_for_loading() -> None:
         assert after.host_bytes == PROCESS_BYTES + in_ram
         assert after.peak_bytes == before.peak_bytes
         assert after.seconds is None
+
+
+def host_of(workload: Workload, text: str) -> tuple[int, int]:
+    """RAM beside the process: while it is loaded, and at any time."""
+    prediction = Predictor(load_machine("rtx-4090-24gb"), workload).predict(
+        execution_of(parse_settings(text))
+    )
+    return prediction.load.host_bytes - PROCESS_BYTES, prediction.host_bytes - PROCESS_BYTES
+
+
+def test_what_is_mapped_takes_no_ram_before_it_is_moved_or_changed() -> None:
+    workload = workload_of("sd")
+    (unet,) = workload.components_as("denoiser")
+    rest = workload.weight_bytes - unet.weight_bytes
+    mapped = msgspec.structs.replace(workload, mapped=("unet",))
+    whole = msgspec.structs.replace(mapped, mapped=tuple(c.name for c in workload.components))
+    assert host_of(mapped, "") == (rest, rest)
+    assert host_of(whole, "") == (0, 0)
+    assert host_of(whole, "model_cpu_offload") == (0, workload.weight_bytes)
+    (vae,) = workload.components_as("autoencoder")
+    assert host_of(whole, "group_offload:disk=True") == (0, vae.weight_bytes)
+
+
+def test_weights_are_narrowed_beside_all_that_was_read() -> None:
+    """Quantizing keeps the layers, which are read already; casting copies them."""
+    workload = workload_of("sd")
+    (unet,) = workload.components_as("denoiser")
+    mapped = msgspec.structs.replace(workload, mapped=tuple(c.name for c in workload.components))
+    packed = unet.linear_bytes - saved_bytes("nf4", unet.linear_bytes, 4)
+    quantized, cast = "quantization:scheme=nf4", "layerwise_casting"
+    assert host_of(workload, quantized) == (workload.weight_bytes + packed,) * 2
+    assert host_of(mapped, quantized) == (packed, packed)
+    assert host_of(workload, cast) == (workload.weight_bytes + unet.weight_bytes,) * 2
+    narrow = unet.weight_bytes - unet.casting_saves_bytes
+    assert host_of(mapped, cast) == (unet.weight_bytes + narrow,) * 2
+    loaded = msgspec.structs.replace(workload, is_loaded=True)
+    assert host_of(loaded, quantized) == (0, unet.linear_bytes)
 
 
 def test_a_loaded_pipeline_fits_where_it_could_not_be_loaded() -> None:

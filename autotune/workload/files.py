@@ -1,0 +1,96 @@
+"""What a model's files say of its weights before they are read: the dtype that they hold.
+
+safetensors maps files into memory. Weights that run in the dtype of their file stay there: the
+system drops such pages and reads them again as it likes, so that they take no RAM of the process.
+Weights in another dtype are cast, which makes copies of all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.version import Version
+
+from autotune.probe.software import version_of
+from autotune.workload.architecture import Architecture
+from autotune.workload.workload import Component, Workload
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPES = {b"F32": "float32", b"F16": "float16", b"BF16": "bfloat16", b"F64": "float64"}
+
+_MAPPING = {"diffusers": Version("0.42"), "transformers": Version("5")}
+"""Versions from which weights were seen to stay mapped (``tests/workload/test_files.py``)."""
+
+_CAST_SHARE = 0.05
+"""Weights that a library keeps wider than the rest are cast: more of them are not overlooked."""
+
+
+def mapped_components(architecture: Architecture, workload: Workload) -> tuple[str, ...]:
+    """Components whose weights stay mapped when they are read: empty where nothing is known."""
+    folder = _folder(architecture.weights)
+    if folder is None or not _maps():
+        return ()
+    dtype = workload.request.dtype
+    variant = architecture.variant if dtype != "float32" else None
+    wanted = {n: c.dtype or dtype for n, c in architecture.components.items()}
+    return tuple(
+        c.name
+        for c in workload.components
+        if c.name in wanted
+        and _is_of_one_width(c, wanted[c.name])
+        and _dtypes_in(folder / c.name, variant) == {wanted[c.name]}
+    )
+
+
+def _maps() -> bool:
+    """Whether this system and these libraries map weights: known of Linux, and of late versions."""
+    found = {name: version_of(name) for name in _MAPPING}
+    return sys.platform == "linux" and all(
+        v is not None and Version(v) >= _MAPPING[name] for name, v in found.items()
+    )
+
+
+def _is_of_one_width(component: Component, dtype: str) -> bool:
+    return component.weight_bytes <= (1 + _CAST_SHARE) * component.parameters * _BYTES[dtype]
+
+
+def _folder(weights: str | None) -> Path | None:
+    """Where the files are, if they are on this disk: a folder, or what the hub's cache has."""
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    kept = Path(HF_HUB_CACHE) / f"models--{weights.replace('/', '--')}"
+    try:
+        return kept / "snapshots" / (kept / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _dtypes_in(folder: Path, variant: str | None) -> set[str]:
+    """Of all weights in the files that diffusers and transformers would read."""
+    marked = rf"(\.{re.escape(variant)})?" if variant else ""
+    name = rf"(diffusion_pytorch_model|model){marked}(-\d+-of-\d+)?{marked}\.safetensors"
+    found = [f for f in folder.glob("*.safetensors") if re.fullmatch(name, f.name)]
+    if variant:  # without any, the full ones are read
+        found = [f for f in found if f".{variant}" in f.name] or found
+    try:
+        return {dtype for file in found for dtype in _dtypes_of(file)}
+    except OSError:
+        return set()
+
+
+def _dtypes_of(file: Path) -> Iterator[str]:
+    """As its header says: a length of eight bytes, then JSON. Integers are no weights."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, 100_000_000))
+    for code in set(re.findall(rb'"dtype"\s*:\s*"([A-Z0-9_]+)"', header)):
+        if not re.fullmatch(rb"[IU]\d+|BOOL", code):
+            yield _DTYPES.get(code, code.decode())

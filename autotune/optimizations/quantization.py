@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -152,16 +153,19 @@ _CONFIGS = {
 def _gguf_lines(scheme: str, target: Target) -> Iterator[str]:
     """diffusers reads such blocks from files only: which others publish, under names of theirs."""
     yield "from diffusers import GGUFQuantizationConfig"
-    options = (
-        f"quantization_config=GGUFQuantizationConfig(compute_dtype=torch.{target.dtype}), "
-        f"torch_dtype=torch.{target.dtype}"
-    )
+    sought = f"{PurePath(target.model).name} gguf"
     for name in target.denoisers:
-        part = f"pipe.{name}"
-        yield f"# Put here the path, or the address on the hub, of this model's {name} in {scheme}:"
-        yield f"# a file that ends in {scheme}.gguf; look for {json.dumps(f'{target.model} gguf')} "
-        yield "# on huggingface.co/models."
-        yield f'{part} = type({part}).from_single_file("path/to/{name}-{scheme}.gguf", {options})'
+        part, file = f"pipe.{name}", f"{name}-{scheme}.gguf"
+        yield f"# A file of this model's {name} in {scheme}, by its path or its address on the hub:"
+        yield f"# search huggingface.co/models for {json.dumps(sought)}; it ends in {scheme}.gguf."
+        yield f'file = "path/to/{file}"'
+        yield f"{part} = type({part}).from_single_file("
+        yield "    file,"
+        yield (
+            f"    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.{target.dtype}),"
+        )
+        yield f"    torch_dtype=torch.{target.dtype},"
+        yield ")"
 
 
 def _multiplies_float8(machine: Machine) -> bool:

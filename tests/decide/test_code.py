@@ -101,8 +101,8 @@ def test_tiles_are_set_in_the_way_of_the_autoencoder(plan):
 
 def test_what_no_library_makes_is_asked_for(plan):
     text = with_settings(plan, *parse_settings("quantization:scheme=gguf_q8_0")).code()
-    assert 'look for "sdxl gguf" on' in " ".join(text.split()).replace(" # on", " on")
-    assert "path/to/unet-Q8_0.gguf" in text and "torch.float16)" in text
+    assert 'search huggingface.co/models for "sdxl gguf"' in text
+    assert 'file = "path/to/unet-Q8_0.gguf"\n' in text and "compute_dtype=torch.float16)" in text
 
 
 def test_weights_are_moved_once(plan):

@@ -58,6 +58,8 @@ def _limit(device: str, reserve: int, most: int | None) -> int | None:
     # A limit that was set by hand holds too.
     allowed = min(allowed, int(total * _before[device]), allowed if most is None else most)
     allowed = max(0, allowed)
+    if backend.memory_reserved(device) > allowed:  # unused, it would be kept all the same
+        backend.empty_cache()
     _set_share(device, min(1.0, allowed / total))
     return int(allowed)
 
@@ -75,5 +77,5 @@ def _backend(device: str) -> Any:
     if device.startswith("cpu"):
         return None
     backend = torch.get_device_module(device)
-    needed = ("mem_get_info", "memory_reserved", "set_per_process_memory_fraction")
+    needed = ("mem_get_info", "memory_reserved", "empty_cache", "set_per_process_memory_fraction")
     return backend if all(hasattr(backend, name) for name in needed) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -33,8 +34,10 @@ def asked_for(pipe: Any, planned: Request, given: Mapping[str, Any], drawn: int)
     found = _numbers(given, guidance_name(parameters))
     if "height" not in parameters:
         found |= _side_of_picture(given, UPSCALED.get(type(pipe).__name__, 1))
+    found |= _side_of_latents(pipe, given)
     names = (*planned.options, *DECIDING)
     options = {n: given[n] for n in names if n in parameters and _is_plain(given.get(n))}
+    options |= _second_guidance(given, parameters)
     return msgspec.structs.replace(
         planned, **found, batch=drawn, options={**planned.options, **options}
     )
@@ -50,7 +53,7 @@ def drawn_by(planned: Mapping[str, Any], given: Mapping[str, Any], prompts: int)
     """
     name = copies_name(planned)
     copies = given.get(name, planned[name]) if name is not None else 1
-    return prompts * (copies if isinstance(copies, int) and copies > 0 else 1)
+    return prompts * (_count(copies) or 1)
 
 
 def _numbers(given: Mapping[str, Any], guidance: str) -> dict[str, Any]:
@@ -61,15 +64,37 @@ def _numbers(given: Mapping[str, Any], guidance: str) -> dict[str, Any]:
         "num_inference_steps": "steps",
         "num_frames": "frames",
     }
-    found = {field: given[name] for name, field in names.items() if _is_count(given.get(name))}
+    counts = {field: _count(given.get(name)) for name, field in names.items()}
+    found: dict[str, Any] = {field: count for field, count in counts.items() if count}
     for name in ("timesteps", "sigmas"):  # in place of a number of steps
-        steps = given.get(name)
-        if isinstance(steps, (list, tuple)) and steps:
+        steps: Any = given.get(name)
+        if hasattr(steps, "__len__") and len(steps):  # a list, an array or a tensor
             found["steps"] = len(steps)
-    scale = given.get(guidance)
-    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        found["guidance_scale"] = float(scale)
+    scale = _number(given.get(guidance))
+    if scale is not None:
+        found["guidance_scale"] = scale
     return found
+
+
+def _second_guidance(given: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Distilled models are guided besides, and run twice, where a negative prompt is given, too."""
+    scale = _number(given.get("true_cfg_scale"))
+    texts = (given.get("negative_prompt"), given.get("negative_prompt_embeds"))
+    if scale is None or scale <= 1 or all(t is None for t in texts):
+        return {}
+    if guidance_name(parameters) == "true_cfg_scale":
+        return {}
+    return {"true_cfg_scale": scale, "negative_prompt": ""}
+
+
+def _side_of_latents(pipe: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """Of what is drawn from noise of one's own, as long as that is not packed."""
+    shape: Sequence[int] = getattr(given.get("latents"), "shape", ())
+    factors = (getattr(pipe, f"vae_scale_factor{end}", None) for end in ("_spatial", ""))
+    factor = next((f for f in factors if isinstance(f, int)), None)
+    if len(shape) < 4 or factor is None:
+        return {}
+    return {"height": int(shape[-2]) * factor, "width": int(shape[-1]) * factor}
 
 
 def _side_of_picture(given: Mapping[str, Any], times: int) -> dict[str, int]:
@@ -91,8 +116,23 @@ def _whole(side: int) -> int:
     return max(8, int(side) // 8 * 8)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _count(value: Any) -> int | None:
+    """A whole number above 0, of Python's or NumPy's; ``None`` for anything else."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+    return count if count > 0 else None
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python's, NumPy's or PyTorch's; ``None`` for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of several elements
+        return None
 
 
 def _is_plain(value: Any) -> bool:

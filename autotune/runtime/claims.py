@@ -3,7 +3,8 @@
 Each is promised the memory that its plan needs. What it does not hold at the moment, such as the
 activations of an image that is not being drawn, looks free and is not: the next pipeline is planned
 for what remains. Locks make calls of one pipeline queue, and configuring, which touches state of
-the whole process, happen once at a time.
+the whole process, happen once at a time. Pipelines made of the
+same modules queue, too, and only one of them is configured at a time.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+
+from autotune.workload.live import modules_of
 
 
 class Claim:
@@ -80,12 +83,6 @@ def claims_on(device: str) -> tuple[Claim, ...]:
         return tuple(c for c in _living() if c.device == device)
 
 
-def owner_of(pipe: Any) -> Any:
-    """The ``Tuned`` that has configured a pipeline; ``None`` where there is none any more."""
-    with _register:
-        return next((c.owner() for c in _living() if c.pipe() is pipe), None)
-
-
 @contextmanager
 def drawing(pipe: Any, used_bytes: int) -> Iterator[None]:
     """While a pipeline draws: what was promised to it, it is taking.
@@ -131,16 +128,68 @@ def _living() -> Iterator[Claim]:
     return (c for c in _claims if c.owner() is not None and c.pipe() is not None)
 
 
+# ---- whose pipeline it is ------------------------------------------------------------------------
+
+_OWNER = "_autotune"
+
+
+class _Owner:
+    """Keeps a ``Tuned`` as long as its pipeline, whoever drops it; a copy of the pipeline has none.
+
+    Without it nobody could undo what is on, and it would look as if the user had set it.
+    """
+
+    def __init__(self, tuned: Any) -> None:
+        self.tuned = tuned
+
+    def __reduce__(self) -> tuple[type[_Owner], tuple[None]]:
+        return _Owner, (None,)
+
+
+def own(pipe: Any, tuned: Any) -> None:
+    """Note who has configured a pipeline."""
+    vars(pipe)[_OWNER] = _Owner(tuned)
+
+
+def disown(pipe: Any) -> None:
+    """Nobody has any more."""
+    vars(pipe).pop(_OWNER, None)
+
+
+def owner_of(pipe: Any) -> Any:
+    """The ``Tuned`` that has configured a pipeline; ``None`` where there is none."""
+    owner = getattr(pipe, "__dict__", {}).get(_OWNER)
+    return None if owner is None else owner.tuned
+
+
+def owners_beside(pipe: Any) -> list[Any]:
+    """The ``Tuned`` of other pipelines that are made of some of the same modules."""
+    mine = {id(m) for m in modules_of(pipe).values()}
+    with _register:
+        others = [(c.owner(), c.pipe()) for c in _living() if c.pipe() is not pipe]
+    return [o for o, p in others if not mine.isdisjoint(map(id, modules_of(p).values()))]
+
+
+def are_configured() -> bool:
+    """Whether this process holds a pipeline that it has configured."""
+    with _register:
+        return next(_living(), None) is not None
+
+
 # ---- turns ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def turn_of(pipe: Any) -> Iterator[None]:
-    """One at a time with this pipeline: drawing, configuring and undoing queue.
+    """One at a time with this pipeline, and with others made of the same modules.
 
-    Pipelines keep the state of a call on themselves and on their scheduler.
+    Drawing, configuring and undoing queue: pipelines keep the state of a call on themselves and on
+    their scheduler, and what is on is on the modules.
     """
-    with _turn(pipe):
+    held = {id(part): part for part in (pipe, *modules_of(pipe).values())}
+    with ExitStack() as turns:
+        for key in sorted(held):  # always in the same order, or two would wait for each other
+            turns.enter_context(_turn(held[key]))
         yield
 
 
@@ -154,14 +203,14 @@ def configuring() -> Iterator[None]:
         yield
 
 
-def _turn(pipe: Any) -> threading.RLock:
+def _turn(part: Any) -> threading.RLock:
     with _register:
-        lock = _turns.get(id(pipe))
+        lock = _turns.get(id(part))
         if lock is None:
             lock = threading.RLock()
             with suppress(TypeError):  # nothing like a pipeline: that is said elsewhere
-                weakref.finalize(pipe, _turns.pop, id(pipe), None).atexit = False
-                _turns[id(pipe)] = lock
+                weakref.finalize(part, _turns.pop, id(part), None).atexit = False
+                _turns[id(part)] = lock
         return lock
 
 

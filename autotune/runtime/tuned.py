@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import operator
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,16 @@ from autotune.runtime.account import explain_plan, shortage, ways_out
 from autotune.runtime.allocator import device_load, hold_limits
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.asking import asked_for, drawn_by
-from autotune.runtime.claims import Claim, drawing, release, stake, turn_of
+from autotune.runtime.claims import (
+    Claim,
+    disown,
+    drawing,
+    own,
+    owners_beside,
+    release,
+    stake,
+    turn_of,
+)
 from autotune.runtime.guard import (
     RETRIES,
     Before,
@@ -105,7 +115,7 @@ class Tuned:
             The pipeline's output.
 
         Raises:
-            RequestError: both ``seed`` and ``generator`` are given.
+            RequestError: both ``seed`` and ``generator`` are given, or a seed that is none.
             MemoryShortageError: it does not fit, or memory ran out and nothing smaller is left.
         """
         options = self._with_generator(options, seed)
@@ -141,6 +151,7 @@ class Tuned:
                 return
             self._unapply()  # interrupted, it goes on where it was when called again
             self._is_over = True
+            disown(self.pipe)
             release(self.pipe)
             hold_limits(self.device)
 
@@ -289,8 +300,15 @@ class Tuned:
 
     # ---- on and off -----------------------------------------------------------------------------
 
+    def set_aside(self) -> None:
+        """Take off what is on until the next call: another pipeline needs the same modules."""
+        self._unapply()
+
     def _apply(self) -> None:
+        for other in owners_beside(self.pipe):
+            other.set_aside()
         self._undo = apply_plan(self.pipe, self.plan, self.device)
+        own(self.pipe, self)
         self._images = 0
         self._settle()
 
@@ -414,8 +432,7 @@ class Tuned:
 
     def _with_generator(self, options: dict[str, Any], seed: int | None) -> dict[str, Any]:
         if "generator" not in options:
-            drawn = secrets.randbits(63) if seed is None else seed
-            return options | {"generator": self._generator(drawn)}
+            return options | {"generator": self._generator(_checked(seed))}
         if seed is not None:
             raise RequestError("both seed and generator are given", "give one of them")
         return options
@@ -472,11 +489,24 @@ def _size(request: Request) -> str:
     return f"{request.width}x{request.height}, {request.steps} steps{images}"
 
 
+def _checked(seed: Any) -> int:
+    """A seed as PyTorch takes it; ``None``: any."""
+    if seed is None:
+        return secrets.randbits(63)
+    try:
+        number = operator.index(seed)
+    except TypeError as error:
+        raise RequestError(f"the seed {seed!r} is no whole number", "give one, as 42") from error
+    if not -(2**63) <= number < 2**64:
+        raise RequestError(f"the seed {number} does not fit in 64 bits", "give a smaller one")
+    return number
+
+
 def _count(prompt: Any, embeddings: Any) -> int:
     """Prompts in one call, as texts or as embeddings: they share the batch that was planned."""
     if embeddings is not None:
-        return len(embeddings)
-    return len(prompt) if isinstance(prompt, (list, tuple)) else 1
+        return max(1, len(embeddings))
+    return max(1, len(prompt)) if isinstance(prompt, (list, tuple)) else 1
 
 
 def _ran_out(error: Exception, planner: Planner) -> bool:

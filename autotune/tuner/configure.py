@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import msgspec
 from autotune.decide.plan import Plan
 from autotune.errors import MemoryShortageError
 from autotune.runtime.account import shortage, ways_out
-from autotune.runtime.claims import configuring, owner_of, turn_of
+from autotune.runtime.claims import are_configured, configuring, owner_of, owners_beside, turn_of
 from autotune.tuner.ask import Ask
 from autotune.tuner.here import Measured, Progress, device_name, machine_here
 from autotune.tuner.planning import Planned, loadable, plan_here
@@ -44,6 +45,11 @@ def configure_pipeline(
     """
     check_verify(verify)
     with turn_of(pipe), configuring():
+        if are_configured():
+            gc.collect()  # pipelines hold themselves: until then, what was dropped takes memory
+        for other in owners_beside(pipe):
+            log.info("a pipeline with some of the same modules is taken off until its next call")
+            other.set_aside()
         before = owner_of(pipe)
         with before.replaced() if before is not None else nullcontext():
             return _configure(pipe, ask, device, verify)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any, NamedTuple
+
+import msgspec
 
 from autotune.errors import RequestError
 from autotune.probe.machine import Machine
 from autotune.workload.architecture import Architecture, builtin_names
 from autotune.workload.workload import Request
+
+log = logging.getLogger("autotune")
 
 MAX_SIDE, MAX_BATCH, MAX_STEPS, MAX_FRAMES = 16384, 1024, 1000, 10_000
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,7 +37,8 @@ def complete_request(
     """Fill in what the user left out, and refuse what the model cannot draw.
 
     Raises:
-        RequestError: a size that the model's factor does not divide, or an absurd number.
+        RequestError: a size that the model's factor does not divide and its pipeline does not
+            round, or an absurd number.
     """
     native = native_request(architecture)
     request = Request(
@@ -56,9 +62,11 @@ def complete_request(
         raise RequestError(
             f"guidance {request.guidance_scale} is out of range", "use 0 to 30; 7.5 is usual"
         )
-    for name, pixels in (("height", request.height), ("width", request.width)):
-        _check_side(name, pixels, size_factor(architecture))
-    return request
+    sides = {
+        name: _checked_side(name, pixels, architecture)
+        for name, pixels in (("height", request.height), ("width", request.width))
+    }
+    return msgspec.structs.replace(request, **sides)
 
 
 class Native(NamedTuple):
@@ -187,9 +195,14 @@ def size_factor(architecture: Architecture) -> int:
     transformer = architecture.config("transformer")
     patch = transformer.get("patch_size") or transformer.get("all_patch_size") or 1
     spatial = int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
+    return vae_factor(architecture) * max(spatial, 2 if _is_packed(architecture) else 1)
+
+
+def _is_packed(architecture: Architecture) -> bool:
+    """Whether latents are packed two by two into channels."""
     latent = architecture.config("vae").get("latent_channels")
-    is_packed = isinstance(latent, int) and transformer.get("in_channels") == 4 * latent
-    return vae_factor(architecture) * max(spatial, 2 if is_packed else 1)
+    channels = architecture.config("transformer").get("in_channels")
+    return isinstance(latent, int) and channels == 4 * latent
 
 
 def _resolve_dtype(dtype: str, architecture: Architecture, machine: Machine) -> str:
@@ -217,12 +230,23 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
         raise RequestError(f"{name} {value} is out of range", f"use {low} to {high}")
 
 
-def _check_side(name: str, pixels: int, factor: int) -> None:
+def _checked_side(name: str, pixels: int, architecture: Architecture) -> int:
+    """A side that can be drawn. Pipelines that pack latents round it down; others refuse it."""
+    factor = size_factor(architecture)
     if not factor <= pixels <= MAX_SIDE:
         raise RequestError(f"{name} {pixels} is out of range", f"use {factor} to {MAX_SIDE} pixels")
-    if pixels % factor:
-        below = pixels // factor * factor
-        near = f"{below} or {below + factor}" if below else str(factor)
+    below = pixels // factor * factor
+    if pixels != below and not _is_packed(architecture):
         raise RequestError(
-            f"{name} {pixels} is not a multiple of {factor}, the model's factor", f"use {near}"
+            f"{name} {pixels} is not a multiple of {factor}, the model's factor",
+            f"use {below} or {below + factor}",
         )
+    if pixels != below:
+        _say_rounded(name, pixels, below, factor)
+    return below
+
+
+@functools.cache
+def _say_rounded(name: str, pixels: int, below: int, factor: int) -> None:
+    """Once: requests are completed at every call."""
+    log.warning("%s %d is drawn as %d, a multiple of %d", name, pixels, below, factor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -20,12 +21,14 @@ PLANNED = Request(64, 64, 2, 4, 7.5, "float32", 1, {"max_sequence_length": 64})
 
 
 def kind(*names: str) -> Any:
-    body = f"def __call__(self, {', '.join(f'{n}=None' for n in names)}): pass"
+    taken = (n if "=" in n else f"{n}=None" for n in names)
+    body = f"def __call__(self, {', '.join(taken)}): pass"
     found: dict[str, Any] = {}
     exec(body, found)  # parameters are read off the signature
-    return type("Kind", (), {"__call__": found["__call__"]})()
+    return type("Kind", (), {"__call__": found["__call__"], "vae_scale_factor": 8})()
 
 
+DISTILLED = kind("prompt", "negative_prompt", "guidance_scale=3.5", "true_cfg_scale")
 TEXT = kind("prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_frames",
             "num_images_per_prompt", "timesteps", "max_sequence_length", "eta")  # fmt: skip
 PICTURE = kind("prompt", "image", "strength", "num_inference_steps", "guidance_scale")
@@ -43,6 +46,14 @@ PICTURE = kind("prompt", "image", "strength", "num_inference_steps", "guidance_s
         ({"num_frames": 9}, {"frames": 9}),
         ({"max_sequence_length": 128}, {"options": {"max_sequence_length": 128}}),
         ({"eta": 0.5, "callback": print, "unknown": 3}, {}),
+        (
+            {"height": np.int64(96), "guidance_scale": np.float32(2)},
+            {"height": 96, "guidance_scale": 2.0},
+        ),
+        ({"timesteps": np.array([900, 500])}, {"steps": 2}),
+        ({"height": np.zeros(3), "guidance_scale": torch.zeros(2), "timesteps": []}, {}),
+        ({"latents": torch.zeros(2, 4, 12, 4)}, {"height": 96, "width": 32}),
+        ({"latents": torch.zeros(2, 48, 16)}, {}),  # packed
         ({"strength": 0.5}, {}),  # which this one does not take
     ],
 )
@@ -67,10 +78,21 @@ def test_what_is_as_large_as_the_picture_given(picture: Any) -> None:
     assert asked_for(TEXT, PLANNED, {"image": picture}, 2) == PLANNED
 
 
+def test_distilled_models_are_guided_besides_with_a_negative_prompt() -> None:
+    def options(**given: Any) -> dict[str, Any]:
+        return asked_for(DISTILLED, PLANNED, given, 1).options
+
+    twice = PLANNED.options | {"true_cfg_scale": 4.0, "negative_prompt": ""}
+    assert options(true_cfg_scale=4, negative_prompt="blurred") == twice
+    assert options(true_cfg_scale=4) == options(negative_prompt="x") == PLANNED.options
+    assert options(true_cfg_scale=1, negative_prompt="blurred") == PLANNED.options
+
+
 def test_images_are_prompts_times_copies() -> None:
     copies = {"num_images_per_prompt": 2}
     assert drawn_by(copies, {}, 3) == 6
     assert drawn_by(copies, {"num_images_per_prompt": 4}, 1) == 4
+    assert drawn_by(copies, {"num_images_per_prompt": np.int32(4)}, 1) == 4
     assert drawn_by({}, {}, 3) == 3, "one of each prompt"
 
 

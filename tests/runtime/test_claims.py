@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import threading
@@ -122,8 +123,51 @@ def test_where_that_fails_the_first_is_back(measured_here: None) -> None:
     with pytest.raises(AutotuneError):
         configured(pipe, height=65)
     assert owner_of(pipe) is first
-    assert differences(before, whole_state(pipe)) == {}
+    assert differences(before, whole_state(pipe)).keys() <= {"pipe._autotune"}, "owned anew"
     assert pipe.vae.use_slicing
+
+
+# ---- dropped, copied, shared ---------------------------------------------------------------------
+
+
+def test_what_was_dropped_is_still_undone_and_not_taken_for_the_users(measured_here: None) -> None:
+    pipe = BUILDERS["sd"]()
+    before = whole_state(pipe)
+    configured(pipe, **LITTLE)
+    gc.collect()
+    assert pipe.vae.use_slicing
+    again = configured(pipe)
+    assert again.plan.kept == again.plan.optimizations == ()
+    del again
+    owner_of(pipe).undo()
+    assert owner_of(pipe) is None
+    assert differences(before, whole_state(pipe)) == {}
+
+
+def test_a_copy_belongs_to_nobody(measured_here: None) -> None:
+    pipe = BUILDERS["sd"]()
+    tuned = configured(pipe)
+    assert owner_of(copy.deepcopy(pipe)) is None
+    assert owner_of(pipe) is tuned
+
+
+def test_of_pipelines_with_the_same_modules_one_is_configured_at_a_time(
+    measured_here: None,
+) -> None:
+    pipe = BUILDERS["sd"]()
+    first = configured(pipe, **LITTLE)
+    drawn = first("a cat", seed=1, output_type="pt").images
+    same = type(pipe)(**pipe.components, requires_safety_checker=False)
+    second = configured(same)
+    assert second.plan.kept == second.plan.optimizations == (), "the first is not the user"
+    assert not pipe.vae.use_slicing
+    assert torch.equal(first("a cat", seed=1, output_type="pt").images, drawn)
+    assert pipe.vae.use_slicing, "on again"
+    second("a cat", seed=1, output_type="pt")
+    assert not pipe.vae.use_slicing
+    second.undo()
+    first.undo()
+    assert not pipe.vae.use_slicing
 
 
 # ---- turns ---------------------------------------------------------------------------------------
@@ -224,7 +268,7 @@ def _take_everything(owner: Owner) -> None:
 class Backend(SimpleNamespace):
     """Stands in for ``torch.cuda``; what is set is written down."""
 
-    free, total, reserved, share = 7 * GIB, 10 * GIB, 1 * GIB, 1.0
+    free, total, reserved, used, share = 7 * GIB, 10 * GIB, 1 * GIB, GIB // 2, 1.0
 
     def mem_get_info(self, device: str) -> tuple[int, int]:
         return self.free, self.total
@@ -238,6 +282,9 @@ class Backend(SimpleNamespace):
     def set_per_process_memory_fraction(self, share: float, device: str) -> None:
         assert device == "cuda:0"
         self.share = share
+
+    def empty_cache(self) -> None:
+        self.free, self.reserved = self.free + self.reserved - self.used, self.used
 
 
 @pytest.fixture
@@ -259,6 +306,14 @@ def test_a_reserve_is_held_against_what_others_use_now(backend: Backend) -> None
     del larger, kept
     assert allocator.hold_limits("cuda:0") is None
     assert backend.share == 0.9, "as the user had set it"
+
+
+def test_what_is_reserved_and_unused_is_given_back_for_it(backend: Backend) -> None:
+    backend.free, backend.reserved = 1 * GIB, 6 * GIB
+    kept = claim(reserve_bytes=2 * GIB)
+    assert allocator.hold_limits("cuda:0") == 5 * GIB
+    assert backend.free == 6 * GIB + GIB // 2, "and not the 1 GiB beside the allocator's cache"
+    del kept
 
 
 def test_a_limit_set_by_hand_holds_too(backend: Backend) -> None:

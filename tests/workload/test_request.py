@@ -100,6 +100,17 @@ def test_the_impossible_is_refused_with_numbers(
     assert caught.value.hint
 
 
+def test_pipelines_that_pack_latents_round_sides_down(
+    rtx_3080: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flux draws 1920 x 1072 where 1080 is asked for, and so it is planned."""
+    flux = find_architecture("flux-dev")
+    assert complete_request(flux, rtx_3080, height=1080, width=1920).height == 1072
+    assert "height 1080 is drawn as 1072, a multiple of 16" in caplog.text
+    with pytest.raises(RequestError, match="height 15 is out of range"):
+        complete_request(flux, rtx_3080, height=15)
+
+
 def test_one_frame_is_an_image(sd15: Architecture, rtx_3080: Machine) -> None:
     assert complete_request(sd15, rtx_3080, frames=1) == complete_request(sd15, rtx_3080)
 

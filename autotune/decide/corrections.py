@@ -4,7 +4,8 @@ A rate is one number for all shapes; replay knows some operators exactly. An ope
 replayed (another tile, a merged token count) is corrected like its replayed kin, so that
 alternatives are compared by the same yardstick: like those of its own name, which compute the same
 of each byte (a CPU takes several times as long for a ``silu`` as for an addition), else like all of
-its kind.
+its kind. Where a request is planned for in the middle of others, none of its own has been replayed:
+then its kin are those of another request of the same model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ class Corrections:
         times: Replayed operators by ``Operator.key``.
         workload: Whose operators are looked up.
         estimate: Seconds of one call by rates, as diffusers runs it when nothing is set.
+        alike: Operators of another request of the same model.
     """
 
     def __init__(
-        self, times: dict[str, OperatorTime], workload: Workload, estimate: Estimate
+        self,
+        times: dict[str, OperatorTime],
+        workload: Workload,
+        estimate: Estimate,
+        alike: tuple[Operator, ...] = (),
     ) -> None:
         self._factors: dict[str, float] = {}
         kin: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for operator in replayable(workload):
+        for operator in (*replayable(workload), *alike):
             estimated, measured = estimate(operator), times.get(operator.key)
             if measured is None or measured.seconds is None or estimated <= 0:
                 continue

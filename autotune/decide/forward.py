@@ -101,12 +101,15 @@ class ForwardModel:
     Args:
         machine: Its rates, and the operators that were replayed on it.
         workload: Whose traces are costed.
+        alike: Operators of another request of the same model (``corrections.py``).
     """
 
-    def __init__(self, machine: Machine, workload: Workload) -> None:
+    def __init__(
+        self, machine: Machine, workload: Workload, alike: tuple[Operator, ...] = ()
+    ) -> None:
         self._machine = machine
         self._latent_tokens = workload.latent_tokens
-        self._corrections = Corrections(machine.operators, workload, self.rate_seconds)
+        self._corrections = Corrections(machine.operators, workload, self.rate_seconds, alike)
         self._splits: dict[int, _Split] = {}
         self._parts: dict[tuple[object, ...], _Part] = {}
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from autotune.optimizations.base import Setting
+from autotune.workload.workload import Operator
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -48,10 +49,15 @@ class Misfit(msgspec.Struct, frozen=True):
 
 
 class History(msgspec.Struct, frozen=True):
-    """Of one workload on one machine, oldest first."""
+    """Of one workload on one machine, oldest first.
+
+    ``alike`` are operators of another request of the same model: where they were timed and those of
+    the workload were not, they tell how far rates are off.
+    """
 
     observations: tuple[Observation, ...] = ()
     misfits: tuple[Misfit, ...] = ()
+    alike: tuple[Operator, ...] = ()
 
 
 class Applied(NamedTuple):

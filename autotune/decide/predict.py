@@ -120,7 +120,7 @@ class Predictor:
         self._hosts: dict[tuple[object, ...], tuple[LoadPrediction, int]] = {}
         self._extra_s: dict[tuple[int, str], float] = {}
         self._stored: dict[Storage, Weights] = {}
-        self._model = ForwardModel(machine, workload)
+        self._model = ForwardModel(machine, workload, self.history.alike)
         self._recast: dict[tuple[int, str], Trace] = {}
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
         self._works = {

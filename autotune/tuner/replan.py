@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from autotune.decide.corrections import replayable
 from autotune.decide.history import Applied, History, Misfit
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import MORE, counting
@@ -26,7 +27,7 @@ from autotune.tuner.history import history_here, remember_misfit
 from autotune.tuner.planning import Planned, completed, decided
 from autotune.workload.architecture import Architecture
 from autotune.workload.cache import traced_before, workload_of
-from autotune.workload.workload import Phase, Repeat, Request, Workload
+from autotune.workload.workload import Operator, Phase, Repeat, Request, Workload
 
 log = logging.getLogger("autotune")
 
@@ -64,6 +65,7 @@ class Replanner:
         self._workloads = {_key(planned.workload.request): planned.workload}
         first = (_key(planned.workload.request), str(planned.plan.optimizations))
         self._plans = {first: planned}
+        self._timed = _timed(planned)
         self._held: Any = None
         self._cost_s = 0.0
         """Of keeping what is on, beside the best for each request since it is."""
@@ -214,7 +216,7 @@ class Replanner:
         """The profile's, and what ran out in this process where the profile cannot be written."""
         found = history_here(self._measured.key, workload, machine, self.limits)
         here = self._misfits.get(workload.memory_key, ())
-        both = msgspec.structs.replace(found, misfits=(*found.misfits, *here))
+        both = msgspec.structs.replace(found, misfits=(*found.misfits, *here), alike=self._timed)
         return counting(both, budget_within(machine, self.limits))
 
     def _workload(self, request: Request) -> Workload:
@@ -322,6 +324,12 @@ def _repeated(phase: Phase, ratio: float) -> Phase:
         for r in phase.order
     )
     return msgspec.structs.replace(phase, runs=runs, order=order)
+
+
+def _timed(planned: Planned) -> tuple[Operator, ...]:
+    """The operators of the first request that this machine has timed, each once."""
+    times = planned.machine.operators
+    return tuple({o.key: o for o in replayable(planned.workload) if o.key in times}.values())
 
 
 def _key(request: Request) -> str:

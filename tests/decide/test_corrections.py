@@ -8,8 +8,10 @@ import pytest
 from autotune.decide.choose import execution_of
 from autotune.decide.corrections import Corrections, replayable
 from autotune.decide.forward import ForwardModel
+from autotune.decide.history import History
 from autotune.decide.predict import Predictor
 from autotune.optimizations import parse_settings
+from autotune.optimizations.execution import Execution
 from autotune.probe.machine import OperatorTime
 
 
@@ -80,3 +82,20 @@ def test_an_operator_is_like_those_of_its_name(traced, rtx_3080):
     norm = next(o for o in operators if o.name == "aten.native_group_norm.default")
     assert corrections.factor(norm) == corrections.of_kind("memory", norm.dtype)
     assert 2.0 < corrections.factor(norm) < 5.0
+
+
+def test_of_a_request_that_was_not_replayed_another_ones_operators_tell(traced, rtx_3080):
+    """Planned in the middle of others, it has nothing but rates of its own."""
+    known, other = traced("sd15"), traced("sd15", batch=2)
+    own = {o.key for o in replayable(other)}
+    machine = slower(rtx_3080, known, 5.0, keep=lambda o: o.key not in own)
+    timed = tuple(o for o in replayable(known) if o.key in machine.operators)
+
+    def denoise_s(history: History) -> float:
+        prediction = Predictor(machine, other, history=history).predict(Execution())
+        (phase,) = (p for p in prediction.phases if p.name == "denoise")
+        return phase.compute_s + phase.memory_s
+
+    plain = seconds(rtx_3080, other)["denoise"]
+    assert denoise_s(History(alike=timed)) == pytest.approx(5 * plain, rel=0.1)
+    assert denoise_s(History()) == pytest.approx(plain)

@@ -134,9 +134,10 @@ _OWNER = "_autotune"
 
 
 class _Owner:
-    """Keeps a ``Tuned`` as long as its pipeline, whoever drops it; a copy of the pipeline has none.
+    """Keeps a ``Tuned`` with its pipeline while anything is on, whoever drops it.
 
-    Without it nobody could undo what is on, and it would look as if the user had set it.
+    Else nobody could undo that, and it would look as if the user had set it. A copy of the pipeline
+    has no owner.
     """
 
     def __init__(self, tuned: Any) -> None:
@@ -147,19 +148,22 @@ class _Owner:
 
 
 def own(pipe: Any, tuned: Any) -> None:
-    """Note who has configured a pipeline."""
+    """Note whose optimizations are on a pipeline."""
     vars(pipe)[_OWNER] = _Owner(tuned)
 
 
 def disown(pipe: Any) -> None:
-    """Nobody has any more."""
+    """None are any more."""
     vars(pipe).pop(_OWNER, None)
 
 
 def owner_of(pipe: Any) -> Any:
     """The ``Tuned`` that has configured a pipeline; ``None`` where there is none."""
     owner = getattr(pipe, "__dict__", {}).get(_OWNER)
-    return None if owner is None else owner.tuned
+    if owner is not None:
+        return owner.tuned
+    with _register:  # where nothing is on at the moment
+        return next((c.owner() for c in _living() if c.pipe() is pipe), None)
 
 
 def owners_beside(pipe: Any) -> list[Any]:

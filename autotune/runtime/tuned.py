@@ -151,7 +151,6 @@ class Tuned:
                 return
             self._unapply()  # interrupted, it goes on where it was when called again
             self._is_over = True
-            disown(self.pipe)
             release(self.pipe)
             hold_limits(self.device)
 
@@ -317,6 +316,7 @@ class Tuned:
             self._is_undoing = True
             self._undo()
             self._undo, self._is_undoing = None, False
+            disown(self.pipe)
             if self._planner is not None:
                 self._planner.look()  # or weights that have left the device would count twice
 

@@ -29,6 +29,7 @@ from autotune.decide.rules import require_coherent
 from autotune.decide.search import Judge, execution_of
 from autotune.decide.validity import validity_of
 from autotune.decide.ways_out import Rework, ways_out
+from autotune.decide.wording import clash_of
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
@@ -99,7 +100,7 @@ def choose(
             _reason(s, decision.space.predict(_others(chosen, s)), terms, applied is not None)
             for s in chosen
         ),
-        rejected=tuple(_rejections(decision, terms)),
+        rejected=tuple(_rejections(decision, terms, limits.priority)),
         execution=execution,
         kept=limits.keep,
         ways_out=tuple(w.text for w in remedies),
@@ -193,14 +194,17 @@ def _notes(predictor: Predictor, settings: tuple[Setting, ...], whole: Predictio
 # ---- what was left out --------------------------------------------------------------------------
 
 
-def _rejections(decision: Decision, terms: Terms) -> Iterator[Rejection]:
+def _rejections(decision: Decision, terms: Terms, priority: str) -> Iterator[Rejection]:
     """The ones with numbers first, then those that quality forbids, then those out of question."""
     taken = {s.name for s in decision.chosen.settings}
     for name, settings in decision.options.items():
         if name not in taken:
-            yield _reject(decision, terms, name, settings)
+            yield _reject(decision, terms, priority, name, settings)
     for refusal in decision.refused:
-        yield _with_numbers(decision, terms, refusal) if refusal.needs_quality else refusal
+        if refusal.needs_quality:
+            yield _with_numbers(decision, terms, priority, refusal)
+        else:
+            yield refusal
 
 
 class _Added(NamedTuple):
@@ -208,13 +212,14 @@ class _Added(NamedTuple):
 
     setting: Setting
     instead_of: tuple[Setting, ...]
+    beside: tuple[Setting, ...]
     prediction: Prediction
 
 
 def _reject(
-    decision: Decision, terms: Terms, name: str, settings: tuple[Setting, ...]
+    decision: Decision, terms: Terms, priority: str, name: str, settings: tuple[Setting, ...]
 ) -> Rejection:
-    """The best setting on top of the choice, or in place of what it does not go with."""
+    """The best setting on top of the choice, or what it comes to if it goes with no such set."""
     judge = decision.space.judge
     by_hand = [judge.rule_with(decision.kept, s) for s in settings]
     usable = [s for s, rule in zip(settings, by_hand, strict=True) if rule is None]
@@ -223,26 +228,57 @@ def _reject(
         assert rule is not None
         return Rejection(name, rule.reason, rule.id)
     best = min((_added(decision, s) for s in usable), key=lambda a: _rank(a, terms))
-    rejection = explain_rejected(best.setting, best.prediction, terms)
     if not best.instead_of:
-        return rejection
+        return explain_rejected(best.setting, best.prediction, terms)
     rule = judge.rule_between(best.instead_of[0], best.setting)
     assert rule is not None
     replaced = tuple(s.name for s in best.instead_of)
+    where, rejection, beside = _of_another_set(decision, terms, priority, best)
     return msgspec.structs.replace(
         rejection,
-        text=f"does not go with {', '.join(replaced)}: {rule.reason}; in its place it "
-        + rejection.text,
+        text=f"{clash_of(replaced, rule)}; {where} {rejection.text}",
         rule=rule.id,
         instead_of=replaced,
+        beside=beside,
     )
+
+
+def _of_another_set(
+    decision: Decision, terms: Terms, priority: str, added: _Added
+) -> tuple[str, Rejection, tuple[Setting, ...]]:
+    """What an optimization does that does not go with the choice: in words which set, what, and
+    the others in it.
+
+    That is the best set with it. Where no set is better for it, or quality forbids it: in place of
+    what it does not go with, against the same without it if that fits, so that it is not credited
+    with what leaving out the others does.
+    """
+    name = added.setting.name
+    having = [c for c in decision.candidates if any(s.name == name for s in c.settings)]
+    if having:
+        settings = select(having, decision.budget, priority).settings
+        beside = tuple(s for s in settings if s.name != name)
+        (setting,) = (s for s in settings if s.name == name)
+        names = f" ({', '.join(s.name for s in settings)})" if beside else ""
+        rejection = explain_rejected(setting, decision.space.predict(settings), terms)
+        return f"the best set with it{names}", rejection, beside
+    without = decision.space.predict(added.beside)
+    if not terms.budget.holds(without):
+        rejection = explain_rejected(added.setting, added.prediction, terms)
+        if name in decision.options:
+            rejection = msgspec.structs.replace(rejection, text="is any better with it")
+            return "no set", rejection, added.beside
+        return "in its place it", rejection, added.beside
+    rejection = explain_rejected(added.setting, added.prediction, terms._replace(chosen=without))
+    names = " and ".join(s.name for s in added.instead_of)
+    return f"without {names} it", rejection, added.beside
 
 
 def _added(decision: Decision, setting: Setting) -> _Added:
     chosen = decision.chosen.settings
     clashing = tuple(s for s in chosen if decision.space.judge.rule_between(s, setting))
-    rest = (s for s in chosen if s not in clashing)
-    return _Added(setting, clashing, decision.space.predict((*rest, setting)))
+    beside = tuple(s for s in chosen if s not in clashing)
+    return _Added(setting, clashing, beside, decision.space.predict((*beside, setting)))
 
 
 def _rank(added: _Added, terms: Terms) -> tuple[bool, bool, float]:
@@ -250,16 +286,15 @@ def _rank(added: _Added, terms: Terms) -> tuple[bool, bool, float]:
     return (not fits, bool(added.instead_of), added.prediction.mean_seconds)
 
 
-def _with_numbers(decision: Decision, terms: Terms, refusal: Rejection) -> Rejection:
+def _with_numbers(decision: Decision, terms: Terms, priority: str, refusal: Rejection) -> Rejection:
     """What quality forbids, and what it would do if it were offered."""
     name = refusal.optimization
     mildest = tuple(s for s in decision.offered[name] if _needs(s) == refusal.needs_quality)
-    rejection = _reject(decision, terms, name, mildest)
-    if rejection.rule is not None:
-        return refusal
+    rejection = _reject(decision, terms, priority, name, mildest)
+    it = "" if rejection.rule else "it "
     return msgspec.structs.replace(
         rejection,
-        text=f"{refusal.text}; it {rejection.text}",
+        text=f"{refusal.text}; {it}{rejection.text}",
         needs_quality=refusal.needs_quality,
     )
 

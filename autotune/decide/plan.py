@@ -90,7 +90,8 @@ class Rejection(msgspec.Struct, frozen=True, omit_defaults=True):
         rule: Id of the coherence rule where one decided.
         needs_quality: The strictest level that allows it, where quality decided.
         setting: The parameters that the numbers are for: its fastest that fit.
-        instead_of: Members of the chosen set that it does not go with, and takes the place of.
+        instead_of: Members of the chosen set that it does not go with.
+        beside: Where there are such: the other members of the set that the numbers are of.
         seconds: One generation with it, with its share of what is done once.
         needed_bytes: Device memory needed with it.
         saved_bytes: Most device memory that it saves in a phase; negative where it needs more.
@@ -104,6 +105,7 @@ class Rejection(msgspec.Struct, frozen=True, omit_defaults=True):
     needs_quality: str | None = None
     setting: Setting | None = None
     instead_of: tuple[str, ...] = ()
+    beside: tuple[Setting, ...] = ()
     seconds: float | None = None
     needed_bytes: int | None = None
     saved_bytes: int | None = None

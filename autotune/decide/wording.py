@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from autotune.decide.prediction import Bottleneck, Budget, Prediction, Resource
+from autotune.optimizations.rule import Rule
 from autotune.units import format_bytes
 
 RESOURCES: dict[Resource, str] = {
@@ -77,3 +78,20 @@ def _of(needed: int, available: int) -> str:
     if format_bytes(needed) != format_bytes(available):
         return f"{format_bytes(needed)} of {format_bytes(available)}"
     return f"{format_bytes(needed - available)} more than the {format_bytes(available)}"
+
+
+_CLASH = "does not go with "
+
+
+def clash_of(names: Sequence[str], rule: Rule) -> str:
+    """``"does not go with compile: it cuts the graph into pieces"``."""
+    return f"{_CLASH}{', '.join(names)}: {rule.reason}"
+
+
+def said_once(texts: Iterable[str]) -> Iterator[str]:
+    """The same, but why two do not go together is not said again of the next."""
+    said = set()
+    for text in texts:
+        parts = text.split("; ")
+        yield "; ".join(p.partition(": ")[0] if p in said else p for p in parts)
+        said |= {p for p in parts if p.startswith(_CLASH)}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from autotune.decide.plan import Plan, PredictionReport
 from autotune.decide.prediction import Bottleneck, Prediction
-from autotune.decide.wording import RESOURCES, lacking
+from autotune.decide.wording import RESOURCES, lacking, said_once
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.verification import Verification
 from autotune.units import format_bytes, format_seconds
@@ -120,8 +120,9 @@ def _verified(verification: Verification | None) -> Iterator[str]:
 def left_out(plan: Plan) -> dict[str, list[str]]:
     """Reason → the optimizations that were left out for it."""
     names: dict[str, list[str]] = {}
-    for rejection in plan.rejected:
-        names.setdefault(rejection.text, []).append(rejection.optimization)
+    texts = said_once(r.text for r in plan.rejected)
+    for rejection, text in zip(plan.rejected, texts, strict=True):
+        names.setdefault(text, []).append(rejection.optimization)
     return names
 
 

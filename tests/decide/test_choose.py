@@ -17,6 +17,7 @@ from autotune.errors import MachineError, OptimizationError, RequestError
 from autotune.optimizations import CATALOGUE, CLASSIC, parse_settings
 from autotune.optimizations.base import EXACTNESS, Setting
 from autotune.probe.machine import Machine
+from autotune.runtime.account import left_out
 from autotune.units import GIB
 
 
@@ -189,6 +190,24 @@ def test_a_member_is_explained_by_what_it_attacks(traced, rtx_3080_torch1):
     assert (offload.attacks.resource, offload.attacks.phase) == ("vram", "decode")
     assert offload.after_bytes < plan.budget_bytes < offload.before_bytes
     assert not offload.fits_without
+
+
+def test_what_does_not_go_with_the_choice_is_told_by_the_best_set_with_it(traced, rtx_3080):
+    plan = choose(rtx_3080, traced("sdxl"))
+    assert names(plan) == ["group_offload"]
+    model = next(r for r in plan.rejected if r.optimization == "model_cpu_offload")
+    assert model.instead_of == ("group_offload",)
+    assert "the best set with it" in model.text
+    assert model.seconds is not None
+    assert model.seconds > plan.prediction.mean_seconds
+    # Its reason is given once.
+    reason = "each moves the same weights"
+    assert sum(reason in text for text in left_out(plan)) == 1
+    # Quality forbids it besides: the number is told all the same.
+    quantized = next(r for r in plan.rejected if r.optimization == "quantization")
+    assert quantized.needs_quality == "balanced"
+    assert quantized.rule
+    assert quantized.needed_bytes
 
 
 def test_what_changes_nothing_is_said_to(traced, rtx_3080):

@@ -65,9 +65,9 @@ def beyond(needs: Prediction, plan: Plan) -> list[int]:
     return [m.needed_bytes - m.available_bytes for m in lacking(needs, plan.budget)]
 
 
-def saved_in_all(added: Prediction, plan: Plan) -> list[int]:
+def differences(one: Prediction, other: Prediction, plan: Plan) -> list[int]:
     """Bytes by which the needs of each memory differ."""
-    pairs = zip(memories(added, plan.budget), memories(plan.prediction, plan.budget), strict=True)
+    pairs = zip(memories(one, plan.budget), memories(other, plan.budget), strict=True)
     return [abs(a.needed_bytes - b.needed_bytes) for a, b in pairs]
 
 
@@ -298,8 +298,10 @@ def check_reason(reason: Reason, plan: Plan, without: Prediction, pool: Pool) ->
     )
 
 
-def check_rejection(rejection: Rejection, plan: Plan, added: Prediction) -> None:
-    chosen = plan.prediction
+def check_rejection(
+    rejection: Rejection, plan: Plan, added: Prediction, chosen: Prediction
+) -> None:
+    """``chosen`` is the choice, or what it leaves of it that the rejected one does not go with."""
     assert rejection.seconds == added.mean_seconds
     assert rejection.needed_bytes == added.needed_bytes
     assert rejection.fits == plan.budget.holds(added)
@@ -313,7 +315,8 @@ def check_rejection(rejection: Rejection, plan: Plan, added: Prediction) -> None
         [
             *(added.needed_bytes, chosen.needed_bytes, added.needed_bytes - chosen.needed_bytes),
             *(added.host_bytes, rejection.saved_bytes, *available(plan)),
-            *(*needed_elsewhere(added), *beyond(added, plan), *saved_in_all(added, plan)),
+            *(*needed_elsewhere(added), *beyond(added, plan)),
+            *differences(added, chosen, plan),
         ],
         [
             *(added.mean_seconds, chosen.mean_seconds),
@@ -331,6 +334,7 @@ def test_everything_is_explained_in_the_predictions_own_numbers(
     limits = Limits(quality=quality, priority=priority)
     plan = choose(machine, workload, limits)
     predictor = Predictor(machine, workload)
+    judge = Judge(predictor, ())
     pool = decide(predictor, limits, CATALOGUE).pool
     taken = [s.name for s in plan.optimizations]
     assert [r.optimization for r in plan.reasons] == taken
@@ -341,9 +345,16 @@ def test_everything_is_explained_in_the_predictions_own_numbers(
     for rejection in plan.rejected:
         assert rejection.text
         if rejection.setting is not None:
-            rest = (s for s in plan.optimizations if s.name not in rejection.instead_of)
-            added = predictor.predict(execution_of((*rest, rejection.setting)))
-            check_rejection(rejection, plan, added)
+            clashing = [s for s in plan.optimizations if s.name in rejection.instead_of]
+            assert bool(clashing) == bool(rejection.rule)
+            beside = rejection.beside if clashing else plan.optimizations
+            assert judge.rule_in((*beside, rejection.setting)) is None
+            for setting in clashing:
+                assert judge.rule_between(setting, rejection.setting) is not None
+            added = predictor.predict(execution_of((*beside, rejection.setting)))
+            is_alone = "; without " in rejection.text
+            base = predictor.predict(execution_of(beside)) if is_alone else plan.prediction
+            check_rejection(rejection, plan, added, base)
     for way in plan.remedies:
         assert way.needed_bytes <= way.budget_bytes
         assert format_seconds(way.seconds) in way.text

@@ -14,12 +14,15 @@ What would gain nothing on this device is applied too, where that is possible.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -34,7 +37,7 @@ from numpy.typing import NDArray  # noqa: E402
 from autotune.demo.judge import DIGIT_WORDS, DigitJudge  # noqa: E402
 from autotune.errors import AutotuneError, first_line  # noqa: E402
 from autotune.optimizations import CATALOGUE, find  # noqa: E402
-from autotune.optimizations.base import Optimization, Setting  # noqa: E402
+from autotune.optimizations.base import Optimization, Parameters, Setting  # noqa: E402
 from autotune.probe.machine import Machine  # noqa: E402
 from autotune.probe.reference import load_machine  # noqa: E402
 from autotune.tuner import Ask, device_name, machine_here, make_plan  # noqa: E402
@@ -66,6 +69,7 @@ class Row(msgspec.Struct, frozen=True):
         ssim: Mean over the images; 1 is identical.
         worst_ssim: Of the image that changed most.
         recognised: Share of the digits that the judge recognises.
+        is_on_sheets: Whether many digits were decoded as one large image, and cut out again.
     """
 
     setting: Setting
@@ -74,6 +78,7 @@ class Row(msgspec.Struct, frozen=True):
     ssim: float
     worst_ssim: float
     recognised: float
+    is_on_sheets: bool = False
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -101,10 +106,15 @@ class Report(msgspec.Struct, frozen=True):
 # ---- what is measured ---------------------------------------------------------------------------
 
 
-BETWEEN = {
-    "tome": [{"ratio": r, "max_downsample": d} for d in (1, 2) for r in (0.1, 0.2, 0.3, 0.4, 0.5)]
+BETWEEN: dict[str, list[Parameters]] = {
+    "tome": [{"ratio": r, "max_downsample": d} for d in (1, 2) for r in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "vae_tiling": [{"tile": 256}, {"tile": 512}],
 }
-"""Milder and middle values that users may give themselves; the search tries fewer."""
+"""Milder and middle values that users may give themselves, or larger images get; the search tries
+fewer."""
+
+SHEET = 8
+"""Digits along each side of a sheet that is decoded at once: large tiles would not cut a digit."""
 
 
 def changing(optimization: Optimization, machine: Machine, workload: Workload) -> list[Setting]:
@@ -158,11 +168,32 @@ class Studio:
         Raises:
             AutotuneError: it cannot be applied.
         """
-        undo = find(setting.name).apply(self.pipe, setting.parameters, self._device)
-        try:
+        with self._applied(setting):
             return self._draw((setting,))
-        finally:
-            undo()
+
+    @functools.cached_property
+    def on_sheets(self) -> Images:
+        """The same digits as ``draw``, decoded many at once."""
+        return self._decoded_on_sheets()
+
+    def draw_on_sheets_with(self, setting: Setting) -> Images:
+        """The same with an optimization of the decode.
+
+        Raises:
+            AutotuneError: it cannot be applied.
+        """
+        _ = self._latents  # drawn without it
+        with self._applied(setting):
+            return self._decoded_on_sheets()
+
+    @contextmanager
+    def _applied(self, setting: Setting) -> Iterator[None]:
+        with half_autoencoder(self.pipe) if setting.name == "vae_bfloat16" else nullcontext():
+            undo = find(setting.name).apply(self.pipe, setting.parameters, self._device)
+            try:
+                yield
+            finally:
+                undo()
 
     def compare(
         self, exact: Images, settings: Iterable[Setting], reason: str | None
@@ -178,14 +209,18 @@ class Studio:
         for setting in settings:
             print(setting, file=sys.stderr)
             try:
-                drawn = self.draw_with(setting)
+                is_on_sheets = int(setting.parameters.get("tile", 0)) >= exact.shape[1]
+                plain = self.on_sheets if is_on_sheets else exact
+                draw = self.draw_on_sheets_with if is_on_sheets else self.draw_with
+                drawn = draw(setting)
             except Exception as error:  # kernels raise all sorts
                 failed[str(setting)] = getattr(error, "message", first_line(error))
                 continue
-            if reason and numpy.array_equal(exact, drawn):
+            if reason and numpy.array_equal(plain, drawn):
                 failed[str(setting)] = reason
             else:
-                rows.append(self._row(setting, exact, drawn))
+                row = self._row(setting, plain, drawn)
+                rows.append(msgspec.structs.replace(row, is_on_sheets=is_on_sheets))
         return rows, failed
 
     def _row(self, setting: Setting, exact: Images, drawn: Images) -> Row:
@@ -203,7 +238,35 @@ class Studio:
         """Share of the digits that are read as what was asked for."""
         return self._judge.accuracy(self.pipe.numpy_to_pil(drawn), self.digits)
 
-    def _draw(self, settings: tuple[Setting, ...]) -> Images:
+    @functools.cached_property
+    def _latents(self) -> Any:
+        """What the pipeline without anything hands to its autoencoder, on the CPU."""
+        import torch
+
+        return torch.from_numpy(self._draw((), output="latent"))
+
+    def _decoded_on_sheets(self) -> Images:
+        """Every digit, cut out of sheets; the last one is filled up with the first digits."""
+        import torch
+
+        count, channels, height, width = self._latents.shape
+        sheets = -(-count // SHEET**2)
+        order = [place % count for place in range(sheets * SHEET**2)]
+        cells = self._latents[order].reshape(sheets, SHEET, SHEET, channels, height, width)
+        latents = cells.permute(0, 3, 1, 4, 2, 5).reshape(
+            sheets, channels, SHEET * height, SHEET * width
+        )
+        vae = self.pipe.vae
+        digits = []
+        for sheet in latents.split(1):
+            with torch.no_grad():
+                image = vae.decode(sheet.to(self._device) / vae.config.scaling_factor).sample
+            (drawn,) = self.pipe.image_processor.postprocess(image, output_type="np")
+            for row in numpy.split(drawn, SHEET, axis=0):
+                digits += numpy.split(row, SHEET, axis=1)
+        return numpy.stack(digits[:count])
+
+    def _draw(self, settings: tuple[Setting, ...], output: str = "np") -> Images:
         import torch
 
         drawn = []
@@ -211,14 +274,29 @@ class Studio:
             part = self.digits[start : start + BATCH]
             for setting in settings:
                 find(setting.name).before_image(self.pipe, setting.parameters, start)
-            output = self.pipe(
+            images = self.pipe(
                 [f"a handwritten {DIGIT_WORDS[digit]}" for digit in part],
                 num_inference_steps=self._steps,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-                output_type="np",
-            )
-            drawn.append(output.images)
+                output_type=output,
+            ).images
+            drawn.append(images if output == "np" else images.cpu().numpy())
         return numpy.concatenate(drawn)
+
+
+@contextmanager
+def half_autoencoder(pipe: Any) -> Iterator[None]:
+    """The autoencoder as those are that pipelines widen to float32 before they decode.
+
+    The demo's weights are float16's own values: widened, it would decode as it does in float32.
+    """
+    import torch
+
+    pipe.vae.to(torch.float16)
+    try:
+        yield
+    finally:
+        pipe.vae.to(torch.float32)
 
 
 def measure(names: Iterable[str], images: int, steps: int) -> Report:
@@ -309,8 +387,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     for row in report.rows:
         ratio = "identical" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+        where = f", {SHEET} × {SHEET} digits at once" if row.is_on_sheets else ""
         yield (
-            f"| `{row.setting}` | {row.quality} | {ratio} | {row.ssim:.4f} | "
+            f"| `{row.setting}`{where} | {row.quality} | {ratio} | {row.ssim:.4f} | "
             f"{row.worst_ssim:.4f} | {row.recognised:.1%} |"
         )
     yield from _listed("Applied although they gain nothing here:", report.useless)

@@ -10,7 +10,8 @@ from types import ModuleType
 import numpy
 import pytest
 
-from autotune.optimizations import CATALOGUE
+from autotune.optimizations import CATALOGUE, find
+from tests.thorough import thoroughly
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +73,19 @@ def test_a_few_digits(script, tmp_path, monkeypatch):
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert "| `layerwise_casting` | balanced |" in written
+
+
+@thoroughly
+def test_what_only_changes_the_decode(script, monkeypatch):
+    """Tiles larger than a digit cut sheets of them; an autoencoder is made one to be widened."""
+    monkeypatch.setattr(script, "SHEET", 2)
+    studio = script.Studio(3, 1, "cpu")
+    exact = studio.draw()
+    settings = (find("vae_tiling").setting({"tile": 128}), find("vae_bfloat16").setting())
+    (tiled, narrow), failed = studio.compare(exact, settings, None)
+    assert not failed and (tiled.is_on_sheets, narrow.is_on_sheets) == (True, False)
+    assert tiled.worst_ssim <= tiled.ssim < 1
+    assert 30 < narrow.psnr_db < 90
+    nearest = [int(numpy.abs(exact - digit).mean((1, 2, 3)).argmin()) for digit in studio.on_sheets]
+    assert nearest == [0, 1, 2]
+    assert numpy.array_equal(studio.draw(), exact)

@@ -222,7 +222,7 @@ def _time_verdict(added: Prediction, terms: Terms) -> str:
         )
     gain = 1 - added.mean_seconds / chosen.mean_seconds
     after, now = format_seconds(added.mean_seconds), format_seconds(chosen.mean_seconds)
-    if after == now or 0 <= gain < LEAST_SHARE:
+    if after == now or 0 <= gain < _LEAST_SHARE:
         return f"would gain no time ({now})"
     if gain < 0:
         return f"would be slower: {after} instead of {now}"
@@ -254,7 +254,7 @@ def _memory_verdict(added: Prediction, terms: Terms) -> str:
     return saves if terms.pool.least_bytes else f"{saves}, which fits without it"
 
 
-LEAST_SHARE = 0.0005
+_LEAST_SHARE = 0.0005
 """What is less than this would be written as 0.0%."""
 
 

@@ -344,6 +344,7 @@ def test_everything_is_explained_in_the_predictions_own_numbers(
         check_reason(reason, plan, predictor.predict(rest), pool)
     for rejection in plan.rejected:
         assert rejection.text
+        assert " 0.0%" not in rejection.text
         if rejection.setting is not None:
             clashing = [s for s in plan.optimizations if s.name in rejection.instead_of]
             assert bool(clashing) == bool(rejection.rule)

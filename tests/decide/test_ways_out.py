@@ -181,3 +181,23 @@ def test_missing_host_ram_is_told(traced, rtx_3080, ram):
     way = next(w for w in plan.remedies if w.kind == "ram")
     assert f"instead of {format_bytes(ram)}" in way.text
     assert way.host_bytes > ram
+
+
+def test_what_cannot_help_under_a_limit_is_not_offered(traced, rtx_3080):
+    limit = choose(rtx_3080, traced("sdxl"), Limits(ram_limit=4 * GIB))
+    assert [w.change for w in limit.remedies] == [{"ram_limit": None}]
+    tight = choose(rtx_3080, traced("sdxl"), Limits(vram_limit=200 * MIB))
+    assert any("leaves nothing for the pipeline" in note for note in tight.notes)
+    assert tight.remedies[0].change == {"vram_limit": None}
+
+
+def test_two_things_together_where_neither_helps_alone(traced, rtx_3080):
+    one = traced("sdxl")
+    four = reworked(one, msgspec.structs.replace(one.request, batch=4))
+    limits = Limits(only=("group_offload", "vae_tiling"))
+    machine = small(rtx_3080, 2000 * MIB)
+    plan = choose(machine, four, limits, rework=lambda request: reworked(one, request))
+    pair = next(w for w in plan.remedies if "batch" in w.change)
+    assert pair.change == {"batch": 1, "quality": "high"}
+    assert pair.kind == "quality"
+    assert pair.text.startswith("a batch of 1 and quality high (group_offload, vae_tiling: ")

@@ -57,6 +57,7 @@ def choose(
     rework: Rework | None = None,
     history: History | None = None,
     applied: Applied | None = None,
+    retries: bool = False,
 ) -> Plan:
     """Decide for a workload on a machine.
 
@@ -69,6 +70,7 @@ def choose(
             nothing fits: then smaller images are predicted as ways out.
         history: What the machine taught about the workload.
         applied: What is on: kept where changing it does not pay yet (``keeping.py``).
+        retries: Whether what ran out of memory before may be tried again, where all else is out.
 
     Raises:
         RequestError: an unknown quality level or priority.
@@ -76,7 +78,7 @@ def choose(
     """
     limits = limits or Limits()
     predictor = Predictor(machine, workload, limits.images, history)
-    decision, postponed = _decided(predictor, limits, catalogue, applied)
+    decision, postponed = _decided(predictor, limits, catalogue, applied, retries)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
     execution = execution_of((*decision.kept, *chosen))
@@ -121,9 +123,13 @@ def choose(
 
 
 def _decided(
-    predictor: Predictor, limits: Limits, catalogue: Catalogue, applied: Applied | None
+    predictor: Predictor,
+    limits: Limits,
+    catalogue: Catalogue,
+    applied: Applied | None,
+    retries: bool,
 ) -> Kept:
-    decision = decide(predictor, limits, catalogue)
+    decision = decide(predictor, limits, catalogue, retries)
     return Kept(decision) if applied is None else keeping(decision, applied, predictor.machine)
 
 

@@ -21,6 +21,9 @@ Where none fits, the choice is the nearest miss: of the sets that lack the fewes
 within 3 % of the one that lacks least; of these, the least lossy, then those with the fewest
 members, then those within 3 % of the fastest of them, then the one that lacks least. So each member
 is there for memory: what only saves time helps nobody before it fits.
+
+Where only what ran out of memory before is in the way, and this is a new try, the set that needs
+least of that is tried again: others may have held more then, and failing once more does no harm.
 """
 
 from __future__ import annotations
@@ -94,6 +97,7 @@ class Decision(NamedTuple):
         candidates: All sets that there are to choose from.
         pool: Those of them that memory lets it be chosen from.
         chosen: The choice.
+        is_retry: It ran out of memory before, or needs no less than what did.
     """
 
     space: Space
@@ -107,6 +111,7 @@ class Decision(NamedTuple):
     candidates: Sequence[Candidate]
     pool: Pool
     chosen: Candidate
+    is_retry: bool = False
 
     @property
     def fits(self) -> bool:
@@ -114,8 +119,16 @@ class Decision(NamedTuple):
         return self.budget.holds(self.chosen)
 
 
-def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decision:
+def decide(
+    predictor: Predictor, limits: Limits, catalogue: Catalogue, retries: bool = False
+) -> Decision:
     """Choose, without explaining.
+
+    Args:
+        predictor: Of the machine and the workload, with what it learnt.
+        limits: What the user allows.
+        catalogue: The optimizations by name.
+        retries: Whether what ran out of memory before may be tried again, where all else is out.
 
     Raises:
         RequestError: an unknown quality level or priority.
@@ -130,6 +143,15 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
     candidates = space.candidates()
     available = budget_within(machine, limits)
     budget, pool, step = within(candidates, available, predictor, limits.priority)
+    again = (
+        ()
+        if not retries or budget.holds(pool.candidates[0])
+        else _least(candidates, available, budget)
+    )
+    ran_out = misfits.notes(available, predictor, step)
+    if again:
+        budget, pool = available, Pool(again)
+        ran_out = (*ran_out, RETRY)
     return Decision(
         space=space,
         options=options,
@@ -139,14 +161,26 @@ def decide(predictor: Predictor, limits: Limits, catalogue: Catalogue) -> Decisi
         notes=(
             *notes,
             *nothing_left(machine, limits),
-            *misfits.notes(available, predictor, step),
+            *ran_out,
         ),
         available=available,
         budget=budget,
         candidates=candidates,
         pool=pool,
         chosen=smallest_of(pool, budget),
+        is_retry=bool(again),
     )
+
+
+RETRY = "nothing smaller is left: it is tried again all the same"
+
+
+def _least(
+    candidates: Sequence[Candidate], available: Budget, lowered: Budget
+) -> Sequence[Candidate]:
+    """Of the sets that would fit had nothing run out, those that need least of what did."""
+    fitting = [c for c in candidates if available.holds(c)]
+    return _nearest(fitting, lowered) if fitting else ()
 
 
 class Held(NamedTuple):

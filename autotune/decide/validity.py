@@ -52,7 +52,7 @@ def _anchors(decision: Decision, priority: str) -> tuple[Candidate, ...]:
 
 def _most(decision: Decision, priority: str) -> Budget | None:
     """The largest budget tried for which nothing has changed."""
-    if decision.budget != decision.available:
+    if decision.is_retry or decision.budget != decision.available:
         return decision.available
 
     def is_same(budget: Budget) -> bool:

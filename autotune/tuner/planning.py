@@ -86,6 +86,7 @@ def decided(
     history: History | None = None,
     applied: Applied | None = None,
     traces: bool = True,
+    retries: bool = True,
 ) -> Planned:
     """Where nothing fits, other requests of the same model are traced as ways out.
 
@@ -98,6 +99,7 @@ def decided(
         history: What the machine taught about the workload.
         applied: What is on: kept where changing it does not pay yet.
         traces: Whether the pipeline may be traced; else what was traced before must do.
+        retries: Whether what ran out of memory before may be tried again, where all else is out.
     """
     from autotune.decide.choose import choose  # a start with a remembered plan does without
 
@@ -109,7 +111,9 @@ def decided(
             raise ModelError("it cannot be traced while optimizations are applied")
         return known
 
-    plan = choose(machine, workload, limits, rework=rework, history=history, applied=applied)
+    plan = choose(
+        machine, workload, limits, rework=rework, history=history, applied=applied, retries=retries
+    )
     return Planned(architecture, machine, workload, plan, history or History())
 
 

@@ -187,7 +187,7 @@ class Replanner:
         self._remember(plan, workload, failure, budget_within(machine, self.limits))
         with configuring():
             traces = not is_on or traces_as_loaded(self._pipe, plan.optimizations)
-            return self._planned(workload, machine, None, traces)
+            return self._planned(workload, machine, None, traces, retries=False)
 
     def _planned(
         self,
@@ -195,6 +195,7 @@ class Replanner:
         machine: Machine,
         applied: tuple[Setting, ...] | None,
         traces: bool,
+        retries: bool = True,
     ) -> Planned:
         """Where what is applied changes the modules, they must not be traced, nor kept as traced.
 
@@ -209,6 +210,7 @@ class Replanner:
             self._history(workload, machine),
             None if applied is None else Applied(applied, self._cost_s),
             traces,
+            retries,
         )
         return planned._replace(plan=self._say(planned.plan))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autotune.decide.choose import QUALITIES, Limits, choose
+from autotune.decide.choose import QUALITIES, TOLERANCE, Limits, choose
 from autotune.decide.history import History, Misfit
 from autotune.decide.misfits import MORE, counting, is_outgrown
 from autotune.decide.plan import Plan
@@ -66,6 +66,23 @@ def test_with_more_memory_it_is_as_if_nothing_had_run_out(machine, workload, qua
     history = History(misfits=(Misfit(plan.optimizations, plan.budget_bytes, phase=phase),))
     more = with_free(machine, int(machine.device.free_bytes * (1 + 2 * MORE)) + 64 * MIB)
     assert choose(more, workload, limits, history=history) == choose(more, workload, limits)
+
+
+@often
+@given(machines(), workloads(), phases)
+def test_where_nothing_smaller_is_left_the_smallest_is_tried_again(machine, workload, phase):
+    """In the call in which it ran out nothing is left; a new one may find others gone."""
+    plan, misfits = choose(machine, workload), ()
+    assume(plan.fits)
+    while plan.fits:
+        last = plan
+        misfits = (*misfits, Misfit(plan.optimizations, plan.machine.free_bytes, phase=phase))
+        plan = choose(machine, workload, history=History(misfits=misfits))
+    again = choose(machine, workload, history=History(misfits=misfits), retries=True)
+    assert again.fits
+    assert needs(again, phase) <= needs(last, phase) * (1 + TOLERANCE)
+    assert any("tried again all the same" in note for note in again.notes)
+    assert again.validity.most_bytes == again.budget_bytes, "with more it is decided anew"
 
 
 @often

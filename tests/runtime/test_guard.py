@@ -188,6 +188,9 @@ def test_what_would_help_is_said_where_nothing_smaller_is_left() -> None:
     ):
         image(tuned)
     assert "a batch of" in caught.value.hint or "more free device memory" in caught.value.hint
+    assert image(tuned).shape[0] == 4, "the next call tries again: others may have left"
+    assert any("tried again all the same" in note for note in tuned.plan.notes)
+    assert image(configured()).shape[0] == 4, "as does the next start"
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])

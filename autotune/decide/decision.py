@@ -18,9 +18,8 @@ that more memory never makes a plan slower by more than the tolerance, and that 
 never makes it lossier.
 
 Where none fits, the choice is the nearest miss: of the sets that lack the fewest memories, those
-within 3 % of the one that lacks least; of these, the least lossy, then those with the fewest
-members, then those within 3 % of the fastest of them, then the one that lacks least. So each member
-is there for memory: what only saves time helps nobody before it fits.
+within 3 % of the one that lacks least; of these, the least lossy; of these, by time and number as
+before, the one that lacks least.
 
 Where only what ran out of memory before is in the way, and this is a new try, the set that needs
 least of that is tried again: others may have held more then, and failing once more does no harm.
@@ -64,7 +63,7 @@ Options = dict[str, tuple[Setting, ...]]
 
 
 class Pool(NamedTuple):
-    """What is chosen from: all fit, or none does and these are the smallest of the nearest.
+    """What is chosen from: all fit, or none does and these are the least lossy of the nearest.
 
     Attributes:
         candidates: The sets.
@@ -227,7 +226,7 @@ def smallest_of(pool: Pool, budget: Budget) -> Candidate:
     as_fast = [c for c in pool.candidates if c.seconds <= longest]
     if budget.holds(as_fast[0]):
         return min(as_fast, key=smallness)
-    return min(as_fast, key=lambda c: (budget.shortage(c), *smallness(c)))
+    return min(as_fast, key=lambda c: (len(c.settings), budget.shortage(c), *smallness(c)))
 
 
 def smallness(candidate: Candidate) -> tuple[object, ...]:
@@ -263,13 +262,13 @@ def pool_of(candidates: Sequence[Candidate], budget: Budget, priority: str) -> P
 
 
 def _nearest(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
-    """Of the sets that lack about as little as any, the least lossy with the fewest members."""
+    """Of the sets that lack about as little as any, the least lossy."""
     shortages = [budget.shortage(c) for c in candidates]
     count, shares = min(shortages)
     farthest = Shortage(count, shares * (1 + TOLERANCE))
     near = [c for c, s in zip(candidates, shortages, strict=True) if s <= farthest]
-    fewest = min((c.loss, len(c.settings)) for c in near)
-    return [c for c in near if (c.loss, len(c.settings)) == fewest]
+    least_loss = min(c.loss for c in near)
+    return [c for c in near if c.loss == least_loss]
 
 
 # ---- what there is to choose from ---------------------------------------------------------------

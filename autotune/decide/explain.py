@@ -104,10 +104,12 @@ def _price_of_dropping(without: Prediction, terms: Terms) -> str:
     if without.mean_seconds > fastest * (1 + TOLERANCE):
         return _loss(_SLOWER, without.mean_seconds, chosen.mean_seconds, fastest, format_seconds)
     least = terms.pool.least_bytes
-    if without.needed_bytes > least * (1 + TOLERANCE):
+    if least and without.needed_bytes > least * (1 + TOLERANCE):
         needed = without.needed_bytes
         return _loss(_LARGER, needed, chosen.needed_bytes, least, format_bytes)
     longest = terms.pool.longest_seconds
+    if not math.isfinite(longest):  # it is tried again after it ran out of memory
+        return "more would be needed of what ran out of memory before"
     longer = format_seconds(without.mean_seconds - longest)
     return f"{longer} longer than the {format_seconds(longest)} that saving memory may take"
 

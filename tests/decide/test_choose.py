@@ -103,7 +103,7 @@ def test_when_nothing_fits_the_nearest_miss_is_shown(traced, rtx_3080):
 
 
 def test_the_nearest_miss_lacks_as_few_memories_as_any(traced, rtx_3080):
-    """Offloading cures the device though host RAM lacks, and nothing else is taken besides."""
+    """Offloading cures the device though host RAM lacks."""
     plan = choose(with_ram(rtx_3080, 4), traced("sdxl"))
     assert not plan.fits
     assert names(plan) == ["group_offload"]

@@ -53,7 +53,7 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
     if elsewhere and not without.elsewhere_bytes:
         each = (f"{format_bytes(needed)} on cuda:{gpu}" for gpu, needed in elsewhere.items())
         memory += f" and {' and '.join(each)}"
-    time = _change(format_seconds(without.mean_seconds), format_seconds(chosen.mean_seconds))
+    time = _change(*_beside(without.mean_seconds, chosen.mean_seconds))
     what = f"{RESOURCES[attacks.resource]} in {attacks.phase}"
     return Reason(
         optimization=setting.name,
@@ -65,6 +65,11 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
         after_seconds=chosen.mean_seconds,
         fits_without=terms.budget.holds(without),
     )
+
+
+def _beside(one: float, other: float) -> tuple[str, str]:
+    """Two times in one unit."""
+    return format_seconds(one, other), format_seconds(other, one)
 
 
 def _change(before: str, after: str) -> str:
@@ -223,7 +228,7 @@ def _time_verdict(added: Prediction, terms: Terms) -> str:
             f"gains {TOLERANCE:.0%} from {_pays_from(added, chosen)} images on (--images)"
         )
     gain = 1 - added.mean_seconds / chosen.mean_seconds
-    after, now = format_seconds(added.mean_seconds), format_seconds(chosen.mean_seconds)
+    after, now = _beside(added.mean_seconds, chosen.mean_seconds)
     if after == now or 0 <= gain < _LEAST_SHARE:
         return f"would gain no time ({now})"
     if gain < 0:

@@ -99,5 +99,5 @@ def test_what_fusing_projections_adds_is_what_diffusers_adds(kind: str) -> None:
 def test_abilities() -> None:
     assert workload_of("sd").component("unet").abilities == ("repeated_blocks",)
     flux = workload_of("flux").component("transformer").abilities
-    assert flux == ("repeated_blocks", "attention_backend")
+    assert flux == ("repeated_blocks", "attention_backend", "step_caches")
     assert workload_of("sd3").component("transformer").abilities == ()

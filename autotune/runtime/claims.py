@@ -56,6 +56,9 @@ _claims: list[Claim] = []
 _drawing: dict[int, int] = {}
 """Pipelines that draw, by their identity, those that began first first → bytes in use then."""
 
+_overlapped: set[int] = set()
+"""Of those that draw, the ones beside which another has drawn."""
+
 _register = threading.RLock()
 """Reentrant: what collects garbage or handles a signal meanwhile may undo a pipeline."""
 
@@ -93,11 +96,20 @@ def drawing(pipe: Any, used_bytes: int) -> Iterator[None]:
     """
     with _register:
         _drawing[id(pipe)] = used_bytes
+        if len(_drawing) > 1:
+            _overlapped.update(_drawing)
     try:
         yield
     finally:
         with _register:
             _drawing.pop(id(pipe), None)
+            _overlapped.discard(id(pipe))
+
+
+def draws_alone(pipe: Any) -> bool:
+    """Whether no other pipeline has drawn since this one began: what it took is its own."""
+    with _register:
+        return id(pipe) not in _overlapped
 
 
 def promised_beside(pipe: Any, device: str, used_bytes: int = 0) -> tuple[int, int]:
@@ -224,6 +236,7 @@ def _start_anew() -> None:
     _register, _configuring = threading.RLock(), threading.RLock()
     _turns.clear()
     _drawing.clear()
+    _overlapped.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -59,6 +59,8 @@ class Verification(Value, frozen=True):
         passes: How many: one more where memory is measured apart, since that slows a call down.
         seconds: All passes together.
         notes: What is scaled, or not measured.
+        disturbed: Another pipeline of this process drew meanwhile: seconds, and what a GPU's
+            allocator counts, are of both. Nothing is learnt from it.
     """
 
     phases: tuple[PhaseCheck, ...]
@@ -67,6 +69,7 @@ class Verification(Value, frozen=True):
     passes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    disturbed: bool = False
 
     @property
     def measured(self) -> tuple[PhaseMeasurement, ...]:

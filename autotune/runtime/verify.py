@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from autotune.profile.profile import PhaseMeasurement
+from autotune.runtime.claims import draws_alone
 from autotune.runtime.measure import PhaseMeter, cpu_peaks, device_gauge, with_peaks
 from autotune.runtime.memory import bytes_on, resident_bytes
 from autotune.runtime.verification import Verification, check_phase, passes_on
@@ -65,6 +66,9 @@ class Applied(NamedTuple):
         return min(max(self.few_steps, quick), self.planned_steps)
 
 
+DISTURBED = "another pipeline drew meanwhile: this is not remembered"
+
+
 class _Pass(NamedTuple):
     """One short generation, as it was; scales make seconds those of a whole one."""
 
@@ -93,13 +97,15 @@ def verify(applied: Applied, draw: Draw) -> Verification:
             second = _with_peaks(second, _peaks(applied, draw))
     predicted = {p.name: p for p in applied.plan.prediction.phases}
     measured = [_whole(second, first, name) for name in predicted if name in second.phases]
+    disturbed = not draws_alone(applied.pipe)
     return Verification(
         phases=tuple(check_phase(predicted[m.name], m) for m in measured),
         steps=applied.short_steps,
         planned_steps=applied.planned_steps,
         passes=passes_on(applied.device),
         seconds=time.perf_counter() - started,
-        notes=tuple(_notes(second, applied)),
+        notes=(*_notes(second, applied), *([DISTURBED] if disturbed else [])),
+        disturbed=disturbed,
     )
 
 

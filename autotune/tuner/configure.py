@@ -137,7 +137,7 @@ def tuned(
     plan = with_note(planned.plan, note)
     made = Tuned(pipe, plan, planned.workload, device_name(measured.machine), planner)
     verification = verified(made, verify) if now else None
-    if verification is not None:
+    if verification is not None and not verification.disturbed:
         remember_verified(made, measured, planned, verification.measured)
     return made
 

@@ -29,6 +29,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import autotune
+from autotune.errors import MemoryShortageError
 
 
 class Settings(BaseModel):
@@ -116,7 +117,10 @@ class Refusal(BaseModel):
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"model": Refusal, "description": "Impossible, or it does not fit in memory"},
-    503: {"model": Refusal, "description": "Queue full, waited too long, or stopping: Retry-After"},
+    503: {
+        "model": Refusal,
+        "description": "Queue full, waited too long, ran out of memory, or stopping: Retry-After",
+    },
     504: {"model": Refusal, "description": "Still being drawn when the time was up"},
 }
 
@@ -175,6 +179,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @app.exception_handler(autotune.AutotuneError)
     async def impossible(_: Request, error: autotune.AutotuneError) -> JSONResponse:
+        if isinstance(error, MemoryShortageError) and error.__cause__ is not None:
+            outcomes["ran_out"] += 1  # while it was drawn: the next try may find more memory
+            return refusal(503, error.message, error.hint, drawer.retry_after_s())
         outcomes["impossible"] += 1
         return refusal(422, error.message, error.hint)
 

@@ -301,6 +301,23 @@ def test_what_the_server_answers(alone: Callable[..., NDArray[Any]]) -> None:
         assert running.outcomes() == {"drawn": 3, "invalid": 4}
 
 
+def test_memory_that_ran_out_is_a_reason_to_ask_again(alone: Callable[..., NDArray[Any]]) -> None:
+    """Unlike what never fits: others may have left by then."""
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with serving() as running:
+        handle = running.drawer.tuned.pipe.unet.register_forward_pre_hook(run_out)
+        response = running.post(seed=4)
+        handle.remove()
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) >= 1
+        assert is_clear(response)
+        assert same(image_of(running.post(seed=4)), alone(4))
+        assert running.outcomes() == {"drawn": 1, "ran_out": 1}
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what is bound to come."""
     deadline = time.monotonic() + 60

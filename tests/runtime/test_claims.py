@@ -75,6 +75,18 @@ def test_what_others_are_drawing_with_is_not_counted_twice() -> None:
     del kept
 
 
+def test_who_drew_beside_another_is_known_as_long_as_it_draws() -> None:
+    (_, first), (_, second) = kept = [claim(), claim()]
+    with claims.drawing(first, 0):
+        assert claims.draws_alone(first)
+        with claims.drawing(second, 0):
+            assert not claims.draws_alone(second)
+        assert not claims.draws_alone(first), "though the other is done"
+    with claims.drawing(first, 0):
+        assert claims.draws_alone(first)
+    del kept
+
+
 def test_it_never_gets_below_nothing(rtx_3080: Machine) -> None:
     kept = claim(device_bytes=1000 * GIB, host_bytes=1000 * GIB)
     machine = with_own_memory(rtx_3080, "cuda:0")

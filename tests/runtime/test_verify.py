@@ -385,3 +385,22 @@ def test_configure_verifies_once_and_the_next_plan_is_corrected(sd_pipe: Any) ->
     assert second.verification is None
     second.undo()
     assert configured("never").verification is None
+
+
+def test_what_another_pipeline_disturbed_is_not_remembered(
+    sd_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autotune.runtime import verify as stage
+
+    def configured() -> Tuned:
+        given = {"height": 64, "width": 64, "steps": 2, "only": ["vae_slicing"]}
+        return autotune.configure(sd_pipe, device="cpu", verify="auto", **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "draws_alone", lambda pipe: False)
+        first = configured()
+    assert first.verification is not None
+    assert "another pipeline drew meanwhile" in first.explain()
+    profile = load_profile(identity("cpu"))
+    assert profile is None or profile.runs == ()
+    assert configured().verification is not None, "verified again"

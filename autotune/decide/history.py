@@ -11,11 +11,15 @@ from autotune.workload.workload import Operator
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """One phase as it was measured; the peak is the allocator's, weights included."""
+    """One phase as it was measured; the peak is the allocator's, weights included.
+
+    ``first_s`` is the first time, with what is done once.
+    """
 
     name: str
     seconds: float
     peak_bytes: int | None = None
+    first_s: float | None = None
 
 
 class Observation(msgspec.Struct, frozen=True):

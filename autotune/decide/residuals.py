@@ -6,7 +6,8 @@ repeating a run changes nothing but the noise of its mean.
 
 A set that looks the same from a phase as one that was run is corrected by what that one showed.
 Every other set gets what all of them showed together, so that alternatives are compared by the same
-yardstick: a factor on its seconds; of memory only what was needed on top, never what was saved.
+yardstick: a factor on its seconds, and one on those of compiling; of memory only what was needed on
+top, never what was saved.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ FACTORS = (0.25, 4.0)
 """What a factor on seconds is kept within. A phase of a few milliseconds can be further off, and
 then decides nothing."""
 
+ONCE_FACTORS = (0.02, 20.0)
+"""The same of what is done once: compilers keep what they have made, and take long on few cores."""
+
 BELIEVED = (0.5, 2.0)
 """A generation that took less or more than this times what was predicted of it, then and now, ran
 on a machine that was busy, then or when its operators were timed."""
@@ -58,14 +62,16 @@ class Correction(NamedTuple):
         factor: On seconds, each share of them.
         active_bytes: More (or fewer) activations than traced: part of what must be free.
         workspace_bytes: More (or less) workspace: only part of the peak.
+        once_factor: On what is done once.
     """
 
     factor: float = 1.0
     active_bytes: int = 0
     workspace_bytes: int = 0
+    once_factor: float = 1.0
 
     def of(self, raw: PhasePrediction) -> PhasePrediction:
-        """The corrected prediction; what is done once, margins and other GPUs stay."""
+        """The corrected prediction; margins and other GPUs stay."""
         shares = {name: getattr(raw, name) * self.factor for name in _SHARES}
         return msgspec.structs.replace(
             raw,
@@ -74,6 +80,7 @@ class Correction(NamedTuple):
             workspace_bytes=raw.workspace_bytes + self.workspace_bytes,
             peak_bytes=raw.peak_bytes + self.active_bytes + self.workspace_bytes,
             needed_bytes=raw.needed_bytes + self.active_bytes,
+            once_s=raw.once_s * self.once_factor,
             **shares,
         )
 
@@ -95,6 +102,14 @@ class Seen(NamedTuple):
         return min(max(self.observed.seconds / self.raw.seconds, low), high)
 
     @property
+    def once_factor(self) -> float | None:
+        """The same of what is done once, where anything is."""
+        first_s, low, high = self.observed.first_s, *ONCE_FACTORS
+        if first_s is None or self.raw.once_s <= 0:
+            return None
+        return min(max((first_s - self.observed.seconds) / self.raw.once_s, low), high)
+
+    @property
     def more_bytes(self) -> int | None:
         """Of the allocator's peak than predicted; negative: less."""
         peak = self.observed.peak_bytes
@@ -102,9 +117,10 @@ class Seen(NamedTuple):
 
 
 class _OfALook(NamedTuple):
-    """What the latest runs of one look have shown; ``more_bytes`` is ``None`` where none tells."""
+    """What the latest runs of one look have shown; ``None`` where none tells."""
 
     factor: float
+    once_factor: float | None
     more_bytes: int | None
     raw: PhasePrediction
 
@@ -130,15 +146,19 @@ class OfAPhase:
         self._looks = {look: _summed_up(runs[-LATEST:]) for look, runs in by_look.items()}
         # Each set counts once, however often it was run.
         self._factor = statistics.median(found.factor for found in self._looks.values())
+        self._once_factor = _median(found.once_factor for found in self._looks.values())
         self._ranks = {work: i for i, work in enumerate(dict.fromkeys(k.work for k in by_look), 1)}
 
     def correction(self, look: Look, raw: PhasePrediction) -> Correction:
         """For an execution that looks so from here, and is predicted so without correction."""
         own = self._looks.get(look)
         factor = self._factor if own is None else own.factor
+        once = self._once_factor if own is None else own.once_factor
         if own is None or own.more_bytes is None:
-            return Correction(factor, max(found.more_of(raw) for found in self._looks.values()))
-        return Correction(factor, *_memory(own.more_bytes, raw))
+            active, workspace = max(found.more_of(raw) for found in self._looks.values()), 0
+        else:
+            active, workspace = _memory(own.more_bytes, raw)
+        return Correction(factor, active, workspace, 1.0 if once is None else once)
 
     def rank(self, work: object) -> int:
         """Not 0 where this work was run, in any place: then it has a correction of its own."""
@@ -162,7 +182,14 @@ def _summed_up(runs: Sequence[Seen]) -> _OfALook:
     """Seconds scatter around their median; of memory the most is what must be had."""
     more = [run.more_bytes for run in runs if run.more_bytes is not None]
     factor = statistics.median(run.factor for run in runs)
-    return _OfALook(factor, max(more, default=None), runs[-1].raw)
+    once = _median(run.once_factor for run in runs)
+    return _OfALook(factor, once, max(more, default=None), runs[-1].raw)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 RawPhases = Callable[[Execution], Iterable[tuple[Look, PhasePrediction]]]
@@ -231,4 +258,6 @@ def explain(found: Mapping[str, OfAPhase], corrections: Mapping[str, Correction]
 def _words(correction: Correction) -> str:
     more = correction.active_bytes + correction.workspace_bytes
     memory = f" {'+' if more > 0 else '-'}{format_bytes(abs(more))}" if abs(more) >= MIB else ""
-    return f"×{correction.factor:.2f}{memory}"
+    once = correction.once_factor
+    compiling = f" (compiling ×{once:.2f})" if once != 1 else ""
+    return f"×{correction.factor:.2f}{compiling}{memory}"

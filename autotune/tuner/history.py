@@ -69,7 +69,9 @@ def observations_in(profile: Profile, workload: Workload) -> Iterator[Observatio
     for run in verified_runs(profile, workload):
         settings = _parsed(run.optimizations)
         if settings is not None:
-            phases = (Observed(m.name, m.seconds, m.peak_bytes) for m in run.measured)
+            phases = (
+                Observed(m.name, m.seconds, m.peak_bytes, m.first_seconds) for m in run.measured
+            )
             expected = sum(p.seconds for p in run.predicted)
             yield Observation(settings, tuple(phases), expected)
 

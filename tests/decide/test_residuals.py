@@ -16,7 +16,7 @@ from autotune.decide.history import History, Observation, Observed
 from autotune.decide.limits import QUALITIES, budget_within
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction
-from autotune.decide.residuals import LATEST, residuals_of
+from autotune.decide.residuals import LATEST, explain, residuals_of
 from autotune.decide.search import execution_of
 from autotune.decide.whatif import frontier
 from autotune.optimizations import CATALOGUE, parse_settings
@@ -346,3 +346,31 @@ def test_a_history_survives_json(traced, rtx_3080):
     history = History((observed(raw, PAIR[1]),))
     assert msgspec.json.decode(msgspec.json.encode(history), type=History) == history
     assert residuals_of(History(), lambda _: itertools.repeat(None)) == {}
+
+
+# ---- what is done once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("times", "noise"), [(0.1, 0.1), (3.0, -0.05), (12.0, 0.0)])
+def test_compiling_is_corrected_by_what_it_took(traced, rtx_3080, times, noise):
+    """And so is another way of compiling that was not run, without touching seconds."""
+    workload, compiled = traced("sd15"), parse_settings("compile:scope=regional")
+    raw = predicted(rtx_3080, workload, compiled)
+    runs = []
+    for factor in (times * (1 + noise), times, times * (1 - noise)):
+        phases = (
+            Observed(p.name, p.seconds, p.peak_bytes, p.seconds + p.once_s * factor)
+            for p in raw.phases
+        )
+        runs.append(Observation(compiled, tuple(phases)))
+    history = History(tuple(runs))
+    now = predicted(rtx_3080, workload, compiled, history)
+    assert now.once_s == pytest.approx(raw.once_s * times)
+    assert now.seconds == pytest.approx(raw.seconds)
+    whole = parse_settings("compile:scope=whole")
+    assert predicted(rtx_3080, workload, whole, history).once_s == pytest.approx(
+        predicted(rtx_3080, workload, whole).once_s * times
+    )
+    predictor = Predictor(rtx_3080, workload, history=history)
+    (line,) = explain(predictor.residuals, predictor.corrections(execution_of(compiled)))
+    assert "(compiling ×" in line

@@ -34,7 +34,8 @@ def format_bytes(count: float) -> str:
 def format_seconds(seconds: float, beside: float | None = None) -> str:
     """``0.0123`` → ``"12.3 ms"``; ``83`` → ``"83.0 s"``; ``735`` → ``"12.2 min"``; ``"1.83 h"``.
 
-    Beside another time, it is in the unit of the smaller: ``735`` beside ``546`` is ``"735 s"``.
+    Beside another time, a long one is in the unit of the smaller: ``735`` beside ``546`` is
+    ``"735 s"``.
     """
     least = abs(seconds) if beside is None else min(abs(seconds), abs(beside))
     if abs(seconds) < 1e-3:

@@ -78,7 +78,7 @@ def choose(
     """
     limits = limits or Limits()
     predictor = Predictor(machine, workload, limits.images, history)
-    decision, postponed = _decided(predictor, limits, catalogue, applied, retries)
+    decision, postponed, is_kept = _decided(predictor, limits, catalogue, applied, retries)
     chosen = decision.chosen.settings
     terms = Terms(decision.space.predict(chosen), decision.pool, decision.budget)
     execution = execution_of((*decision.kept, *chosen))
@@ -99,8 +99,7 @@ def choose(
         prediction=terms.chosen,
         baseline=baseline,
         reasons=tuple(
-            _reason(s, decision.space.predict(_others(chosen, s)), terms, applied is not None)
-            for s in chosen
+            _reason(s, decision.space.predict(_others(chosen, s)), terms, is_kept) for s in chosen
         ),
         rejected=tuple(_rejections(decision, terms, limits.priority)),
         execution=execution,
@@ -139,9 +138,9 @@ def _caveats(predictor: Predictor, execution: Execution) -> Iterator[str]:
     yield from residuals.explain(predictor.residuals, predictor.corrections(execution))
 
 
-def _reason(setting: Setting, without: Prediction, terms: Terms, is_on: bool) -> Reason:
+def _reason(setting: Setting, without: Prediction, terms: Terms, is_kept: bool) -> Reason:
     reason = explain_chosen(setting, without, terms)
-    return said_of_kept(reason, without, terms) if is_on else reason
+    return said_of_kept(reason, without, terms) if is_kept else reason
 
 
 def _others(settings: tuple[Setting, ...], setting: Setting) -> tuple[Setting, ...]:

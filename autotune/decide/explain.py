@@ -68,7 +68,7 @@ def explain_chosen(setting: Setting, without: Prediction, terms: Terms) -> Reaso
 
 
 def _beside(one: float, other: float) -> tuple[str, str]:
-    """Two times in one unit."""
+    """Two times in units that compare."""
     return format_seconds(one, other), format_seconds(other, one)
 
 

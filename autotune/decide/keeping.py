@@ -26,10 +26,14 @@ from autotune.units import format_seconds
 
 
 class Kept(NamedTuple):
-    """A decision for what is on, and what was not changed to, if that would be faster."""
+    """A decision for what is on, and what was not changed to, if that would be faster.
+
+    ``is_kept``: what is on is no choice that would be made anew.
+    """
 
     decision: Decision
     postponed: Postponed | None = None
+    is_kept: bool = False
 
 
 def keeping(decision: Decision, applied: Applied, machine: Machine) -> Kept:
@@ -48,17 +52,19 @@ def keeping(decision: Decision, applied: Applied, machine: Machine) -> Kept:
         return Kept(decision)
     kept = decision._replace(chosen=candidate)
     if candidate.seconds <= decision.pool.fastest_seconds * (1 + TOLERANCE):
-        return Kept(kept)
+        return Kept(kept, is_kept=True)
     postponed = _postponed(decision, prediction, machine)
     if applied.cost_s + postponed.saves_s >= postponed.takes_s:
         return Kept(decision)
-    return Kept(kept, postponed)
+    return Kept(kept, postponed, is_kept=True)
 
 
 def said_of_kept(reason: Reason, without: Prediction, terms: Terms) -> Reason:
     """Why a member is there that nothing would be lost without: it was there before."""
     as_fast = without.mean_seconds <= terms.chosen.mean_seconds * (1 + TOLERANCE)
-    if not (reason.fits_without and as_fast):
+    largest = terms.chosen.needed_bytes * (1 + TOLERANCE)
+    as_small = not terms.pool.least_bytes or without.needed_bytes <= largest
+    if not (reason.fits_without and as_fast and as_small):
         return reason
     return msgspec.structs.replace(reason, text="on already, and changing it does not pay yet")
 

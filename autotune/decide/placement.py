@@ -98,7 +98,7 @@ _PIXEL_BYTES = 3 * 4
 """Of one pixel: three channels, in float32 at the most. Latents are smaller."""
 
 
-def mapped_components(machine: Machine, workload: Workload, to: DeviceMap) -> dict[str, int]:
+def components_elsewhere(machine: Machine, workload: Workload, to: DeviceMap) -> dict[str, int]:
     """Component → index of the GPU, for those on another GPU than the device.
 
     Raises:
@@ -204,7 +204,7 @@ class Weights:
         if execution.device_map is None:
             return {}
         if execution.device_map not in self._all_mapped:
-            mapped = mapped_components(self._machine, self._workload, execution.device_map)
+            mapped = components_elsewhere(self._machine, self._workload, execution.device_map)
             self._all_mapped[execution.device_map] = mapped
         return self._all_mapped[execution.device_map]
 

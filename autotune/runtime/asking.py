@@ -36,7 +36,8 @@ def asked_for(pipe: Any, planned: Request, given: Mapping[str, Any], drawn: int)
         found |= _side_of_picture(given, UPSCALED.get(type(pipe).__name__, 1))
     found |= _side_of_latents(pipe, given)
     names = (*planned.options, *DECIDING)
-    options = {n: given[n] for n in names if n in parameters and _is_plain(given.get(n))}
+    values = {n: _plain(given.get(n)) for n in names if n in parameters}
+    options: dict[str, Any] = {n: v for n, v in values.items() if v is not None}
     options |= _second_guidance(given, parameters)
     return msgspec.structs.replace(
         planned, **found, batch=drawn, options={**planned.options, **options}
@@ -70,7 +71,7 @@ def _numbers(given: Mapping[str, Any], guidance: str) -> dict[str, Any]:
         steps: Any = given.get(name)
         if hasattr(steps, "__len__") and len(steps):  # a list, an array or a tensor
             found["steps"] = len(steps)
-    scale = _number(given.get(guidance))
+    scale = number_of(given.get(guidance))
     if scale is not None:
         found["guidance_scale"] = scale
     return found
@@ -78,7 +79,7 @@ def _numbers(given: Mapping[str, Any], guidance: str) -> dict[str, Any]:
 
 def _second_guidance(given: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Distilled models are guided besides, and run twice, where a negative prompt is given, too."""
-    scale = _number(given.get("true_cfg_scale"))
+    scale = number_of(given.get("true_cfg_scale"))
     texts = (given.get("negative_prompt"), given.get("negative_prompt_embeds"))
     if scale is None or scale <= 1 or all(t is None for t in texts):
         return {}
@@ -125,7 +126,7 @@ def _count(value: Any) -> int | None:
     return count if count > 0 else None
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """A number of Python's, NumPy's or PyTorch's; ``None`` for anything else."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         return None
@@ -135,5 +136,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str))
+def _plain(value: Any) -> bool | int | float | str | None:
+    """A value of Python's own, also where it is one of NumPy's; ``None`` for anything else."""
+    single = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    return single if isinstance(single, (bool, int, float, str)) else None

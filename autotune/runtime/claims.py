@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from autotune.workload.live import modules_of
+from autotune.workload.live import modules_of, parts_of
 
 
 class Claim:
@@ -126,7 +126,7 @@ def promised_beside(pipe: Any, device: str, used_bytes: int = 0) -> tuple[int, i
         Bytes of the device's memory, and of host RAM.
     """
     with _register:
-        others = [c for c in _living() if c.pipe() is not pipe]
+        others = _standing_beside(pipe)
         begun = {id(c.pipe()): c for c in others if c.device == device}
         at_start = [used for key, used in _drawing.items() if key in begun]
         at_work = [claim for key, claim in begun.items() if key in _drawing]
@@ -134,6 +134,19 @@ def promised_beside(pipe: Any, device: str, used_bytes: int = 0) -> tuple[int, i
     busy = sum(c.device_bytes for c in at_work)
     idle = sum(c.device_bytes for c in begun.values()) - busy
     return idle + max(0, busy - taken), sum(c.host_bytes for c in others)
+
+
+def _standing_beside(pipe: Any) -> list[Claim]:
+    """The claims of other pipelines: of those made of the same modules, which take turns, one."""
+    found: list[Claim] = []
+    seen = _shareable(pipe)
+    for claim in sorted(_living(), key=lambda c: c.device_bytes, reverse=True):
+        other = claim.pipe()
+        if other is pipe or not seen.isdisjoint(_shareable(other)):
+            continue
+        found.append(claim)
+        seen |= _shareable(other)
+    return found
 
 
 def _living() -> Iterator[Claim]:
@@ -149,19 +162,27 @@ class _Owner:
     """Keeps a ``Tuned`` with its pipeline while anything is on, whoever drops it.
 
     Else nobody could undo that, and it would look as if the user had set it. A copy of the pipeline
-    has no owner.
+    has no owner. The modules are those of the pipeline before anything was put on.
     """
 
-    def __init__(self, tuned: Any) -> None:
+    def __init__(self, pipe: Any, tuned: Any, modules: tuple[Any, ...]) -> None:
+        self.pipe = weakref.ref(pipe)
         self.tuned = tuned
+        self.modules = modules
 
-    def __reduce__(self) -> tuple[type[_Owner], tuple[None]]:
-        return _Owner, (None,)
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
-def own(pipe: Any, tuned: Any) -> None:
-    """Note whose optimizations are on a pipeline."""
-    vars(pipe)[_OWNER] = _Owner(tuned)
+def own(pipe: Any, tuned: Any, modules: Iterable[Any]) -> None:
+    """Note whose optimizations are on a pipeline.
+
+    Args:
+        pipe: The pipeline.
+        tuned: The ``Tuned``.
+        modules: What the pipeline was made of before: optimizations may replace some.
+    """
+    vars(pipe)[_OWNER] = _Owner(pipe, tuned, tuple(modules))
 
 
 def disown(pipe: Any) -> None:
@@ -171,19 +192,30 @@ def disown(pipe: Any) -> None:
 
 def owner_of(pipe: Any) -> Any:
     """The ``Tuned`` that has configured a pipeline; ``None`` where there is none."""
-    owner = getattr(pipe, "__dict__", {}).get(_OWNER)
+    owner = _owner(pipe)
     if owner is not None:
         return owner.tuned
     with _register:  # where nothing is on at the moment
         return next((c.owner() for c in _living() if c.pipe() is pipe), None)
 
 
+def _owner(pipe: Any) -> _Owner | None:
+    owner = getattr(pipe, "__dict__", {}).get(_OWNER)
+    return owner if owner is not None and owner.pipe() is pipe else None
+
+
 def owners_beside(pipe: Any) -> list[Any]:
     """The ``Tuned`` of other pipelines that are made of some of the same modules."""
-    mine = {id(m) for m in modules_of(pipe).values()}
+    mine = _shareable(pipe)
     with _register:
         others = [(c.owner(), c.pipe()) for c in _living() if c.pipe() is not pipe]
-    return [o for o, p in others if not mine.isdisjoint(map(id, modules_of(p).values()))]
+    return [o for o, p in others if o is not None and not mine.isdisjoint(_shareable(p))]
+
+
+def _shareable(pipe: Any) -> set[int]:
+    """The identities of the modules that a pipeline is made of, with or without optimizations."""
+    owner = _owner(pipe)
+    return {id(m) for m in (*modules_of(pipe).values(), *(owner.modules if owner else ()))}
 
 
 def are_configured() -> bool:
@@ -197,12 +229,14 @@ def are_configured() -> bool:
 
 @contextmanager
 def turn_of(pipe: Any) -> Iterator[None]:
-    """One at a time with this pipeline, and with others made of the same modules.
+    """One at a time with this pipeline, and with others made of some of the same parts.
 
     Drawing, configuring and undoing queue: pipelines keep the state of a call on themselves and on
     their scheduler, and what is on is on the modules.
     """
-    held = {id(part): part for part in (pipe, *modules_of(pipe).values())}
+    owner = _owner(pipe)
+    parts = (pipe, *parts_of(pipe).values(), *modules_of(pipe).values())
+    held = {id(part): part for part in (*parts, *(owner.modules if owner else ()))}
     with ExitStack() as turns:
         for key in sorted(held):  # always in the same order, or two would wait for each other
             turns.enter_context(_turn(held[key]))

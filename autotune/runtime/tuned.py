@@ -22,7 +22,7 @@ from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import explain_plan, shortage, ways_out
 from autotune.runtime.allocator import device_load, hold_limits
 from autotune.runtime.apply import apply_plan
-from autotune.runtime.asking import asked_for, drawn_by
+from autotune.runtime.asking import asked_for, drawn_by, number_of
 from autotune.runtime.claims import (
     Claim,
     disown,
@@ -50,9 +50,10 @@ from autotune.runtime.memory import resident_bytes, used_bytes
 from autotune.runtime.out_of_memory import Failure, failure_of, free_memory, is_out_of_memory
 from autotune.runtime.spilling import is_spilling, spilling_system
 from autotune.runtime.verification import Verification
-from autotune.runtime.verify import Applied, verify
+from autotune.runtime.verify import Configured, verify
 from autotune.units import format_bytes, format_seconds
 from autotune.workload.arguments import call_arguments, copies_name
+from autotune.workload.live import modules_of
 from autotune.workload.workload import Request, Workload
 
 log = logging.getLogger("autotune")
@@ -229,13 +230,15 @@ class Tuned:
         return output, meter.measured
 
     def _verified(self) -> Verification:
-        applied = Applied(self.pipe, self.plan, self._workload, self.device, self._few_steps({}))
+        configured = Configured(
+            self.pipe, self.plan, self._workload, self.device, self._few_steps({})
+        )
 
         def draw(arguments: dict[str, Any]) -> Any:
             options = {n: v for n, v in arguments.items() if n != "prompt"}
             return self._draw(arguments.get("prompt"), {"generator": None} | options)
 
-        return verify(applied, draw)
+        return verify(configured, draw)
 
     # ---- another request, other memory ----------------------------------------------------------
 
@@ -249,6 +252,8 @@ class Tuned:
         if planner is None or self._is_over:
             return
         self._finish_undoing()
+        if self._undo is None:
+            self._set_others_aside()  # or what they hold would look taken
         self._unplanned = None
         hold_limits(self.device)  # others may have come, whatever is planned
         asked = self._asked(prompt, options)
@@ -303,11 +308,15 @@ class Tuned:
         """Take off what is on until the next call: another pipeline needs the same modules."""
         self._unapply()
 
-    def _apply(self) -> None:
+    def _set_others_aside(self) -> None:
         for other in owners_beside(self.pipe):
             other.set_aside()
+
+    def _apply(self) -> None:
+        self._set_others_aside()
+        before = tuple(modules_of(self.pipe).values())
         self._undo = apply_plan(self.pipe, self.plan, self.device)
-        own(self.pipe, self)
+        own(self.pipe, self, before)
         self._images = 0
         self._settle()
 
@@ -459,7 +468,8 @@ class Tuned:
         taken = inspect.signature(self.pipe.__call__).parameters
         default = taken["strength"].default if "strength" in taken else None
         strength = options.get("strength", planned.options.get("strength", default))
-        if not isinstance(strength, (int, float)) or strength <= 0:
+        strength = number_of(strength)
+        if strength is None or strength <= 0:
             return 2
         return min(math.ceil(2 / strength), max(2, planned.steps))
 

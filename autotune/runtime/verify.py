@@ -34,7 +34,7 @@ QUICK_S = 0.5
 Draw = Callable[[dict[str, Any]], Any]
 
 
-class Applied(NamedTuple):
+class Configured(NamedTuple):
     """What is verified.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Pass(NamedTuple):
     scales: dict[str, float]
 
 
-def verify(applied: Applied, draw: Draw) -> Verification:
+def verify(applied: Configured, draw: Draw) -> Verification:
     """Run what was rehearsed in few steps, twice, and compare with the plan's prediction.
 
     On a CPU a third pass measures memory. The random state, schedulers, progress bar and the
@@ -109,7 +109,7 @@ def verify(applied: Applied, draw: Draw) -> Verification:
     )
 
 
-def _one_pass(applied: Applied, draw: Draw, foreign: int) -> _Pass:
+def _one_pass(applied: Configured, draw: Draw, foreign: int) -> _Pass:
     pipe, workload, device = applied.pipe, applied.workload, applied.device
     meter = PhaseMeter(pipe, workload, device, device_gauge(device))
     arguments = _arguments(applied, applied.short_steps)
@@ -119,7 +119,7 @@ def _one_pass(applied: Applied, draw: Draw, foreign: int) -> _Pass:
     return _Pass(phases, {p.name: _scale(p, meter) for p in workload.phases})
 
 
-def _peaks(applied: Applied, draw: Draw) -> dict[str, int]:
+def _peaks(applied: Configured, draw: Draw) -> dict[str, int]:
     meter = PhaseMeter(applied.pipe, applied.workload, applied.device)
     arguments = _arguments(applied, min(applied.few_steps, applied.planned_steps))
 
@@ -136,7 +136,7 @@ def _with_peaks(one: _Pass, peaks: dict[str, int]) -> _Pass:
     return one._replace(phases={m.name: m for m in measured})
 
 
-def _arguments(applied: Applied, steps: int) -> dict[str, Any]:
+def _arguments(applied: Configured, steps: int) -> dict[str, Any]:
     """Those that were rehearsed, on the pipeline's device."""
     rehearsed = call_arguments(applied.pipe, applied.workload.request)
     arguments = {n: _placed(n, v, applied) for n, v in rehearsed.items()}
@@ -145,7 +145,7 @@ def _arguments(applied: Applied, steps: int) -> dict[str, Any]:
     return arguments
 
 
-def _placed(name: str, value: Any, applied: Applied) -> Any:
+def _placed(name: str, value: Any, applied: Configured) -> Any:
     """Embeddings are expected where, and in the dtype in which, encoders leave them."""
     if not isinstance(value, torch.Tensor) or "embeds" not in name:
         return value
@@ -170,7 +170,7 @@ def _whole(steady: _Pass, first: _Pass, name: str) -> PhaseMeasurement:
     return msgspec.structs.replace(phase, seconds=seconds, first_seconds=max(0.0, seconds + longer))
 
 
-def _notes(steady: _Pass, applied: Applied) -> Iterator[str]:
+def _notes(steady: _Pass, applied: Configured) -> Iterator[str]:
     steps, planned = applied.short_steps, applied.planned_steps
     scaled = [name for name, scale in steady.scales.items() if scale != 1]
     if scaled and steps < planned:
@@ -184,7 +184,7 @@ def _without(measured: PhaseMeasurement, foreign: int) -> PhaseMeasurement:
     return msgspec.structs.replace(measured, **{n: max(0, b - foreign) for n, b in known.items()})
 
 
-def _foreign_bytes(applied: Applied) -> int:
+def _foreign_bytes(applied: Configured) -> int:
     """Allocated on a GPU by this process, but for other pipelines and tensors."""
     device = torch.device(applied.device)
     if device.type != "cuda":

@@ -153,7 +153,9 @@ def _as_loaded(planned: Planned, ask: Ask) -> Planned:
     running = predictor.predict(planned.plan.execution)
     prediction = msgspec.structs.replace(planned.plan.prediction, host_bytes=running.host_bytes)
     plan = msgspec.structs.replace(planned.plan, prediction=prediction)
-    return planned._replace(workload=workload, plan=plan)
+    # Once weights have been on the device and have come back, they are no pages of files any more.
+    private = msgspec.structs.replace(workload, mapped=())
+    return planned._replace(workload=private, plan=plan)
 
 
 REPLANS = 2

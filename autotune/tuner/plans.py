@@ -94,7 +94,8 @@ def keep(measured: Measured, workload: Workload, plan: Plan, basis: str) -> None
 
     def change(profile: Profile | None) -> Profile:
         base = profile or new_profile(measured.key, measured.machine)
-        others = tuple(p for p in base.plans if not _is_made_from(p, basis))
+        sealed = (p for p in base.plans if "-" in p.basis)  # older ones are never used again
+        others = tuple(p for p in sealed if not _is_made_from(p, basis))
         return msgspec.structs.replace(base, plans=(*others, record), updated_at=timestamp())
 
     updated_if_possible(measured.key, change)

@@ -100,8 +100,13 @@ class Replanner:
         return plan.postponed is None and self._suits(plan)
 
     def _suits(self, plan: Plan) -> bool:
-        """Whether neither less memory is free than it needs, nor more than it was chosen for."""
+        """Whether neither less memory is free than it needs, nor more than it was chosen for.
+
+        Where nothing fitted: whether there is as much as then.
+        """
         budget = self._budget(refresh_free(self._machine))
+        if not plan.fits:
+            return _is_about(budget, plan.budget)
         is_outgrown = plan.validity is not None and plan.validity.is_outgrown(budget, MORE)
         return budget.lacks(plan.prediction) <= 1 + MORE and not is_outgrown
 
@@ -145,7 +150,10 @@ class Replanner:
         planned = self._plans.get(key)
         if planned is None or not self._suits(planned.plan) or self._pays(planned.plan):
             planned = self._planned_anew(request, applied)
-            _keep(self._plans, key, planned)
+            if applied is None or planned.plan.optimizations == applied:
+                _keep(self._plans, key, planned)
+            else:  # with what is on changed to again, it would have to pay again
+                self._plans.pop(key, None)
         self._count(planned.plan, applied)
         return planned
 
@@ -182,6 +190,7 @@ class Replanner:
             is_on: The plan is applied, and will be until the next call.
         """
         self._plans.clear()
+        self._cost_s = 0.0
         self.look()
         machine = self._own(refresh(self._machine))  # what free memory does meanwhile is no matter
         self._remember(plan, workload, failure, budget_within(machine, self.limits))
@@ -332,6 +341,11 @@ def _timed(planned: Planned) -> tuple[Operator, ...]:
     """The operators of the first request that this machine has timed, each once."""
     times = planned.machine.operators
     return tuple({o.key: o for o in replayable(planned.workload) if o.key in times}.values())
+
+
+def _is_about(one: Budget, other: Budget) -> bool:
+    pairs = ((one.device_bytes, other.device_bytes), (one.host_bytes or 0, other.host_bytes or 0))
+    return all(abs(a - b) <= MORE * max(a, b) for a, b in pairs)
 
 
 def _key(request: Request) -> str:

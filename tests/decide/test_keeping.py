@@ -50,6 +50,13 @@ def test_what_takes_quality_is_not_kept(rtx_4090, traced):
     assert choose(rtx_4090, workload, Limits(only=("tome",)), applied=on).optimizations == ()
 
 
+def test_members_that_would_be_chosen_anew_say_what_they_are_for(rtx_4090, traced):
+    workload, limits = traced("sdxl", batch=2), Limits(priority="memory")
+    fresh = choose(rtx_4090, workload, limits)
+    assert fresh.optimizations
+    assert choose(rtx_4090, workload, limits, applied=Applied(())).reasons == fresh.reasons
+
+
 def test_what_does_not_fit_is_not_kept(rtx_4090, traced):
     workload = traced("sdxl")
     plan = choose(rtx_4090, workload, Limits(vram_limit=7 * GIB), applied=Applied(()))

@@ -51,6 +51,7 @@ PICTURE = kind("prompt", "image", "strength", "num_inference_steps", "guidance_s
             {"height": 96, "guidance_scale": 2.0},
         ),
         ({"timesteps": np.array([900, 500])}, {"steps": 2}),
+        ({"max_sequence_length": np.int64(128)}, {"options": {"max_sequence_length": 128}}),
         ({"height": np.zeros(3), "guidance_scale": torch.zeros(2), "timesteps": []}, {}),
         ({"latents": torch.zeros(2, 4, 12, 4)}, {"height": 96, "width": 32}),
         ({"latents": torch.zeros(2, 48, 16)}, {}),  # packed

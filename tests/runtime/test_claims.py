@@ -35,6 +35,13 @@ class Owner:
     """Something that can be held weakly."""
 
 
+class SharedPipe:
+    """A pipeline of one module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.components = {"unet": module}
+
+
 def claim(device: str = "cuda:0", **bytes_: Any) -> tuple[Owner, Owner]:
     owner, pipe = Owner(), Owner()
     claims.stake(Claim(owner, pipe, device, **bytes_))
@@ -85,6 +92,18 @@ def test_who_drew_beside_another_is_known_as_long_as_it_draws() -> None:
     with claims.drawing(first, 0):
         assert claims.draws_alone(first)
     del kept
+
+
+def test_pipelines_of_the_same_modules_are_promised_the_memory_of_one() -> None:
+    """They take turns: planned beside each other, the second would find no memory at all."""
+    module = torch.nn.Linear(1, 1)
+    pipes = [SharedPipe(module), SharedPipe(module), SharedPipe(torch.nn.Linear(1, 1))]
+    owners = [Owner() for _ in pipes]
+    for owner, pipe, size in zip(owners, pipes, (2, 3, 4), strict=True):
+        claims.stake(Claim(owner, pipe, "cuda:0", device_bytes=size, host_bytes=size))
+    assert promised_beside(pipes[0], "cuda:0") == (4, 4)
+    assert promised_beside(pipes[2], "cuda:0") == (3, 3)
+    assert promised_beside(None, "cuda:0") == (7, 7)
 
 
 def test_it_never_gets_below_nothing(rtx_3080: Machine) -> None:
@@ -159,7 +178,7 @@ def test_what_was_dropped_is_still_undone_and_not_taken_for_the_users(measured_h
 def test_a_copy_belongs_to_nobody(measured_here: None) -> None:
     pipe = BUILDERS["sd"]()
     tuned = configured(pipe)
-    assert owner_of(copy.deepcopy(pipe)) is None
+    assert owner_of(copy.deepcopy(pipe)) is owner_of(copy.copy(pipe)) is None
     assert owner_of(pipe) is tuned
 
 

@@ -561,6 +561,11 @@ def test_what_is_on_is_kept_until_changing_it_pays(monkeypatch: pytest.MonkeyPat
             image(tuned)  # it is the best for this one: nothing is lost
         image(tuned, num_images_per_prompt=1)
         assert names(tuned) == []
+        image(tuned)
+        on = tuned._undo
+        for _ in range(3):
+            image(tuned, num_images_per_prompt=1)
+            assert tuned._undo is on, "having changed once, it would have to pay again"
 
 
 def test_limits_are_held_before_every_call_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +43,9 @@ def main() -> int:
     options = _options()
     os.environ.setdefault("AUTOTUNE_CACHE", str(options.recording.resolve()) + ".cache")
     if options.worker:
-        return work(options)
+        with tempfile.TemporaryDirectory() as folder:  # what is compiled already costs nothing
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            return work(options)
     end = time.monotonic() + options.budget_s
     for _ in range(MOST_RESTARTS):
         left = end - time.monotonic()

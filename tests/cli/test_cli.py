@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -364,8 +365,11 @@ def test_interrupt_leaves_nothing_half_written(tmp_path):
         text=True,
     )
     time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    for _ in range(12):  # libraries swallow it while they are imported, on a busy machine
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, stderr = process.communicate(timeout=10)
+            break
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not list(tmp_path.iterdir())

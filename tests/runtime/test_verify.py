@@ -25,7 +25,7 @@ from autotune.runtime import verify as passes
 from autotune.runtime.measure import CudaGauge, Level, PhaseMeter, RamGauge
 from autotune.runtime.tuned import Tuned
 from autotune.runtime.verification import Verification, check_phase, joined
-from autotune.runtime.verify import Applied, _scale
+from autotune.runtime.verify import Configured, _scale
 from autotune.testing.state import differences, whole_state
 from autotune.tuner import Ask, Measured, Planned, make_plan, remember_run
 from autotune.tuner.history import observations_in
@@ -137,7 +137,7 @@ def test_few_steps_or_as_many_as_take_half_a_second(sd_pipe: Any, plan_of: PlanO
             prediction=msgspec.structs.replace(plan.prediction, phases=phases),
             execution=msgspec.structs.replace(plan.execution, step_cache=step_cache),
         )
-        return Applied(sd_pipe, planned, workload, "cpu", 2).short_steps
+        return Configured(sd_pipe, planned, workload, "cpu", 2).short_steps
 
     assert (steps(60.0), steps(1.0), steps(0.01)) == (2, 10, 20)
     assert steps(60.0, StepCache("first_block", 0.1)) == 20

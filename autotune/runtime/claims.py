@@ -3,8 +3,8 @@
 Each is promised the memory that its plan needs. What it does not hold at the moment, such as the
 activations of an image that is not being drawn, looks free and is not: the next pipeline is planned
 for what remains. Locks make calls of one pipeline queue, and configuring, which touches state of
-the whole process, happen once at a time. Pipelines made of the
-same modules queue, too, and only one of them is configured at a time.
+the whole process, happen once at a time. Pipelines made of the same modules queue, too, and only
+one of them is configured at a time.
 """
 
 from __future__ import annotations
@@ -141,11 +141,10 @@ def _standing_beside(pipe: Any) -> list[Claim]:
     found: list[Claim] = []
     seen = _shareable(pipe)
     for claim in sorted(_living(), key=lambda c: c.device_bytes, reverse=True):
-        other = claim.pipe()
-        if other is pipe or not seen.isdisjoint(_shareable(other)):
-            continue
-        found.append(claim)
-        seen |= _shareable(other)
+        modules = _shareable(claim.pipe())
+        if claim.pipe() is not pipe and seen.isdisjoint(modules):
+            found.append(claim)
+            seen |= modules
     return found
 
 
@@ -213,9 +212,14 @@ def owners_beside(pipe: Any) -> list[Any]:
 
 
 def _shareable(pipe: Any) -> set[int]:
-    """The identities of the modules that a pipeline is made of, with or without optimizations."""
+    """The identities of all that ``_modules`` finds."""
+    return set(map(id, _modules(pipe)))
+
+
+def _modules(pipe: Any) -> tuple[Any, ...]:
+    """The modules that a pipeline is made of, and those that optimizations have replaced."""
     owner = _owner(pipe)
-    return {id(m) for m in (*modules_of(pipe).values(), *(owner.modules if owner else ()))}
+    return (*modules_of(pipe).values(), *(owner.modules if owner else ()))
 
 
 def are_configured() -> bool:
@@ -234,9 +238,7 @@ def turn_of(pipe: Any) -> Iterator[None]:
     Drawing, configuring and undoing queue: pipelines keep the state of a call on themselves and on
     their scheduler, and what is on is on the modules.
     """
-    owner = _owner(pipe)
-    parts = (pipe, *parts_of(pipe).values(), *modules_of(pipe).values())
-    held = {id(part): part for part in (*parts, *(owner.modules if owner else ()))}
+    held = {id(part): part for part in (pipe, *parts_of(pipe).values(), *_modules(pipe))}
     with ExitStack() as turns:
         for key in sorted(held):  # always in the same order, or two would wait for each other
             turns.enter_context(_turn(held[key]))

@@ -59,10 +59,6 @@ class Bound(NamedTuple):
         """One of the two is zero."""
         return self.compute_s + self.memory_s
 
-    def scaled(self, factor: float) -> Bound:
-        """Both times a factor."""
-        return Bound(self.compute_s * factor, self.memory_s * factor)
-
 
 class _Sees(NamedTuple):
     """What of an execution can change an operator: the kernel, token merging, the memory layout,
@@ -76,15 +72,6 @@ class _Sees(NamedTuple):
     region: Region
 
 
-class _Split(NamedTuple):
-    """A trace's operators by what they see, and the weights that they read."""
-
-    trace: Trace
-    operators: dict[_Sees, list[Operator]]
-    weight_reads: int
-    weight_reads_bytes: int
-
-
 class _Part(NamedTuple):
     """Several operators: seconds of all their calls, and the most that is alive at one of them."""
 
@@ -93,6 +80,23 @@ class _Part(NamedTuple):
     host_s: float
     live_bytes: int
     live_bytes_with_workspace: int
+
+
+class _Group(NamedTuple):
+    """Operators that see the same, and what they come to, by what that was."""
+
+    sees: _Sees
+    operators: list[Operator]
+    parts: dict[tuple[object, ...], _Part]
+
+
+class _Split(NamedTuple):
+    """A trace's operators by what they see, and the weights that they read."""
+
+    trace: Trace
+    groups: list[_Group]
+    weight_reads: int
+    weight_reads_bytes: int
 
 
 class ForwardModel:
@@ -111,7 +115,6 @@ class ForwardModel:
         self._latent_tokens = workload.latent_tokens
         self._corrections = Corrections(machine.operators, workload, self.rate_seconds, alike)
         self._splits: dict[int, _Split] = {}
-        self._parts: dict[tuple[object, ...], _Part] = {}
 
     def rate_seconds(self, operator: Operator) -> float:
         """One call by rates alone, as diffusers runs it when nothing is set."""
@@ -134,14 +137,16 @@ class ForwardModel:
             computed: How much of its blocks is computed, on average.
         """
         split = self._split(trace)
-        parts = [self._part(trace, sees, execution, kernel) for sees in split.operators]
-        left = [_share_left(computed, sees.region) for sees in split.operators]
-        compute, memory, host = (
-            sum(getattr(p, share) * part for p, part in zip(parts, left, strict=True))
-            for share in ("compute_s", "memory_s", "host_s")
-        )
-        peak = max(trace.activation_bytes, *(p.live_bytes for p in parts))
-        with_workspace = max(p.live_bytes_with_workspace for p in parts)
+        compute = memory = host = 0.0
+        peak, with_workspace = trace.activation_bytes, 0
+        shares = {"": 1.0, "block": computed.blocks, "attention": computed.attention}
+        for group in split.groups:
+            part, left = self._part(group, execution, kernel), shares[group.sees.region]
+            compute += part.compute_s * left
+            memory += part.memory_s * left
+            host += part.host_s * left
+            peak = max(peak, part.live_bytes)
+            with_workspace = max(with_workspace, part.live_bytes_with_workspace)
         return ForwardCost(
             compute,
             memory,
@@ -162,27 +167,26 @@ class ForwardModel:
                 operators.setdefault(_seen_by(operator), []).append(operator)
             found = self._splits[id(trace)] = _Split(
                 trace,
-                operators,
+                [_Group(sees, alike, {}) for sees, alike in operators.items()],
                 weight_reads=sum(o.count for o in trace.operators if o.weight_bytes),
                 weight_reads_bytes=sum(o.count * o.weight_bytes for o in trace.operators),
             )
         return found
 
-    def _part(self, trace: Trace, sees: _Sees, execution: Execution, kernel: Kernel) -> _Part:
-        """What the operators that see the same come to; kept for other executions."""
-        key = (
-            id(trace),
-            sees,
+    def _part(self, group: _Group, execution: Execution, kernel: Kernel) -> _Part:
+        """What the operators of a group come to; kept for other executions."""
+        sees = group.sees
+        is_quantized = sees.quantization and execution.quantization
+        seen = (
             kernel if sees.attention else None,
             execution.merge if sees.merging else None,
-            execution.channels_last if sees.layout else False,
+            execution.channels_last and sees.layout,
             execution.compiled if sees.compiler else "",
-            (execution.quantization, execution.compiled) if sees.quantization else None,
+            (execution.quantization, bool(execution.compiled)) if is_quantized else None,
         )
-        part = self._parts.get(key)
+        part = group.parts.get(seen)
         if part is None:
-            operators = self._splits[id(trace)].operators[sees]
-            part = self._parts[key] = self._sum(operators, execution, kernel)
+            part = group.parts[seen] = self._sum(group.operators, execution, kernel)
         return part
 
     def _sum(self, operators: list[Operator], execution: Execution, kernel: Kernel) -> _Part:
@@ -244,12 +248,10 @@ class ForwardModel:
             operator, unpacking = self._quantized(operator, scheme, bool(execution.compiled))
             extra = Bound(extra.compute_s, extra.memory_s + unpacking)
             launches += 0 if execution.compiled else scheme.launches
-        call = self._by_rates(operator, kernel, execution.channels_last).scaled(factor)
-        return (
-            Bound(call.compute_s + extra.compute_s, call.memory_s + extra.memory_s),
-            own,
-            launches,
-        )
+        call = self._by_rates(operator, kernel, execution.channels_last)
+        compute = call.compute_s * factor + extra.compute_s
+        memory = call.memory_s * factor + extra.memory_s
+        return Bound(compute, memory), own, launches
 
     def _by_rates(self, operator: Operator, kernel: Kernel, channels_last: bool) -> Bound:
         if operator.attention is not None:
@@ -309,10 +311,6 @@ def _seen_by(operator: Operator) -> _Sees:
         quantization=operator.kind == "matmul" and operator.weight_bytes > 0,
         region=operator.region,
     )
-
-
-def _share_left(computed: Share, region: Region) -> float:
-    return {"": 1.0, "block": computed.blocks, "attention": computed.attention}[region]
 
 
 def _rate(rates: dict[str, Figure], dtype: str) -> float:

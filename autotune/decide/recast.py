@@ -39,4 +39,4 @@ def _recast(operator: Operator, dtype: str) -> Operator:
 
 def _halved(timeline: tuple[int, ...]) -> tuple[int, ...]:
     """Requests are positive; what is negative names one."""
-    return tuple(max(1, event // 2) if event > 0 else event for event in timeline)
+    return tuple([(event // 2 or 1) if event > 0 else event for event in timeline])

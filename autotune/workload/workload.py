@@ -7,9 +7,10 @@ a list of operators. Nothing here imports torch: a workload can be stored and pl
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from typing import Literal
+
+import msgspec
 
 from autotune.probe.machine import Value
 
@@ -111,13 +112,13 @@ class Operator(Value, frozen=True):
         """Whether it is a convolution over height and width, and not over frames besides."""
         if self.kind != "convolution":
             return False
-        image = json.loads(self.signature)[1][0]
+        image = msgspec.json.decode(self.signature)[1][0]
         return len(image["s"]) == 4
 
     @property
     def is_channels_last_on_cpu(self) -> bool:
         """Whether it is a convolution of images that lie channels last where a CPU computes it."""
-        image = json.loads(self.signature)[1][0] if self.is_over_images else {}
+        image = msgspec.json.decode(self.signature)[1][0] if self.is_over_images else {}
         if "l" in image:
             return bool(image["l"] == NHWC)
         strides = image.get("st") or (0, 0)

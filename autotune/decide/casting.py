@@ -40,7 +40,7 @@ def storage_of(execution: Execution) -> Storage:
         execution.storage_dtype,
         execution.quantization,
         execution.fused_projections,
-        tuple(e for e in execution.effects if e.weights != 1),
+        tuple([e for e in execution.effects if e.weights != 1]),
     )
 
 

@@ -259,7 +259,7 @@ def _of_another_set(
     with what leaving out the others does.
     """
     name = added.setting.name
-    having = [c for c in decision.candidates if any(s.name == name for s in c.settings)]
+    having = [c for c in decision.candidates if name in [s.name for s in c.settings]]
     if having:
         settings = select(having, decision.budget, priority).settings
         beside = tuple(s for s in settings if s.name != name)

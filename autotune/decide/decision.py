@@ -219,10 +219,11 @@ def smallest_of(pool: Pool, budget: Budget) -> Candidate:
     Raises:
         MachineError: a prediction is no time at all: figures of the machine are absurd.
     """
-    if not 0 <= pool.fastest_seconds < math.inf:
-        message = f"a generation is predicted to take {pool.fastest_seconds:g} s"
+    fastest = pool.fastest_seconds
+    if not 0 <= fastest < math.inf:
+        message = f"a generation is predicted to take {fastest:g} s"
         raise MachineError(message, "`autotune probe` measures this machine again")
-    longest = pool.fastest_seconds * (1 + TOLERANCE)
+    longest = fastest * (1 + TOLERANCE)
     as_fast = [c for c in pool.candidates if c.seconds <= longest]
     if budget.holds(as_fast[0]):
         return min(as_fast, key=smallness)

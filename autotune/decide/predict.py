@@ -29,7 +29,7 @@ from autotune.decide.scope import WHERE, work_reader
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.decide.workspace import library_bytes
 from autotune.errors import OptimizationError
-from autotune.optimizations.execution import Execution
+from autotune.optimizations.execution import Execution, StepCache
 from autotune.optimizations.step_caches import GUIDED_IN_BATCH
 from autotune.probe.machine import Machine
 from autotune.units import MIB
@@ -117,16 +117,17 @@ class Predictor:
         self.images = images
         self.history = history or History()
         self._components = {c.name: c for c in workload.components}
+        self._library_bytes = library_bytes(machine)
         self._hosts: dict[tuple[object, ...], tuple[LoadPrediction, int]] = {}
         self._extra_s: dict[tuple[int, str], float] = {}
         self._stored: dict[Storage, Weights] = {}
         self._model = ForwardModel(machine, workload, self.history.alike)
         self._recast: dict[tuple[int, str], Trace] = {}
         self._forwards: dict[tuple[object, ...], ForwardCost] = {}
-        self._works = {
-            id(p): work_reader(frozenset(r.role for r in p.runs), machine.default_attention)
-            for p in workload.phases
-        }
+        roles = {id(p): frozenset(r.role for r in p.runs) for p in workload.phases}
+        attention = machine.default_attention
+        self._works = {p: work_reader(roles[p], attention) for p in roles}
+        self._own_works = {p: work_reader(roles[p], attention, weightless=True) for p in roles}
         self._raw_phases: dict[tuple[int, Look], PhasePrediction] = {}
         self._phases: dict[tuple[int, Look], PhasePrediction] = {}
 
@@ -136,7 +137,7 @@ class Predictor:
         Raises:
             OptimizationError: the execution needs a code path that was not traced.
         """
-        phases = tuple(self._phase(phase, execution) for phase in self.workload.phases)
+        phases = self.phases(execution)
         load, running = self._host(execution)
         return Prediction(
             peak_bytes=max(p.peak_bytes for p in phases),
@@ -186,9 +187,11 @@ class Predictor:
     def weights(self, execution: Execution) -> Weights:
         """The weights as this execution stores them."""
         storage = storage_of(execution)
-        if storage not in self._stored:
-            self._stored[storage] = Weights(self.machine, stored_in(self.workload, storage))
-        return self._stored[storage]
+        weights = self._stored.get(storage)
+        if weights is None:
+            weights = Weights(self.machine, stored_in(self.workload, storage))
+            self._stored[storage] = weights
+        return weights
 
     @functools.cached_property
     def _first_image_extra_s(self) -> float | None:
@@ -198,25 +201,33 @@ class Predictor:
         extras = [t.first_extra_s for t in replayed if t and t.first_extra_s is not None]
         return sum(extras) if extras else None
 
+    def phases(self, execution: Execution) -> tuple[PhasePrediction, ...]:
+        """Of what ``predict`` gives."""
+        return tuple([self._phase(phase, execution) for phase in self.workload.phases])
+
     def phase(self, index: int, execution: Execution) -> PhasePrediction:
         """One phase of what ``predict`` gives."""
         return self._phase(self.workload.phases[index], execution)
 
     def _phase(self, phase: Phase, execution: Execution) -> PhasePrediction:
         look = Look(self._works[id(phase)](execution), WHERE(execution))
+        seen = self.residuals.get(phase.name)
+        if seen is None:
+            return self._raw_phase(phase, look, execution)
         key = (id(phase), look)
-        if key not in self._phases:
+        found = self._phases.get(key)
+        if found is None:
             raw = self._raw_phase(phase, look, execution)
-            found = self.residuals.get(phase.name)
-            self._phases[key] = found.correction(look, raw).of(raw) if found else raw
-        return self._phases[key]
+            found = self._phases[key] = seen.correction(look, raw).of(raw)
+        return found
 
     def _raw_phase(self, phase: Phase, look: Look, execution: Execution) -> PhasePrediction:
         """As it is predicted whatever runs have shown."""
         key = (id(phase), look)
-        if key not in self._raw_phases:
-            self._raw_phases[key] = self._predict_phase(phase, execution)
-        return self._raw_phases[key]
+        raw = self._raw_phases.get(key)
+        if raw is None:
+            raw = self._raw_phases[key] = self._predict_phase(phase, execution)
+        return raw
 
     @functools.cached_property
     def residuals(self) -> dict[str, OfAPhase]:
@@ -263,6 +274,15 @@ class Predictor:
             once_s=sum(r.once_s for r in runs),
             elsewhere=_most_elsewhere(runs),
         )
+
+    def costed(self, index: int, execution: Execution) -> object:
+        """What of an execution ``costs`` depends on: where it is the same, so are they.
+
+        Where runs were verified that is all of the work, by which they are known again.
+        """
+        phase = self.workload.phases[index]
+        works = self._works if phase.name in self.residuals else self._own_works
+        return works[id(phase)](execution)
 
     def costs(self, index: int, execution: Execution) -> tuple[float, ...]:
         """What a phase costs wherever its weights are: where none is higher, the phase is no worse.
@@ -333,7 +353,7 @@ class Predictor:
         rounding: int,
     ) -> _Memory:
         """Of one GPU, on which the run computes or, without ``forward``, waits."""
-        fixed = library_bytes(self.machine) + rounding
+        fixed = self._library_bytes + rounding
         if forward is None:
             return _Memory(resident, 0, fixed, self._margin_bytes(resident, 0, execution), fixed)
         activation = forward.activation_bytes
@@ -353,34 +373,33 @@ class Predictor:
 
     def _once_s(self, run: ComponentRun, execution: Execution) -> float:
         """What is done before the first image, for this run of the workload."""
-        once = sum(e.once_s for e in execution.effects if e.role == run.role)
+        once = sum([e.once_s for e in execution.effects if e.role == run.role])
         if run.role == "denoiser":
             once += compiled.compile_s(self.machine, run.trace, execution)
         return once
 
     def _kept_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """What stays on the device from call to call, besides weights."""
-        kept = sum(e.extra_bytes for e in execution.effects if e.role == run.role)
-        if run.role == "denoiser":
-            kept += self._cached_bytes(run, execution)
-        elif run.entry == "decode":  # pipelines let go of a cache when the image is done
-            kept += sum(self._cached_bytes(r, execution) for r in self.workload.runs_as("denoiser"))
+        kept = sum([e.extra_bytes for e in execution.effects if e.role == run.role])
+        if execution.step_cache is not None:
+            kept += self._cached_bytes(run, execution.step_cache)
         return kept
 
-    def _cached_bytes(self, run: ComponentRun, execution: Execution) -> int:
-        """What a step cache keeps of one of a denoiser's calls."""
-        if execution.step_cache is None:
-            return 0
+    def _cached_bytes(self, run: ComponentRun, cache: StepCache) -> int:
+        """What a step cache keeps: pipelines let go of it when the image is done, not before."""
+        runs = self.workload.runs_as("denoiser") if run.entry == "decode" else (run,)
         passes = self.workload.guided_passes
-        return step_caches.kept_bytes(
-            execution.step_cache, run.trace, passes, self._guided_in_batch
+        return sum(
+            step_caches.kept_bytes(cache, r.trace, passes, self._guided_in_batch)
+            for r in runs
+            if r.role == "denoiser"
         )
 
     def _with_effects(
         self, forward: ForwardCost, run: ComponentRun, execution: Execution
     ) -> ForwardCost:
         """The same call as optimizations of other packages say that they change it."""
-        for effect in (e for e in execution.effects if e.role == run.role):
+        for effect in [e for e in execution.effects if e.role == run.role]:
             forward = self._model.scaled(forward, effect.time, effect.launch, effect.activations)
         return forward
 

@@ -152,7 +152,12 @@ class Prediction(msgspec.Struct, frozen=True):
     @property
     def slowest_phase(self) -> PhasePrediction:
         """The phase that takes the most time."""
-        return max(self.phases, key=lambda p: p.seconds)
+        return slowest_of(self.phases)
+
+
+def slowest_of(phases: Iterable[PhasePrediction]) -> PhasePrediction:
+    """The phase that takes the most time."""
+    return max(phases, key=lambda p: p.seconds)
 
 
 def most_of_each(needs: Iterable[Mapping[int, int]]) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from autotune.decide.prediction import Prediction
+from autotune.decide.prediction import PhasePrediction, slowest_of
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE
 from autotune.optimizations.base import Setting
@@ -166,17 +166,16 @@ def all_rules() -> tuple[Rule, ...]:
 
 
 def broken_rule(
-    names: Iterable[str], prediction: Prediction | None = None, kept: frozenset[str] = frozenset()
+    names: Iterable[str], dominated: bool = False, kept: frozenset[str] = frozenset()
 ) -> Rule | None:
     """The first rule that a set breaks, or ``None`` when it is coherent.
 
     Args:
         names: Optimizations of the set.
-        prediction: Of the set; without it, rules that depend on it are left out.
+        dominated: Whether ``transfer_dominates`` it; else rules that depend on that are left out.
         kept: Those that are set by hand already.
     """
     chosen = frozenset(names)
-    dominated = prediction is not None and transfer_dominates(prediction)
     for rule in all_rules():
         holds = dominated or not rule.while_transfer_dominates
         if rule.by_hand and not rule.first & kept:
@@ -186,9 +185,9 @@ def broken_rule(
     return None
 
 
-def transfer_dominates(prediction: Prediction) -> bool:
+def transfer_dominates(phases: Iterable[PhasePrediction]) -> bool:
     """Whether the slowest phase spends more time moving weights than on everything else."""
-    phase = prediction.slowest_phase
+    phase = slowest_of(phases)
     return phase.transfer_s > phase.seconds - phase.transfer_s
 
 

@@ -44,8 +44,8 @@ _PLACE = ("placement", "group", "device_map")
 WHERE = attrgetter(*_PLACE)
 """Reads those fields of an execution that say where weights wait."""
 
-APART_FROM_PLACE = attrgetter(*(f for f in FIELDS if f not in _PLACE))
-"""Reads the others, which change what is computed."""
+_STORAGE = {"storage_dtype", "fused_projections", "quantization"}
+"""How a denoiser's weights are stored: of that, other components see only how much they weigh."""
 
 
 def reach_of(execution: Execution, default_attention: str = "") -> frozenset[Part]:
@@ -64,21 +64,19 @@ def reach_of(execution: Execution, default_attention: str = "") -> frozenset[Par
 
 @functools.cache
 def work_reader(
-    parts: frozenset[Part], default_attention: str = ""
+    parts: frozenset[Part], default_attention: str = "", weightless: bool = False
 ) -> Callable[[Execution], object]:
     """Reads those fields of an execution that change what is computed in any of these parts.
 
     Args:
         parts: Roles of the components that run.
         default_attention: Of the machine, as for ``reach_of``.
+        weightless: Without what only changes how much the weights of other parts weigh.
     """
     kernel_stays = default_attention == "sdpa" and "denoiser" not in parts
+    left_out = {*_PLACE, *(("attention",) if kernel_stays else ())}
+    if weightless and "denoiser" not in parts:
+        left_out |= _STORAGE
     return attrgetter(
-        *(
-            f
-            for f in FIELDS
-            if f not in _PLACE
-            and parts & REACH.get(f, EVERYWHERE)
-            and not (f == "attention" and kernel_stays)
-        )
+        *(f for f in FIELDS if f not in left_out and parts & REACH.get(f, EVERYWHERE))
     )

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import add, le
 from typing import NamedTuple, TypeVar
 
 from autotune.decide.limits import QUALITIES, level_of
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Prediction, most_of_each
-from autotune.decide.rules import all_rules, broken_rule
-from autotune.decide.scope import APART_FROM_PLACE, reach_of
+from autotune.decide.rules import broken_rule, transfer_dominates
+from autotune.decide.scope import reach_of
 from autotune.optimizations import execution_of, find
 from autotune.optimizations.base import Setting
 from autotune.optimizations.execution import Execution
@@ -75,19 +76,21 @@ class Judge:
         self._predictor = predictor
         self._base = execution_of(kept)
         self._kept = frozenset(s.name for s in kept)
-        self._by_names: dict[frozenset[str], tuple[Rule | None, bool]] = {}
+        self._by_names: dict[frozenset[str], tuple[Rule | None, Rule | None]] = {}
 
     def rule_between(self, first: Setting, second: Setting) -> Rule | None:
         """The rule that two members break, if any."""
         names = frozenset((first.name, second.name))
         if names not in self._by_names:
-            depends = any(rule.broken_by(names) for rule in all_rules())
-            self._by_names[names] = (broken_rule(names, kept=self._kept), depends)
-        rule, depends = self._by_names[names]
-        if rule is not None or not depends:
-            return rule
+            self._by_names[names] = (
+                broken_rule(names, kept=self._kept),
+                broken_rule(names, kept=self._kept, dominated=True),
+            )
+        always, while_dominated = self._by_names[names]
+        if always is not None or while_dominated is None:
+            return always
         both = execution_of((first, second), self._base)
-        return broken_rule(names, self._predictor.predict(both), self._kept)
+        return while_dominated if transfer_dominates(self._predictor.phases(both)) else None
 
     def rule_with(self, others: Iterable[Setting], setting: Setting) -> Rule | None:
         """The first rule that a member breaks with any of the others."""
@@ -116,13 +119,27 @@ class _Member(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A combination of what reaches one phase only, and what the phase then comes to."""
+    """A combination of what reaches one phase only, and what the phase then comes to.
+
+    Or several phases, one after the other, with what reaches each and what reaches all of them.
+    """
 
     members: tuple[_Member, ...]
     seconds: float
-    needed_bytes: int
+    needs: tuple[int, ...]
     loss: Loss
     elsewhere_bytes: dict[int, int]
+
+    def plus(self, later: _Part) -> _Part:
+        """These phases, then others."""
+        both = self.elsewhere_bytes, later.elsewhere_bytes
+        return _Part(
+            self.members + later.members,
+            self.seconds + later.seconds,
+            self.needs + later.needs,
+            tuple(map(add, self.loss, later.loss)),
+            most_of_each(both) if any(both) else {},
+        )
 
 
 class _Costs(NamedTuple):
@@ -157,7 +174,7 @@ class Space:
         self.judge = Judge(predictor, kept)
         groups = self._members(options, kept)
         self._shared, self._local = self._split(groups)
-        self._placeable: dict[tuple[object, ...], list[tuple[_Member, ...]]] = {}
+        self._placeable: dict[tuple[object, ...], list[_Costs]] = {}
 
     def predict(self, settings: Iterable[Setting]) -> Prediction:
         """A set on top of what is set by hand."""
@@ -236,56 +253,52 @@ class Space:
     def _completed(self, members: tuple[_Member, ...], execution: Execution) -> Iterator[Candidate]:
         """What reaches several phases being given: the combinations of each phase's own."""
         loading_bytes, host_bytes = self._predictor.around(execution)
-        has_others = execution.device_map is not None
-        taken, loss = sum(m.bit for m in members), _loss(members)
+        taken = sum(m.bit for m in members)
         names = [p.name for p in self._predictor.workload.phases]
-        fronts = [self._front(phase, taken, execution) for phase in range(len(names))]
-        for parts in itertools.product(*fronts):
-            chosen = sorted((*members, *(m for p in parts for m in p.members)))
+        wholes = [_Part(members, 0.0, (), _loss(members), {})]
+        for phase in range(len(names)):
+            front = self._front(phase, taken, execution)
+            wholes = [whole.plus(part) for whole in wholes for part in front]
+        for whole in wholes:
             yield Candidate(
-                settings=tuple(m.setting for m in chosen),
-                seconds=sum([p.seconds for p in parts]),
-                needed_bytes=max(loading_bytes, *[p.needed_bytes for p in parts]),
+                settings=tuple([m.setting for m in sorted(whole.members)]),
+                seconds=whole.seconds,
+                needed_bytes=max(loading_bytes, *whole.needs),
                 host_bytes=host_bytes,
-                loss=tuple(map(sum, zip(loss, *[p.loss for p in parts], strict=True))),
-                phases_bytes=sum([p.needed_bytes for p in parts]),
-                elsewhere_bytes=most_of_each(p.elsewhere_bytes for p in parts)
-                if has_others
-                else {},
-                phase_needs=dict(zip(names, [p.needed_bytes for p in parts], strict=True)),
+                loss=whole.loss,
+                phases_bytes=sum(whole.needs),
+                elsewhere_bytes=whole.elsewhere_bytes,
+                phase_needs=dict(zip(names, whole.needs, strict=True)),
             )
 
     def _front(self, phase: int, taken: int, execution: Execution) -> list[_Part]:
         """The phase's combinations that no other is at least as good as in every respect."""
-        parts = [
-            self._part(phase, members, execution_of((m.setting for m in members), execution))
-            for members in self._worth_placing(phase, taken, execution)
-        ]
+        worth_placing = self._worth_placing(phase, taken, execution)
+        parts = [self._part(phase, costs, execution) for costs in worth_placing]
         # What another is better than comes after it.
         parts.sort(key=_cost)
         return _undominated(parts, _is_as_good)
 
-    def _worth_placing(
-        self, phase: int, taken: int, execution: Execution
-    ) -> list[tuple[_Member, ...]]:
+    def _worth_placing(self, phase: int, taken: int, execution: Execution) -> list[_Costs]:
         """The phase's combinations that may be best wherever weights are: once for all places."""
         clashing = sum(m.bit for g in self._local[phase] for m in g if m.clashes & taken)
-        key = (phase, clashing, APART_FROM_PLACE(execution))
+        key = (phase, clashing, self._predictor.costed(phase, execution))
         if key not in self._placeable:
             costs = [
                 _Costs(members, self._predictor.costs(phase, done), _loss(members))
                 for members, done in self._combinations(self._local[phase], taken, execution)
             ]
             costs.sort(key=lambda c: (c.values, len(c.members), c.loss))
-            kept = _undominated(costs, _costs_no_more)
-            self._placeable[key] = [c.members for c in kept]
+            self._placeable[key] = _undominated(costs, _costs_no_more)
         return self._placeable[key]
 
-    def _part(self, phase: int, members: tuple[_Member, ...], execution: Execution) -> _Part:
-        found = self._predictor.phase(phase, execution)
+    def _part(self, phase: int, costs: _Costs, execution: Execution) -> _Part:
+        placed = execution_of((m.setting for m in costs.members), execution)
+        found = self._predictor.phase(phase, placed)
         seconds = found.seconds + found.once_s / self._predictor.images
-        loss = _loss(members)
-        return _Part(members, seconds, found.needed_bytes, loss, found.elsewhere_bytes)
+        return _Part(
+            costs.members, seconds, (found.needed_bytes,), costs.loss, found.elsewhere_bytes
+        )
 
 
 _NO_LOSS: Loss = (0,) * (len(QUALITIES) - 1)
@@ -307,21 +320,21 @@ def _undominated(ordered: list[_T], is_as_good: Callable[[_T, _T], bool]) -> lis
 def _costs_no_more(one: _Costs, other: _Costs) -> bool:
     return (
         len(one.members) <= len(other.members)
-        and all(a <= b for a, b in zip(one.values, other.values, strict=True))
-        and all(a <= b for a, b in zip(one.loss, other.loss, strict=True))
+        and all(map(le, one.values, other.values))
+        and all(map(le, one.loss, other.loss))
     )
 
 
 def _cost(part: _Part) -> tuple[object, ...]:
     elsewhere = sum(part.elsewhere_bytes.values())
-    return part.seconds, part.needed_bytes, len(part.members), part.loss, elsewhere
+    return part.seconds, part.needs, len(part.members), part.loss, elsewhere
 
 
 def _is_as_good(one: _Part, other: _Part) -> bool:
     return (
-        one.needed_bytes <= other.needed_bytes
+        one.needs <= other.needs
         and one.seconds <= other.seconds
         and len(one.members) <= len(other.members)
-        and all(a <= b for a, b in zip(one.loss, other.loss, strict=True))
+        and all(map(le, one.loss, other.loss))
         and all(b <= other.elsewhere_bytes[gpu] for gpu, b in one.elsewhere_bytes.items())
     )

@@ -333,7 +333,7 @@ class OptimizationConformance:
     def _require_no_gain(self, rule: Rule, build: Build, active: tuple[Active, ...]) -> None:
         predictor = Predictor(self.machine, self._workload(build))
         both = predictor.predict(_execution(active))
-        if rule.while_transfer_dominates and not transfer_dominates(both):
+        if rule.while_transfer_dominates and not transfer_dominates(both.phases):
             return
         first = tuple(a for a in active if a[1].name in rule.first)
         alone = predictor.predict(_execution(first))

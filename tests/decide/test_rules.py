@@ -64,7 +64,7 @@ def test_faster_kernels_have_no_return_under_sequential_offload(traced, rtx_3080
     predictor = Predictor(rtx_3080, traced("sd15"))
     both, alone = (predictor.predict(execution_of(s)) for s in (settings, settings[:1]))
     assert both.seconds > 0.97 * alone.seconds
-    rule = broken_rule((s.name for s in settings), both)
+    rule = broken_rule((s.name for s in settings), transfer_dominates(both.phases))
     assert rule is not None
     assert rule.id == "offload-or-tune"
 
@@ -78,14 +78,14 @@ def test_merging_goes_with_offload_while_compute_dominates(traced, rtx_3080):
     """Model offload moves SDXL once per image: computing takes longer, and merging still pays."""
     settings = parse_settings("model_cpu_offload,tome:ratio=0.3:max_downsample=4")
     prediction = Predictor(rtx_3080, traced("sdxl")).predict(execution_of(settings))
-    assert not transfer_dominates(prediction)
-    assert broken_rule((s.name for s in settings), prediction) is None
+    assert not transfer_dominates(prediction.phases)
+    assert broken_rule((s.name for s in settings), dominated=False) is None
 
 
 def test_merging_under_sequential_offload_is_pointless(traced, rtx_3080):
     settings = parse_settings("sequential_cpu_offload,tome:ratio=0.3")
     prediction = Predictor(rtx_3080, traced("sd15")).predict(execution_of(settings))
-    assert transfer_dominates(prediction)
-    rule = broken_rule((s.name for s in settings), prediction)
+    assert transfer_dominates(prediction.phases)
+    rule = broken_rule((s.name for s in settings), dominated=True)
     assert rule is not None
     assert rule.id == "offload-or-merge"

@@ -14,7 +14,7 @@ from autotune.decide.history import History
 from autotune.decide.limits import PRIORITIES, QUALITIES, Limits, allows, budget_within
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget
-from autotune.decide.scope import EVERYWHERE, FIELDS, REACH, reach_of
+from autotune.decide.scope import EVERYWHERE, FIELDS, REACH, WHERE, reach_of
 from autotune.decide.search import Candidate, Judge, execution_of, loss_of
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting
@@ -164,9 +164,12 @@ def test_a_field_changes_only_what_it_can_reach(machine, workload, data):
         if getattr(before, field) != getattr(after, field):
             reach |= REACH.get(field, EVERYWHERE)
     one, other = predictor.predict(before), predictor.predict(after)
-    for phase, p, q in zip(workload.phases, one.phases, other.phases, strict=True):
-        if not reach & {r.role for r in phase.runs}:
+    for i, (p, q) in enumerate(zip(one.phases, other.phases, strict=True)):
+        if not reach & {r.role for r in workload.phases[i].runs}:
             assert p == q
+        seen = [(predictor.costed(i, e), WHERE(e)) for e in (before, after)]
+        if seen[0] == seen[1]:
+            assert predictor.costs(i, before) == predictor.costs(i, after)
     if "load" not in reach:
         assert (one.load, one.host_bytes) == (other.load, other.host_bytes)
 

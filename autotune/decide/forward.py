@@ -60,6 +60,9 @@ class Bound(NamedTuple):
         return self.compute_s + self.memory_s
 
 
+_NO_TIME = Bound(0.0, 0.0)
+
+
 class _Sees(NamedTuple):
     """What of an execution can change an operator: the kernel, token merging, the memory layout,
     a compiler, quantized weights; and the region, of which a part may be computed only."""
@@ -192,11 +195,12 @@ class ForwardModel:
     def _sum(self, operators: list[Operator], execution: Execution, kernel: Kernel) -> _Part:
         compute = memory = host = 0.0
         live = with_workspace = 0
+        dispatch_s = self._machine.kernels.dispatch_s.value
         for operator in operators:
             call, own, launches = self._operator(operator, execution, kernel)
             compute += call.compute_s * operator.count
             memory += call.memory_s * operator.count
-            host += launches * operator.count * self._machine.kernels.dispatch_s.value
+            host += launches * operator.count * dispatch_s
             live = max(live, operator.live_bytes + own)
             taken = workspace.convolution_bytes(self._machine, operator, execution.channels_last)
             with_workspace = max(with_workspace, operator.live_bytes + taken)
@@ -231,7 +235,7 @@ class ForwardModel:
         """Seconds of one call, bytes of its own while it runs, and kernels launched."""
         factor = self._corrections.factor(operator)
         operator, launches = compiled.fused(operator, execution)
-        extra, own = Bound(0.0, 0.0), 0
+        extra, own = _NO_TIME, 0
         merge = execution.merge
         if merge is not None and merges(merge, operator, self._latent_tokens):
             if operator.attention is not None:

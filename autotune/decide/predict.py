@@ -120,6 +120,7 @@ class Predictor:
         self._library_bytes = library_bytes(machine)
         self._hosts: dict[tuple[object, ...], tuple[LoadPrediction, int]] = {}
         self._extra_s: dict[tuple[int, str], float] = {}
+        self._cached: dict[tuple[int, StepCache], int] = {}
         self._stored: dict[Storage, Weights] = {}
         self._model = ForwardModel(machine, workload, self.history.alike)
         self._recast: dict[tuple[int, str], Trace] = {}
@@ -387,13 +388,16 @@ class Predictor:
 
     def _cached_bytes(self, run: ComponentRun, cache: StepCache) -> int:
         """What a step cache keeps: pipelines let go of it when the image is done, not before."""
-        runs = self.workload.runs_as("denoiser") if run.entry == "decode" else (run,)
-        passes = self.workload.guided_passes
-        return sum(
-            step_caches.kept_bytes(cache, r.trace, passes, self._guided_in_batch)
-            for r in runs
-            if r.role == "denoiser"
-        )
+        key = (id(run), cache)
+        if key not in self._cached:
+            runs = self.workload.runs_as("denoiser") if run.entry == "decode" else (run,)
+            passes = self.workload.guided_passes
+            self._cached[key] = sum(
+                step_caches.kept_bytes(cache, r.trace, passes, self._guided_in_batch)
+                for r in runs
+                if r.role == "denoiser"
+            )
+        return self._cached[key]
 
     def _with_effects(
         self, forward: ForwardCost, run: ComponentRun, execution: Execution

@@ -87,21 +87,22 @@ def _stored(
 def copied_bytes(workload: Workload, storage: Storage) -> int:
     """What of the denoisers' weights is kept in RAM as it was before it was narrowed.
 
-    Quantizing keeps the layers themselves: those that are mapped from a file take no RAM.
+    Quantizing keeps the layers themselves: those that are left in their file take no RAM.
     """
     named = workload.components_as("denoiser")
     if storage.dtype:
         return sum(c.weight_bytes for c in named)
     if not storage.quantization:
         return 0
-    return sum(c.linear_bytes for c in named if c.name not in workload.mapped)
+    return sum(c.linear_bytes for c in named if c.name not in workload.mappable)
 
 
 def narrowing_bytes(workload: Workload, storage: Storage) -> int:
-    """RAM that narrowing the denoisers' weights takes beside all weights as they were read.
+    """RAM that narrowing the denoisers' weights takes beside all weights as they would be read.
 
     Casting copies a denoiser, then narrows one tensor after the other in its place; of mapped ones
-    nothing is freed by that. Quantization makes packed layers beside the others.
+    nothing is freed by that. Quantization makes packed layers beside the others; those that it
+    leaves in their file are not cast, and are less than would be read.
     """
     named = workload.components_as("denoiser")
     if storage.dtype:
@@ -109,9 +110,24 @@ def narrowing_bytes(workload: Workload, storage: Storage) -> int:
             c.weight_bytes - c.casting_saves_bytes for c in named if c.name in workload.mapped
         )
         return copied_bytes(workload, storage) + narrow
+    if not storage.quantization:
+        return 0
     element = BYTES.get(workload.request.dtype, 4)
-    linear = sum(c.linear_bytes for c in named) if storage.quantization else 0
-    return linear - quantized.saved_bytes(storage.quantization, linear, element)
+    linear = sum(c.linear_bytes for c in named)
+    uncast = set(workload.mappable) - set(workload.mapped)
+    return (
+        linear
+        - quantized.saved_bytes(storage.quantization, linear, element)
+        - sum(c.linear_bytes for c in named if c.name in uncast)
+    )
+
+
+def reading_bytes(workload: Workload, storage: Storage) -> int:
+    """RAM that a loaded denoiser takes whose layers were left in their files, and are needed."""
+    if storage.quantization:
+        return 0
+    named = workload.components_as("denoiser")
+    return sum(c.linear_bytes for c in named if c.name in workload.mappable)
 
 
 def memory_s(machine: Machine, component: Component, dtype: str) -> float:

@@ -19,6 +19,7 @@ from autotune.decide.forward import ForwardCost, ForwardModel
 from autotune.decide.history import History
 from autotune.decide.placement import Weights
 from autotune.decide.prediction import (
+    PROCESS_BYTES,
     Elsewhere,
     LoadPrediction,
     PhasePrediction,
@@ -162,9 +163,7 @@ class Predictor:
         if key not in self._hosts:
             weights = self.weights(execution)
             running = weights.host_bytes(execution) + self._copies(execution)
-            # Weights are read as they are on the disk, and all are there when some are narrowed.
-            as_read = self.weights(Execution()).load(execution).host_bytes
-            peak = as_read + self._narrowing_bytes(execution)
+            peak = self._loading_bytes(execution)
             load = msgspec.structs.replace(weights.load(execution), host_bytes=peak)
             self._hosts[key] = (load, running)
         return self._hosts[key]
@@ -173,11 +172,18 @@ class Predictor:
     def _is_host(self) -> bool:
         return self.machine.device.kind == "cpu" or self.machine.device.unified_memory
 
-    def _narrowing_bytes(self, execution: Execution) -> int:
-        """Host RAM for weights that are narrowed after all were read, before any is moved."""
-        if self._is_host or self.workload.is_loaded:
-            return 0
-        return casting.narrowing_bytes(self.workload, storage_of(execution))
+    def _loading_bytes(self, execution: Execution) -> int:
+        """Host RAM until the weights are where they are to be.
+
+        They are read as they are on the disk, and all are there when some are narrowed.
+        """
+        as_read = self.weights(Execution()).load(execution).host_bytes
+        if self._is_host:
+            return as_read
+        storage = storage_of(execution)
+        if self.workload.is_loaded:
+            return max(as_read, PROCESS_BYTES + casting.reading_bytes(self.workload, storage))
+        return as_read + casting.narrowing_bytes(self.workload, storage)
 
     def _copies(self, execution: Execution) -> int:
         """Host RAM for the weights as they were, without which there would be no way back."""

@@ -13,6 +13,7 @@ import msgspec
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
 from autotune.optimizations.execution import Execution
+from autotune.optimizations.file_layers import is_in_file, note_packed, ordinary
 from autotune.optimizations.gguf_blocks import BLOCK, in_blocks, scheme_of_blocks
 from autotune.optimizations.modules import denoisers, random_state_kept
 from autotune.optimizations.target import LOADING, Target
@@ -49,7 +50,8 @@ FEWEST_VALUES = 1024
 class Quantization(Optimization):
     """Weights (and with ``float8_dynamic`` what they are multiplied with) in fewer bits.
 
-    Best before the pipeline is on the device: what is moved there is already small.
+    Best before the pipeline is on the device: what is moved there is already small. Layers that
+    were left in their file are packed from there, and go back to it.
     """
 
     name = "quantization"
@@ -124,16 +126,16 @@ class Quantization(Optimization):
 
         def undo() -> None:
             for parent, name, layer in reversed(before):
-                where = next(getattr(parent, name).parameters()).device
-                setattr(parent, name, layer.to(where))
+                if not is_in_file(layer):
+                    layer.to(next(getattr(parent, name).parameters()).device)
+                setattr(parent, name, layer)
 
         with undone_on_failure(undo), random_state_kept(device):
             for module in denoisers(pipe):
-                for parent, name in _linear_layers(module, scheme):
+                for parent, name in linear_layers(module, scheme):
                     layer = getattr(parent, name)
                     before.append((parent, name, layer))
-                    setattr(parent, name, _quantized(layer, scheme))
-                    layer.to("cpu")
+                    setattr(parent, name, _packed(layer, scheme))
         return undo
 
     def found(self, pipe: Any) -> Parameters | None:
@@ -172,8 +174,8 @@ def _multiplies_float8(machine: Machine) -> bool:
     return "float8_e4m3fn" in machine.kernels.matmul_flops_per_s
 
 
-def _linear_layers(module: Any, scheme: str) -> list[tuple[Any, str]]:
-    """Plain linear layers: by the module that holds each, and its name there.
+def linear_layers(module: Any, scheme: str) -> list[tuple[Any, str]]:
+    """Those to be quantized, plain ones: by the module that holds each, and its name there.
 
     Not those with a hook: a copy would call the layer that it is a copy of.
     """
@@ -197,6 +199,16 @@ def _has_other_forward(layer: Any) -> bool:
     """Whether it is hooked; hooks that were taken off leave the class's own forward behind."""
     forward = vars(layer).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+
+
+def _packed(layer: Any, scheme: str) -> Any:
+    """What takes the layer's place, which waits in RAM or in its file."""
+    made = _quantized(ordinary(layer), scheme)
+    if is_in_file(layer):
+        note_packed(made)
+    else:
+        layer.to("cpu")
+    return made
 
 
 def _quantized(layer: Any, scheme: str) -> Any:

@@ -10,6 +10,7 @@ from autotune.decide.rules import PLACEMENTS
 from autotune.errors import AutotuneError, OptimizationError, first_line
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting, Undo, insist, undone_on_failure
+from autotune.optimizations.file_layers import read_from_files
 from autotune.optimizations.modules import modules_of, remember_devices
 from autotune.runtime.by_hand import placed
 from autotune.runtime.by_hand import set_by_hand as set_by_hand
@@ -19,6 +20,9 @@ log = logging.getLogger("autotune")
 
 def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     """Put the pipeline on the device and turn the plan's optimizations on.
+
+    Layers that were left in their files are quantized from there; where they are needed as they
+    are, they are read now, and stay so.
 
     Args:
         pipe: A loaded pipeline; its weights may be anywhere.
@@ -36,7 +40,10 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     early = [s for s in settings if find(s.name).before_moving]
     try:
         for setting in early:
+            if setting.name != "quantization":
+                read_from_files(pipe)
             undos.append(find(setting.name).apply(pipe, setting.parameters, device))
+        read_from_files(pipe)
         if not PLACEMENTS & {s.name for s in settings}:
             undos.append(_move(pipe, device))
         for setting in (s for s in settings if s not in early):

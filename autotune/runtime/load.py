@@ -1,4 +1,4 @@
-"""Load a pipeline as a plan wants it: dtypes, and no full copy on a device that offloads."""
+"""Load a pipeline as a plan wants it: in its dtypes, with no copy of what is to be quantized."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from autotune.decide.plan import Plan
 from autotune.errors import ModelError, first_line
+from autotune.optimizations.file_layers import leave_in_file
+from autotune.optimizations.quantization import linear_layers
 from autotune.workload.architecture import Architecture
+from autotune.workload.files import file_dtype, maps
 
 _AGAIN = "download the model again, or check that the folder is complete"
 
 
 def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
     """Read the weights into host RAM, in the dtypes that the plan was made for.
+
+    Linear layers that the plan quantizes are left as their files hold them, where those are mapped:
+    the pipeline cannot run before the plan is applied, or ``read_from_files`` has made them as they
+    would have been read.
 
     Raises:
         ModelError: there are no weights, some are missing, or they cannot be read.
@@ -34,7 +42,10 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
         options["variant"] = architecture.variant
     with _made_up() as made_up:
         try:
-            pipe = _read(DiffusionPipeline, weights, options)
+            apart = dict(_read_apart(architecture, plan, weights, options))
+            pipe = _read(DiffusionPipeline, weights, options | apart)
+            if any(getattr(pipe, name, None) is not module for name, module in apart.items()):
+                pipe = _read(DiffusionPipeline, weights, options)  # its constructor makes others
         except Exception as error:  # diffusers, transformers and the hub raise all sorts
             raise ModelError(
                 f"cannot load the weights of {weights}: {first_line(error)}", _AGAIN
@@ -49,12 +60,82 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
 
 def _dtypes(architecture: Architecture, dtype: str) -> Any:
     """One dtype, or one for each component where some run in another than the rest."""
-    import torch
-
     others = {n: c.dtype for n, c in architecture.components.items() if c.dtype not in ("", dtype)}
     if not others:
-        return getattr(torch, dtype)
-    return {name: getattr(torch, d) for name, d in {**others, "default": dtype}.items()}
+        return _dtype(dtype)
+    return {name: _dtype(d) for name, d in {**others, "default": dtype}.items()}
+
+
+# ---- what is to be quantized ---------------------------------------------------------------------
+
+
+def _read_apart(
+    architecture: Architecture, plan: Plan, weights: str, options: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Denoisers that the plan quantizes, their linear layers as the files hold them."""
+    import diffusers
+
+    scheme, usual = plan.execution.quantization, plan.workload.dtype
+    if not scheme or not maps():
+        return
+    folder = _downloaded(weights, options)
+    for name in plan.workload.denoisers:
+        component = architecture.components.get(name)
+        held = file_dtype(architecture, name, usual)
+        cls = component and getattr(diffusers, component.class_name, None)
+        if component is not None and cls is not None and held is not None:
+            as_held = {**options, _dtype_keyword(): _dtype(held)}
+            read = _read(cls, str(folder / name), as_held)
+            yield name, _left_in_file(read, _dtype(component.dtype or usual), scheme)
+
+
+def _downloaded(weights: str, options: dict[str, Any]) -> Path:
+    """Where the files are, which say what they hold only once they are here."""
+    from diffusers import DiffusionPipeline
+
+    if Path(weights).is_dir():
+        return Path(weights)
+    variant = options.get("variant")
+    return Path(_with_variant(DiffusionPipeline.download, weights, {"variant": variant}))
+
+
+def _left_in_file(read: Any, dtype: Any, scheme: str) -> Any:
+    """A denoiser as read in ``dtype``, but for the linear layers that are to be quantized.
+
+    Args:
+        read: The same, read in the dtype of its file.
+        dtype: That it runs in; it decides in what buffers are made that no file holds.
+        scheme: What will be quantized.
+    """
+    from accelerate import init_empty_weights
+
+    from autotune.workload.components import default_dtype, kept_in_float32
+
+    with default_dtype(dtype), init_empty_weights():
+        made = type(read).from_config(read.config)
+    kept = kept_in_float32(made, dtype)
+    left = {getattr(*place) for place in linear_layers(made, scheme)}
+    paths = {path: layer for path, layer in made.named_modules() if layer in left}
+    tensors = read.state_dict()
+    for path, tensor in tensors.items():
+        runs_in = dtype if kept.isdisjoint(path.split(".")) else _dtype("float32")
+        layer = paths.get(path.rpartition(".")[0])
+        if layer is not None:
+            leave_in_file(layer, runs_in)
+        elif tensor.is_floating_point():
+            tensors[path] = tensor.to(runs_in)
+    made.load_state_dict(tensors, assign=True)
+    made.register_to_config(_name_or_path=read.config["_name_or_path"])
+    return made.eval()
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+# ---- what is missing -----------------------------------------------------------------------------
 
 
 class _MadeUp(logging.Filter):
@@ -112,11 +193,15 @@ def _dtype_keyword() -> str:
 
 
 def _read(cls: Any, weights: str, options: dict[str, Any]) -> Any:
+    return _with_variant(cls.from_pretrained, weights, options)
+
+
+def _with_variant(call: Any, weights: str, options: dict[str, Any]) -> Any:
     try:
-        return cls.from_pretrained(weights, **options)
+        return call(weights, **options)
     except (OSError, ValueError) as error:
-        if "variant" not in options or options["variant"] not in str(error):
+        if not options.get("variant") or options["variant"] not in str(error):
             raise
         # Not every repository has the 16-bit variant: the full one is cast while loading.
         rest = {k: v for k, v in options.items() if k != "variant"}
-        return cls.from_pretrained(weights, **rest)
+        return call(weights, **rest)

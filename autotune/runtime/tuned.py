@@ -18,6 +18,7 @@ from autotune.decide.prediction import PROCESS_BYTES
 from autotune.errors import AutotuneError, MemoryShortageError, RequestError
 from autotune.optimizations import find
 from autotune.optimizations.base import Undo
+from autotune.optimizations.file_layers import read_from_files
 from autotune.profile.profile import PhaseMeasurement
 from autotune.runtime.account import explain_plan, shortage, ways_out
 from autotune.runtime.allocator import device_load, hold_limits
@@ -151,6 +152,7 @@ class Tuned:
             if self._is_over:
                 return
             self._unapply()  # interrupted, it goes on where it was when called again
+            read_from_files(self.pipe)
             self._is_over = True
             release(self.pipe)
             hold_limits(self.device)

@@ -13,6 +13,7 @@ import msgspec
 
 from autotune.decide.plan import Plan
 from autotune.errors import MemoryShortageError
+from autotune.optimizations.file_layers import left_in_files, read_from_files
 from autotune.runtime.account import shortage, ways_out
 from autotune.runtime.claims import are_configured, configuring, owner_of, owners_beside, turn_of
 from autotune.tuner.ask import Ask
@@ -50,6 +51,7 @@ def configure_pipeline(
         for other in owners_beside(pipe):
             log.info("a pipeline with some of the same modules is taken off until its next call")
             other.set_aside()
+            read_from_files(pipe)
         before = owner_of(pipe)
         with before.replaced() if before is not None else nullcontext():
             return _configure(pipe, ask, device, verify)
@@ -129,7 +131,7 @@ def tuned(
     """
     from autotune.runtime.tuned import Tuned
 
-    planned = _as_loaded(planned, ask)
+    planned = _as_loaded(planned, ask, left_in_files(pipe))
     planner = Replanner(pipe, planned, measured, ask, say)
     planned = _as_memory_is_now(planner, planned)
     require_fit(planned.plan)
@@ -142,13 +144,19 @@ def tuned(
     return made
 
 
-def _as_loaded(planned: Planned, ask: Ask) -> Planned:
-    """Reading the weights took host RAM that is no longer needed once they are on the device."""
+def _as_loaded(planned: Planned, ask: Ask, left: tuple[str, ...] = ()) -> Planned:
+    """Reading the weights took host RAM that is no longer needed once they are on the device.
+
+    Args:
+        planned: Before anything was read.
+        ask: What was asked.
+        left: Denoisers whose layers were left in their files.
+    """
     if planned.workload.is_loaded:
         return planned
     from autotune.decide.predict import Predictor
 
-    workload = msgspec.structs.replace(planned.workload, is_loaded=True)
+    workload = msgspec.structs.replace(planned.workload, is_loaded=True, mappable=left)
     predictor = Predictor(planned.machine, workload, ask.limits.images, planned.history)
     running = predictor.predict(planned.plan.execution)
     prediction = msgspec.structs.replace(planned.plan.prediction, host_bytes=running.host_bytes)

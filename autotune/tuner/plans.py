@@ -48,7 +48,7 @@ def basis_of(
     """
     times = {o.key: machine.operators.get(o.key) for o in replayable(workload)}
     sources = {name: CATALOGUE.source(name) for name in CATALOGUE}
-    asked = (origin, workload.is_loaded, workload.mapped, limits)
+    asked = (origin, workload.is_loaded, workload.mapped, workload.mappable, limits)
     lasting = _lasting(machine)
     parts = (lasting, times, asked, history, sources, _offers(lasting, workload), _code())
     return _digest(parts)

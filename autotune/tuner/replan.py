@@ -15,6 +15,7 @@ from autotune.decide.misfits import MORE, counting
 from autotune.decide.plan import Plan
 from autotune.decide.prediction import Budget
 from autotune.optimizations.base import Setting
+from autotune.optimizations.file_layers import left_in_files
 from autotune.probe.live import refresh, refresh_free
 from autotune.probe.machine import Machine
 from autotune.profile.profile import MisfitRecord
@@ -63,8 +64,7 @@ class Replanner:
         self._say = say or (lambda plan: plan)
         self._misfits: dict[str, tuple[Misfit, ...]] = {}
         self._workloads = {_key(planned.workload.request): planned.workload}
-        first = (_key(planned.workload.request), str(planned.plan.optimizations))
-        self._plans = {first: planned}
+        self._plans = {self._asked(planned.workload.request, planned.plan.optimizations): planned}
         self._timed = _timed(planned)
         self._held: Any = None
         self._cost_s = 0.0
@@ -146,7 +146,7 @@ class Replanner:
         Raises:
             RequestError, ModelError: the model cannot draw it, or it cannot be traced.
         """
-        key = (_key(request), str(applied))
+        key = self._asked(request, applied)
         planned = self._plans.get(key)
         if planned is None or not self._suits(planned.plan) or self._pays(planned.plan):
             planned = self._planned_anew(request, applied)
@@ -156,6 +156,12 @@ class Replanner:
                 self._plans.pop(key, None)
         self._count(planned.plan, applied)
         return planned
+
+    def _asked(
+        self, request: Request, applied: tuple[Setting, ...] | None
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """What a plan is found by; what goes back to files takes no RAM until it has been read."""
+        return (_key(request), str(applied), left_in_files(self._pipe))
 
     def _planned_anew(self, request: Request, applied: tuple[Setting, ...] | None) -> Planned:
         with configuring():
@@ -235,7 +241,7 @@ class Replanner:
         if workload is None:
             workload = workload_of(self._architecture, self._completed(request), self._pipe)
         _keep(self._workloads, _key(request), workload)
-        return workload
+        return msgspec.structs.replace(workload, mappable=left_in_files(self._pipe))
 
     def _completed(self, request: Request) -> Request:
         asked = msgspec.structs.replace(

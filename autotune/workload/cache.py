@@ -22,7 +22,7 @@ from autotune.errors import ProfileError
 from autotune.probe.software import version_of
 from autotune.profile.store import cache_folder
 from autotune.workload.architecture import Architecture
-from autotune.workload.files import mapped_components
+from autotune.workload.files import InFiles, in_files
 from autotune.workload.live import has_own_code
 from autotune.workload.workload import Request, Workload
 
@@ -69,11 +69,13 @@ def traced_before(
 def _named(workload: Workload, architecture: Architecture, pipe: Any) -> Workload:
     """What a trace does not depend on, and is not kept with it."""
     is_loaded = pipe is not None
+    found = InFiles() if is_loaded else in_files(architecture, workload)
     return msgspec.structs.replace(
         workload,
         model=architecture.name,
         is_loaded=is_loaded,
-        mapped=() if is_loaded else mapped_components(architecture, workload),
+        mapped=found.mapped,
+        mappable=found.mappable,
     )
 
 

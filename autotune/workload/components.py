@@ -109,7 +109,7 @@ def build(
     """
     cls = _find_class(name, component)
     try:
-        with device, _default_dtype(dtype):
+        with device, default_dtype(dtype):
             module = _instantiate(cls, component)
     except Exception as error:  # whatever the third-party constructor raises on odd values
         raise ModelError(
@@ -125,7 +125,7 @@ def build(
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """As ``from_pretrained`` does it: buffers that no file holds keep what they are made in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -137,7 +137,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _cast_as_loaded(module: nn.Module, dtype: torch.dtype) -> None:
     """What a file holds comes in ``dtype``, but for layers that must stay in float32."""
-    kept = _kept_in_float32(module, dtype)
+    kept = kept_in_float32(module, dtype)
     for path, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             is_kept = not kept.isdisjoint(path.split("."))
@@ -207,7 +207,7 @@ def _instantiate(cls: Any, component: ComponentConfig) -> nn.Module:
     return cls.from_config(config)  # type: ignore[no-any-return]
 
 
-def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
     """Names on the paths of what ``from_pretrained`` leaves in float32.
 
     diffusers does so in every dtype (Wan's norms), transformers in float16 alone (T5's output

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.version import Version
 
@@ -28,24 +29,52 @@ _CAST_SHARE = 0.05
 """Weights that a library keeps wider than the rest are cast: more of them are not overlooked."""
 
 
-def mapped_components(architecture: Architecture, workload: Workload) -> tuple[str, ...]:
-    """Components whose weights stay mapped when they are read: empty where nothing is known."""
-    folder = _folder(architecture.weights)
-    if folder is None or not _maps():
-        return ()
+class InFiles(NamedTuple):
+    """Components by what their files hold: empty where nothing is known.
+
+    Attributes:
+        mapped: Those that stay mapped when they are read, since they run in the dtype there.
+        mappable: Those that would, if they were read in the dtype there.
+    """
+
+    mapped: tuple[str, ...] = ()
+    mappable: tuple[str, ...] = ()
+
+
+def in_files(architecture: Architecture, workload: Workload) -> InFiles:
+    """What need not take RAM of the weights that are to be read."""
     dtype = workload.request.dtype
-    variant = architecture.variant if dtype != "float32" else None
     wanted = {n: c.dtype or dtype for n, c in architecture.components.items()}
-    return tuple(
-        c.name
-        for c in workload.components
-        if c.name in wanted
-        and _is_of_one_width(c, wanted[c.name])
-        and _dtypes_in(folder / c.name, variant) == {wanted[c.name]}
+    held = {c.name: file_dtype(architecture, c.name, dtype) for c in workload.components}
+    mappable = tuple(c for c in workload.components if held[c.name])
+    return InFiles(
+        tuple(
+            c.name
+            for c in mappable
+            if held[c.name] == wanted[c.name] and _is_of_one_width(c, wanted[c.name])
+        ),
+        tuple(c.name for c in mappable),
     )
 
 
-def _maps() -> bool:
+def file_dtype(architecture: Architecture, component: str, dtype: str) -> str | None:
+    """The dtype of all weights in a component's files, if it is one and they can be mapped.
+
+    Args:
+        architecture: Whose files are looked for on this disk; for those that are not here yet, it
+            may know.
+        component: Its name.
+        dtype: That the pipeline runs in: the 16-bit variant is read for one of 16 bits only.
+    """
+    if not maps() or component not in architecture.components:
+        return None
+    folder = _folder(architecture.weights)
+    variant = architecture.variant if dtype != "float32" else None
+    found = _dtypes_in(folder / component, variant) if folder is not None else set()
+    return found.pop() if len(found) == 1 else None
+
+
+def maps() -> bool:
     """Whether this system and these libraries map weights: known of Linux, and of late versions."""
     found = {name: version_of(name) for name in _MAPPING}
     return sys.platform == "linux" and all(

@@ -277,6 +277,8 @@ class Workload(Value, frozen=True):
         is_loaded: Its weights were read before it was planned for.
         mapped: Components whose files hold the dtype that they run in: they are mapped when they
             are read, and take no RAM of the process before they are moved or changed.
+        mappable: Components that would be mapped in the dtype of their files, whichever that is. Of
+            what is loaded: denoisers whose linear layers are left in their files, be they packed.
     """
 
     model: str
@@ -290,6 +292,7 @@ class Workload(Value, frozen=True):
     notes: tuple[str, ...] = ()
     is_loaded: bool = False
     mapped: tuple[str, ...] = ()
+    mappable: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

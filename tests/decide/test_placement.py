@@ -216,7 +216,8 @@ def test_weights_are_narrowed_beside_all_that_was_read() -> None:
     """Quantizing keeps the layers, which are read already; casting copies them."""
     workload = workload_of("sd")
     (unet,) = workload.components_as("denoiser")
-    mapped = msgspec.structs.replace(workload, mapped=tuple(c.name for c in workload.components))
+    everything = tuple(c.name for c in workload.components)
+    mapped = msgspec.structs.replace(workload, mapped=everything, mappable=everything)
     packed = unet.linear_bytes - saved_bytes("nf4", unet.linear_bytes, 4)
     quantized, cast = "quantization:scheme=nf4", "layerwise_casting"
     assert host_of(workload, quantized) == (workload.weight_bytes + packed,) * 2
@@ -226,6 +227,20 @@ def test_weights_are_narrowed_beside_all_that_was_read() -> None:
     assert host_of(mapped, cast) == (unet.weight_bytes + narrow,) * 2
     loaded = msgspec.structs.replace(workload, is_loaded=True)
     assert host_of(loaded, quantized) == (0, unet.linear_bytes)
+
+
+def test_what_is_left_in_its_file_is_packed_without_a_copy() -> None:
+    workload = workload_of("sd")
+    (unet,) = workload.components_as("denoiser")
+    packed = unet.linear_bytes - saved_bytes("nf4", unet.linear_bytes, 4)
+    left = msgspec.structs.replace(workload, mappable=("unet",))
+    quantized = "quantization:scheme=nf4"
+    assert host_of(left, quantized) == (workload.weight_bytes - unet.linear_bytes + packed,) * 2
+    assert host_of(left, "") == (workload.weight_bytes,) * 2
+    loaded = msgspec.structs.replace(left, is_loaded=True)
+    assert host_of(loaded, quantized) == (0, 0)
+    assert host_of(loaded, "") == (unet.linear_bytes,) * 2  # it is read before it is moved
+    assert host_of(loaded, "model_cpu_offload") == (workload.weight_bytes,) * 2
 
 
 def test_a_loaded_pipeline_fits_where_it_could_not_be_loaded() -> None:

@@ -12,11 +12,11 @@ import torch
 
 from autotune.workload import files
 from autotune.workload.architecture import find_architecture
-from autotune.workload.files import mapped_components
+from autotune.workload.files import InFiles, in_files
 from autotune.workload.workload import Workload
 from tests.workloads import workload_of
 
-MAPS = pytest.mark.skipif(not files._maps(), reason="not known to map weights")
+MAPS = pytest.mark.skipif(not files.maps(), reason="not known to map weights")
 
 
 @pytest.fixture
@@ -38,9 +38,13 @@ def asked(dtype: str) -> Workload:
     )
 
 
-def mapped(folder: Path, dtype: str, **change: Any) -> set[str]:
+def found(folder: Path, dtype: str, **change: Any) -> InFiles:
     architecture = msgspec.structs.replace(find_architecture(str(folder)), **change)
-    return set(mapped_components(architecture, asked(dtype)))
+    return in_files(architecture, asked(dtype))
+
+
+def mapped(folder: Path, dtype: str, **change: Any) -> set[str]:
+    return set(found(folder, dtype, **change).mapped)
 
 
 ALL = {"text_encoder", "unet", "vae"}
@@ -52,6 +56,8 @@ def test_files_in_the_dtype_that_is_asked_for_are_mapped(folder: Path) -> None:
     assert mapped(folder, "bfloat16") == set()
     assert mapped(folder, "float32", weights=None) == set()
     assert mapped(folder, "float32", weights="no-one/nothing") == set()
+    assert set(found(folder, "bfloat16").mappable) == ALL
+    assert found(folder, "bfloat16", weights=None).mappable == ()
 
 
 @MAPS
@@ -68,7 +74,8 @@ def test_weights_kept_wider_and_files_cut_short_are_not_known(folder: Path) -> N
     wider = msgspec.structs.replace(workload.component("vae"), weight_bytes=1 << 30)
     others = tuple(c for c in workload.components if c.name != "vae")
     changed = msgspec.structs.replace(workload, components=(*others, wider))
-    assert set(mapped_components(architecture, changed)) == ALL - {"vae"}
+    assert set(in_files(architecture, changed).mapped) == ALL - {"vae"}
+    assert set(in_files(architecture, changed).mappable) == ALL
     (file,) = (folder / "unet").glob("*.safetensors")
     file.write_bytes(b"")
     assert "unet" not in mapped(folder, "float32")

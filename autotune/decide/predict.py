@@ -113,6 +113,8 @@ class Predictor:
         images: int = 1,
         history: History | None = None,
     ) -> None:
+        if not machine.maps_files:
+            workload = msgspec.structs.replace(workload, mapped=(), mappable=())
         self.machine = machine
         self.workload = workload
         self.images = images

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from autotune.probe.software import maps_files
+
 DeviceKind = Literal["cuda", "cpu", "mps", "xpu"]
 
 
@@ -226,6 +228,11 @@ class Machine(Value, frozen=True):
     operators: dict[str, OperatorTime] = {}
     left_out: tuple[str, ...] = ()
     others: tuple[OtherGpu, ...] = ()
+
+    @property
+    def maps_files(self) -> bool:
+        """Whether weights stay mapped from their files as they are read, and take no RAM."""
+        return maps_files(self.host.os, self.software)
 
     @property
     def twins(self) -> tuple[OtherGpu, ...]:

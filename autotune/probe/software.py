@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from packaging.version import Version
 
 DISTRIBUTIONS = (
     "diffusers-autotune",
@@ -20,6 +23,23 @@ DISTRIBUTIONS = (
     "safetensors",
     "nvidia-ml-py",
 )
+
+
+_MAPPING = {"diffusers": Version("0.42"), "transformers": Version("5"), "torch": Version("2")}
+"""Versions from which weights were seen to stay mapped (``tests/workload/test_files.py``); what
+runs with PyTorch 1 is older."""
+
+
+def maps_files(os: str, versions: Mapping[str, str]) -> bool:
+    """Whether weights stay mapped from their files as they are read: known of Linux alone.
+
+    Args:
+        os: Its name, ``"Linux 6.1"``.
+        versions: Distribution name → version. What is not among them is taken to be late: reference
+            machines say only what is old.
+    """
+    found = {name: versions[name] for name in _MAPPING if name in versions}
+    return os.startswith("Linux") and all(Version(v) >= _MAPPING[n] for n, v in found.items())
 
 
 def installed_versions() -> dict[str, str]:

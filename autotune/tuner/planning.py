@@ -173,7 +173,10 @@ def loadable(model: str | Architecture) -> Architecture:
             f"{architecture.name} has no weights of its own: its parts are in several repositories",
             "load the pipeline in Python and give it to autotune.configure",
         )
-    told = ("name", "variant", "half_dtype", "steps", "guidance_scale", "height", "width", "frames")
+    told = (
+        *("name", "variant", "stored", "half_dtype"),
+        *("steps", "guidance_scale", "height", "width", "frames"),
+    )
     return msgspec.structs.replace(
         find_architecture(architecture.weights), **{t: getattr(architecture, t) for t in told}
     )

@@ -64,6 +64,8 @@ class Architecture(Value, frozen=True):
         width: The same for the width.
         frames: Frames of the video that it is meant for; ``None`` for images.
         parameters: Component → published number of parameters, for the built-in files.
+        stored: Component → dtype of its published safetensors files (of the variant, where there is
+            one), for the built-in files; those that are not known are left out.
         source: Where configuration values were read, for the built-in files.
     """
 
@@ -82,6 +84,7 @@ class Architecture(Value, frozen=True):
     width: int | None = None
     frames: int | None = None
     parameters: dict[str, int] = {}
+    stored: dict[str, str] = {}
     source: str = ""
 
     def config(self, component: str) -> dict[str, Any]:

@@ -7,23 +7,18 @@ Weights in another dtype are cast, which makes copies of all of them.
 
 from __future__ import annotations
 
+import platform
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from packaging.version import Version
-
-from autotune.probe.software import version_of
+from autotune.probe.software import installed_versions, maps_files
 from autotune.workload.architecture import Architecture
 from autotune.workload.workload import Component, Workload
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DTYPES = {b"F32": "float32", b"F16": "float16", b"BF16": "bfloat16", b"F64": "float64"}
-
-_MAPPING = {"diffusers": Version("0.42"), "transformers": Version("5")}
-"""Versions from which weights were seen to stay mapped (``tests/workload/test_files.py``)."""
 
 _CAST_SHARE = 0.05
 """Weights that a library keeps wider than the rest are cast: more of them are not overlooked."""
@@ -42,7 +37,7 @@ class InFiles(NamedTuple):
 
 
 def in_files(architecture: Architecture, workload: Workload) -> InFiles:
-    """What need not take RAM of the weights that are to be read."""
+    """What need not take RAM of the weights that are to be read, where a machine maps files."""
     dtype = workload.request.dtype
     wanted = {n: c.dtype or dtype for n, c in architecture.components.items()}
     held = {c.name: file_dtype(architecture, c.name, dtype) for c in workload.components}
@@ -66,20 +61,19 @@ def file_dtype(architecture: Architecture, component: str, dtype: str) -> str | 
         component: Its name.
         dtype: That the pipeline runs in: the 16-bit variant is read for one of 16 bits only.
     """
-    if not maps() or component not in architecture.components:
+    if component not in architecture.components:
         return None
     folder = _folder(architecture.weights)
     variant = architecture.variant if dtype != "float32" else None
     found = _dtypes_in(folder / component, variant) if folder is not None else set()
+    if not found and variant == architecture.variant:
+        return architecture.stored.get(component)
     return found.pop() if len(found) == 1 else None
 
 
 def maps() -> bool:
-    """Whether this system and these libraries map weights: known of Linux, and of late versions."""
-    found = {name: version_of(name) for name in _MAPPING}
-    return sys.platform == "linux" and all(
-        v is not None and Version(v) >= _MAPPING[name] for name, v in found.items()
-    )
+    """Whether the libraries that are installed here map weights, on this system."""
+    return maps_files(platform.system(), installed_versions())
 
 
 def _is_of_one_width(component: Component, dtype: str) -> bool:

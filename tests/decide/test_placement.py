@@ -229,6 +229,22 @@ def test_weights_are_narrowed_beside_all_that_was_read() -> None:
     assert host_of(loaded, quantized) == (0, unet.linear_bytes)
 
 
+def test_a_machine_that_does_not_map_files_reads_all() -> None:
+    workload, machine = workload_of("sd"), load_machine("rtx-4090-24gb")
+    everything = tuple(c.name for c in workload.components)
+    mapped = msgspec.structs.replace(workload, mapped=everything, mappable=everything)
+    host = msgspec.structs.replace(machine.host, os="Windows 11")
+    old = {"diffusers": "0.36.0", "transformers": "5.2.0"}
+    for other, in_ram in (
+        (machine, 0),
+        (msgspec.structs.replace(machine, host=host), workload.weight_bytes),
+        (msgspec.structs.replace(machine, software=old), workload.weight_bytes),
+        (load_machine("rtx-3080-10gb-torch1"), workload.weight_bytes),
+    ):
+        load = Predictor(other, mapped).predict(Execution()).load
+        assert load.host_bytes - PROCESS_BYTES == in_ram
+
+
 def test_what_is_left_in_its_file_is_packed_without_a_copy() -> None:
     workload = workload_of("sd")
     (unet,) = workload.components_as("denoiser")

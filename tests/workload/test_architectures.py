@@ -258,6 +258,9 @@ def test_parts_are_what_the_pipeline_is_made_of(architecture: Architecture) -> N
 def test_a_file_says_what_to_ask_for(architecture: Architecture, rtx_3080: Machine) -> None:
     assert architecture.half_dtype in ("float16", "bfloat16")
     assert architecture.source.endswith(".") and "\n" not in architecture.source
+    assert set(architecture.stored) <= set(architecture.components)
+    assert set(architecture.stored.values()) <= {"float16", "bfloat16", "float32"}
+    assert not architecture.stored or "Dtypes: " in architecture.source
     request = complete_request(architecture, rtx_3080)
     asked = (request.height, request.width, request.steps, request.guidance_scale)
     assert asked == (

@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from autotune.workload import files
 from autotune.workload.architecture import find_architecture
-from autotune.workload.files import InFiles, in_files
+from autotune.workload.files import InFiles, file_dtype, in_files
 from autotune.workload.workload import Workload
 from tests.workloads import workload_of
 
@@ -66,6 +67,19 @@ def test_a_variant_is_read_where_there_is_one(sd_pipe: Any, folder: Path) -> Non
     assert mapped(folder, "bfloat16", variant="bf16") == {"unet"}
     assert mapped(folder, "float32", variant="bf16") == ALL
     assert mapped(folder, "bfloat16") == set()
+
+
+def test_of_files_that_are_not_here_the_architecture_may_know(tmp_path: Path) -> None:
+    flux = find_architecture("flux-dev")
+    assert file_dtype(flux, "transformer", "float16") == "bfloat16"
+    assert file_dtype(flux, "no_such_part", "bfloat16") is None
+    sdxl = find_architecture("sdxl")
+    assert file_dtype(sdxl, "unet", "bfloat16") == "float16"
+    assert file_dtype(sdxl, "unet", "float32") is None  # which is not of its variant
+    here = msgspec.structs.replace(sdxl, weights=str(tmp_path))
+    (tmp_path / "unet").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert file_dtype(here, "unet", "float16") == "float32"
 
 
 @MAPS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import msgspec
+
 from autotune.testing.pipelines import BUILDERS, arguments
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.phases import trace_workload
@@ -45,3 +47,8 @@ def workload_of(kind: str) -> Workload:
     options = {k: v for k, v in numbers_of(pipe).items() if k not in SIZES}
     request = Request(side, side, batch, 2, 5.0, "float32", frames, options)
     return trace_workload(describe_pipeline(pipe), request)
+
+
+def all_cast(workload: Workload) -> Workload:
+    """The workload as if nothing of its files could stay mapped."""
+    return msgspec.structs.replace(workload, mapped=(), mappable=())

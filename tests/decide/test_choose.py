@@ -19,6 +19,7 @@ from autotune.optimizations.base import EXACTNESS, Setting
 from autotune.probe.machine import Machine
 from autotune.runtime.account import left_out
 from autotune.units import GIB
+from tests.workloads import all_cast
 
 
 def with_free(machine: Machine, gib: float) -> Machine:
@@ -103,8 +104,8 @@ def test_when_nothing_fits_the_nearest_miss_is_shown(traced, rtx_3080):
 
 
 def test_the_nearest_miss_lacks_as_few_memories_as_any(traced, rtx_3080):
-    """Offloading cures the device though host RAM lacks."""
-    plan = choose(with_ram(rtx_3080, 4), traced("sdxl"))
+    """Offloading cures the device though host RAM lacks: all weights are cast as they are read."""
+    plan = choose(with_ram(rtx_3080, 4), all_cast(traced("sdxl")))
     assert not plan.fits
     assert names(plan) == ["group_offload"]
     assert plan.prediction.needed_bytes < plan.budget_bytes
@@ -165,7 +166,7 @@ def test_memory_first_takes_up_to_twice_the_time(traced, rtx_3080):
 
 def test_host_ram_is_a_budget(traced, rtx_3080):
     """Offloaded weights lie in RAM: without enough of it, the plan says what is missing."""
-    workload = traced("sdxl")
+    workload = all_cast(traced("sdxl"))
     assert OFFLOADS & set(names(choose(rtx_3080, workload)))
     for plan in (
         choose(with_ram(rtx_3080, 2), workload),

@@ -19,6 +19,7 @@ from autotune.units import GIB, MIB, format_bytes
 from autotune.workload.workload import Request, Trace, Workload
 from tests.decide.strategies import machines, workloads
 from tests.thorough import examples
+from tests.workloads import all_cast
 
 
 def small(machine: Machine, free_bytes: int, *processes: GpuProcess) -> Machine:
@@ -176,7 +177,7 @@ def test_a_request_that_the_model_refuses_is_passed_over(traced, rtx_3080):
 def test_missing_host_ram_is_told(traced, rtx_3080, ram):
     host = msgspec.structs.replace(rtx_3080.host, ram_available_bytes=ram)
     machine = msgspec.structs.replace(rtx_3080, host=host)
-    plan = choose(machine, traced("sdxl"))
+    plan = choose(machine, all_cast(traced("sdxl")))
     assert not plan.fits
     way = next(w for w in plan.remedies if w.kind == "ram")
     assert f"instead of {format_bytes(ram)}" in way.text
@@ -184,7 +185,7 @@ def test_missing_host_ram_is_told(traced, rtx_3080, ram):
 
 
 def test_what_cannot_help_under_a_limit_is_not_offered(traced, rtx_3080):
-    limit = choose(rtx_3080, traced("sdxl"), Limits(ram_limit=4 * GIB))
+    limit = choose(rtx_3080, all_cast(traced("sdxl")), Limits(ram_limit=4 * GIB))
     assert [w.change for w in limit.remedies] == [{"ram_limit": None}]
     tight = choose(rtx_3080, traced("sdxl"), Limits(vram_limit=200 * MIB))
     assert any("leaves nothing for the pipeline" in note for note in tight.notes)

@@ -110,9 +110,12 @@ class Quantization(Optimization):
                 f'"bnb_4bit_compute_dtype": torch.{target.dtype}}}, '
                 f"components_to_quantize={json.dumps(target.denoisers)})",
             )
+        made = f"TorchAoConfig({_CONFIGS[scheme]}())"
+        mapping = ", ".join(f"{json.dumps(name)}: {made}" for name in target.denoisers)
         return (
-            f"from torchao.quantization import {_CONFIGS[scheme]}, quantize_",
-            *(f"quantize_(pipe.{name}, {_CONFIGS[scheme]}())" for name in target.denoisers),
+            "from diffusers import PipelineQuantizationConfig, TorchAoConfig",
+            f"from torchao.quantization import {_CONFIGS[scheme]}",
+            f"{LOADING}quantization_config=PipelineQuantizationConfig(quant_mapping={{{mapping}}})",
         )
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:

@@ -65,6 +65,8 @@ def test_ram_for_reading_is_not_needed_once_all_is_read() -> None:
     assert loaded.plan.prediction.load == planned.plan.prediction.load
     assert loaded.workload.is_loaded
     assert _as_loaded(loaded, Ask()) is loaded
+    assert loaded.workload.mappable == ()  # unless layers were left in their files
+    assert _as_loaded(planned, Ask(), ("unet",)).workload.mappable == ("unet",)
 
 
 def test_another_process_takes_vram_after_the_plan(

@@ -13,7 +13,7 @@ from autotune import tuner
 from autotune.cli.options import Batch, Dtype, Height, Width
 from autotune.cli.output import JsonFlag, console, print_json, progress
 from autotune.decide.choose import predict
-from autotune.decide.corrections import replayable
+from autotune.decide.corrections import plain_operators
 from autotune.decide.forward import ForwardModel
 from autotune.errors import RequestError
 from autotune.probe.machine import (
@@ -154,7 +154,7 @@ def time_operators(
     request = _complete(architecture, measured.machine, ask)
     workload = workload_of(architecture, request)
     measured = tuner.replayed(measured, workload, budget_s)
-    wanted = {operator.key for operator in replayable(workload)}
+    wanted = {operator.key for operator in plain_operators(workload)}
     times = measured.machine.operators
     timed = sum(key in times and times[key].seconds is not None for key in wanted)
     phases = predict(measured.machine, workload, ()).prediction.phases
@@ -170,7 +170,7 @@ def _by_rates(measured: Measured, workload: Workload) -> str:
     """What part of the work is estimated: operators not reached, or that cannot run alone."""
     times, model = measured.machine.operators, ForwardModel(measured.machine, workload)
     seconds = {True: 0.0, False: 0.0}
-    for operator in replayable(workload):
+    for operator in plain_operators(workload):
         time = times.get(operator.key)
         is_timed = time is not None and time.seconds is not None
         seconds[is_timed] += operator.count * model.rate_seconds(operator)

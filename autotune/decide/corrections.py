@@ -6,12 +6,15 @@ alternatives are compared by the same yardstick: like those of its own name, whi
 of each byte (a CPU takes several times as long for a ``silu`` as for an addition), else like all of
 its kind. Where a request is planned for in the middle of others, none of its own has been replayed:
 then its kin are those of another request of the same model.
+
+Convolutions are replayed in both layouts: what another one takes depends on more than a rate says
+(oneDNN copies a large image that is not channels last, and asks the system for the memory).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from autotune.probe.machine import OperatorTime
 from autotune.workload.workload import Operator, Workload
@@ -24,21 +27,19 @@ class Corrections:
 
     Args:
         times: Replayed operators by ``Operator.key``.
-        workload: Whose operators are looked up.
-        estimate: Seconds of one call by rates, as diffusers runs it when nothing is set.
-        alike: Operators of another request of the same model.
+        operators: Of which some were replayed, in any order.
+        estimate: Seconds of one call by rates.
     """
 
     def __init__(
         self,
         times: dict[str, OperatorTime],
-        workload: Workload,
+        operators: Iterable[Operator],
         estimate: Estimate,
-        alike: tuple[Operator, ...] = (),
     ) -> None:
         self._factors: dict[str, float] = {}
         kin: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for operator in (*replayable(workload), *alike):
+        for operator in operators:
             estimated, measured = estimate(operator), times.get(operator.key)
             if measured is None or measured.seconds is None or estimated <= 0:
                 continue
@@ -48,6 +49,10 @@ class Corrections:
                 sums[0] += measured.seconds * operator.count
                 sums[1] += estimated * operator.count
         self._kin = {key: measured / estimated for key, (measured, estimated) in kin.items()}
+
+    def __bool__(self) -> bool:
+        """Whether any of the operators was replayed."""
+        return bool(self._factors)
 
     def factor(self, operator: Operator) -> float:
         """The operator's own factor, else that of its name, else of its kind, else 1."""
@@ -64,6 +69,17 @@ class Corrections:
         return self._kin.get((kind, dtype), 1.0)
 
 
-def replayable(workload: Workload) -> list[Operator]:
+def plain_operators(workload: Workload) -> list[Operator]:
     """The operators of every phase as diffusers runs it when nothing is set."""
     return [o for r in workload.runs for o in r.trace.operators]
+
+
+def in_channels_last(operators: Iterable[Operator]) -> list[Operator]:
+    """Those that are convolutions of images, in the other layout."""
+    return [o.in_channels_last() for o in operators if o.is_over_images]
+
+
+def replayable(workload: Workload) -> list[Operator]:
+    """All that is worth timing: the plain operators, and convolutions in the other layout."""
+    plain = plain_operators(workload)
+    return [*plain, *in_channels_last(plain)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import msgspec
 
 from autotune.decide import attention, compiled, quantized, workspace
 from autotune.decide.attention import BYTES, Kernel
-from autotune.decide.corrections import Corrections
+from autotune.decide.corrections import Corrections, in_channels_last, plain_operators
 from autotune.decide.merging import (
     CPU_FLOPS_PER_VALUE,
     MATCHING_LAUNCHES,
@@ -116,13 +117,14 @@ class ForwardModel:
     ) -> None:
         self._machine = machine
         self._latent_tokens = workload.latent_tokens
-        self._corrections = Corrections(machine.operators, workload, self.rate_seconds, alike)
+        self._known = (*plain_operators(workload), *alike)
+        self._corrections = Corrections(machine.operators, self._known, self.rate_seconds)
         self._splits: dict[int, _Split] = {}
 
-    def rate_seconds(self, operator: Operator) -> float:
-        """One call by rates alone, as diffusers runs it when nothing is set."""
+    def rate_seconds(self, operator: Operator, *, channels_last: bool = False) -> float:
+        """One call by rates alone, as diffusers runs it when nothing else is set."""
         plain = Kernel(self._machine.default_attention)
-        return self._by_rates(operator, plain, channels_last=False).seconds
+        return self._by_rates(operator, plain, channels_last).seconds
 
     def cost(
         self,
@@ -233,7 +235,7 @@ class ForwardModel:
         self, operator: Operator, execution: Execution, kernel: Kernel
     ) -> tuple[Bound, int, float]:
         """Seconds of one call, bytes of its own while it runs, and kernels launched."""
-        factor = self._corrections.factor(operator)
+        factor = self._factor(operator, execution.channels_last)
         operator, launches = compiled.fused(operator, execution)
         extra, own = _NO_TIME, 0
         merge = execution.merge
@@ -256,6 +258,18 @@ class ForwardModel:
         compute = call.compute_s * factor + extra.compute_s
         memory = call.memory_s * factor + extra.memory_s
         return Bound(compute, memory), own, launches
+
+    def _factor(self, operator: Operator, channels_last: bool) -> float:
+        """From rates to what it takes; as in the other layout, where this one was not replayed."""
+        if channels_last and operator.is_over_images and self._in_channels_last:
+            return self._in_channels_last.factor(operator.in_channels_last())
+        return self._corrections.factor(operator)
+
+    @functools.cached_property
+    def _in_channels_last(self) -> Corrections:
+        convolutions = in_channels_last(self._known)
+        estimate = functools.partial(self.rate_seconds, channels_last=True)
+        return Corrections(self._machine.operators, convolutions, estimate)
 
     def _by_rates(self, operator: Operator, kernel: Kernel, channels_last: bool) -> Bound:
         if operator.attention is not None:

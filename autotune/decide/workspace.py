@@ -52,12 +52,11 @@ def convolution_bytes(machine: Machine, operator: Operator, channels_last: bool)
         return _onednn_bytes(operator, channels_last)
     if machine.device.kind != "cuda":
         return 0
-    if channels_last and operator.is_over_images:
-        return 0
-    replayed = machine.operators.get(operator.key)
+    in_layout = channels_last and operator.is_over_images
+    replayed = machine.operators.get((operator.in_channels_last() if in_layout else operator).key)
     if replayed is not None and replayed.workspace_bytes is not None:
         return replayed.workspace_bytes
-    if not _has_tensor_cores(machine, operator.dtype):
+    if in_layout or not _has_tensor_cores(machine, operator.dtype):
         return 0
     read = operator.in_bytes + operator.weight_bytes
     writes_nhwc = operator.dtype in HALF_DTYPES and _is_addressed(machine, operator)

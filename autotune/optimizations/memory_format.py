@@ -15,18 +15,16 @@ from autotune.workload.workload import Workload
 
 
 class ChannelsLast(Optimization):
-    """NHWC weights, as tensor cores take them: cuDNN need not convert.
+    """NHWC weights, as tensor cores take them: cuDNN need not convert, nor oneDNN copy.
 
     Two-dimensional convolutions only: the layout exists for no other.
     """
 
     name = "channels_last"
-    summary = "convolution weights in NHWC, the layout that tensor cores take"
+    summary = "convolution weights in NHWC, the layout that tensor cores and CPUs compute in"
     relieves = "compute of denoise and decode, workspace of decode"
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        if machine.device.kind == "cpu":
-            return "on the CPU, oneDNN packs convolution weights in a layout of its own anyway"
         flops = _convolution_flops(workload)
         if not flops[True]:
             return "no component of this pipeline has two-dimensional convolutions"

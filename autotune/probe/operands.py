@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from autotune.workload.workload import NHWC, Operator
+from autotune.workload.workload import NHWC, Operator, channels_last_strides
 
 _VALUES_MATTER = {
     *("_assert_async", "_assert_scalar", "_functional_assert_async", "_local_scalar_dense"),
@@ -124,10 +124,7 @@ class Buffers:
         shape = plain["s"]
         if "l" not in plain or self.device.type != "cpu":
             return plain.get("st") or _contiguous(shape)
-        if plain["l"] != NHWC:
-            return _contiguous(shape)
-        _, channels, height, width = shape
-        return [channels * height * width, 1, channels * width, channels]
+        return channels_last_strides(shape) if plain["l"] == NHWC else _contiguous(shape)
 
     def _buffer(self, dtype: str) -> torch.Tensor:
         if dtype not in self._flat:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from autotune.decide.corrections import replayable
+from autotune.decide.corrections import plain_operators
 from autotune.decide.history import Applied, History, Misfit
 from autotune.decide.limits import Limits, budget_within
 from autotune.decide.misfits import MORE, counting
@@ -346,7 +346,7 @@ def _repeated(phase: Phase, ratio: float) -> Phase:
 def _timed(planned: Planned) -> tuple[Operator, ...]:
     """The operators of the first request that this machine has timed, each once."""
     times = planned.machine.operators
-    return tuple({o.key: o for o in replayable(planned.workload) if o.key in times}.values())
+    return tuple({o.key: o for o in plain_operators(planned.workload) if o.key in times}.values())
 
 
 def _is_about(one: Budget, other: Budget) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -56,6 +57,13 @@ class AttentionShape(Value, frozen=True):
 
 NHWC, NCHW = "nhwc", "nchw"
 """In a signature: how an image lies on a CPU, where that is otherwise than its strides say."""
+
+
+def channels_last_strides(shape: Sequence[int]) -> list[int]:
+    """Of a tensor (batch, channels, height, width) in NHWC layout, in elements."""
+    _, channels, height, width = shape
+    return [channels * height * width, 1, channels * width, channels]
+
 
 Region = Literal["", "block", "attention"]
 """Where in a network an operator is: in one of its repeated blocks, or in such a block's attention,
@@ -123,6 +131,15 @@ class Operator(Value, frozen=True):
             return bool(image["l"] == NHWC)
         strides = image.get("st") or (0, 0)
         return bool(strides[1] == 1 and strides[0] >= math.prod(image["s"][1:]))
+
+    def in_channels_last(self) -> Operator:
+        """The same convolution of images, they and the filters laid out channels last."""
+        name, arguments, keywords = msgspec.json.decode(self.signature)
+        for tensor in arguments[:2]:
+            tensor.pop("l", None)
+            tensor["st"] = channels_last_strides(tensor["s"])
+        signature = msgspec.json.encode([name, arguments, keywords]).decode()
+        return msgspec.structs.replace(self, signature=signature)
 
     @property
     def key(self) -> str:

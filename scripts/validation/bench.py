@@ -11,6 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from autotune.decide.choose import choose
+from autotune.decide.corrections import replayable
 from autotune.decide.plan import Plan
 from autotune.decide.predict import Predictor
 from autotune.decide.search import execution_of
@@ -235,7 +236,7 @@ class _Stage:
     def _prepared(self, measured: Measured) -> Prepared:
         load = load_average()
         planned = plan_loaded(self._architecture, measured, self._case.ask, self._pipe)
-        keys = {o.key for r in planned.workload.runs for o in r.trace.operators}
+        keys = {o.key for o in replayable(planned.workload)}
         known = planned.machine.operators
         plain = Predictor(planned.machine, planned.workload).predict(Execution())
         return Prepared(

@@ -23,9 +23,6 @@ Key = tuple[str, frozenset[str]]
 MOST_IN_DENOISER = 2
 """The list is bounded: so many members at most that reach the denoiser, and any that do not."""
 
-TRIED_ANYWAY = {"cpu": ("channels_last",)}
-"""Device → what the planner does not offer there: whether it is right to is to be seen."""
-
 
 def names_of(settings: Iterable[Setting]) -> Names:
     """In the catalogue's order, so that equal sets have equal names."""
@@ -62,8 +59,7 @@ def offered(machine: Machine, workload: Workload, without: Sequence[str]) -> lis
     """For each optimization that can be tried here, its settings."""
     found = []
     for name, optimization in CATALOGUE.items():
-        tried = name in TRIED_ANYWAY.get(machine.device.kind, ())
-        if name not in without and (tried or not optimization.unavailable(machine, workload)):
+        if name not in without and not optimization.unavailable(machine, workload):
             parameters = optimization.worth_trying(machine, workload)
             found.append([optimization.setting(p) for p in parameters])
     return found

@@ -31,7 +31,7 @@ def seconds(machine, workload, text=""):
 
 def test_without_replay_rates_stand(traced, rtx_3080):
     workload = traced("sd15")
-    corrections = Corrections({}, workload, lambda o: 1.0)
+    corrections = Corrections({}, replayable(workload), lambda o: 1.0)
     assert all(corrections.factor(o) == 1.0 for o in replayable(workload))
 
 
@@ -76,7 +76,7 @@ def test_an_operator_is_like_those_of_its_name(traced, rtx_3080):
     silus = [o for o in operators if o.name == "aten.silu.default"]
     adds = [o for o in operators if o.name == "aten.add.Tensor"]
     times = {silus[0].key: OperatorTime(5.0), adds[0].key: OperatorTime(2.0)}
-    corrections = Corrections(times, workload, lambda o: 1.0)
+    corrections = Corrections(times, replayable(workload), lambda o: 1.0)
     assert corrections.factor(silus[1]) == 5.0
     assert corrections.factor(adds[1]) == 2.0
     norm = next(o for o in operators if o.name == "aten.native_group_norm.default")

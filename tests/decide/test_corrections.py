@@ -6,7 +6,12 @@ import msgspec
 import pytest
 
 from autotune.decide.choose import execution_of
-from autotune.decide.corrections import Corrections, replayable
+from autotune.decide.corrections import (
+    Corrections,
+    in_channels_last,
+    plain_operators,
+    replayable,
+)
 from autotune.decide.forward import ForwardModel
 from autotune.decide.history import History
 from autotune.decide.predict import Predictor
@@ -19,7 +24,9 @@ def slower(machine, workload, factor, keep=lambda operator: True):
     """The machine on which every operator was replayed, at a multiple of what rates say."""
     model = ForwardModel(machine, workload)
     times = {
-        o.key: OperatorTime(factor * model.rate_seconds(o)) for o in replayable(workload) if keep(o)
+        o.key: OperatorTime(factor * model.rate_seconds(o))
+        for o in plain_operators(workload)
+        if keep(o)
     }
     return msgspec.structs.replace(machine, operators=times)
 
@@ -99,3 +106,27 @@ def test_of_a_request_that_was_not_replayed_another_ones_operators_tell(traced, 
     plain = seconds(rtx_3080, other)["denoise"]
     assert denoise_s(History(alike=timed)) == pytest.approx(5 * plain, rel=0.1)
     assert denoise_s(History()) == pytest.approx(plain)
+
+
+def test_a_layout_is_judged_by_what_was_timed_in_it(traced, rtx_3080):
+    """Convolutions of large images may gain much more by it than those that rates are of."""
+    workload = traced("sd15")
+    machine, model = slower(rtx_3080, workload, 3.0), ForwardModel(rtx_3080, workload)
+    by_rates = seconds(rtx_3080, workload, "channels_last")["decode"]
+    untimed = seconds(machine, workload, "channels_last")["decode"]
+    assert untimed == pytest.approx(3 * by_rates), "as the other layout"
+
+    images = in_channels_last(plain_operators(workload))
+    times = {
+        o.key: OperatorTime(0.5 * model.rate_seconds(o, channels_last=True)) for o in images[::2]
+    }
+    timed = msgspec.structs.replace(machine, operators=machine.operators | times)
+    assert seconds(timed, workload) == seconds(machine, workload)
+    convolutions_s = sum(
+        o.count * model.rate_seconds(o, channels_last=True)
+        for r in workload.phases[-1].runs
+        for o in r.trace.operators
+        if o.is_over_images
+    )
+    saved_s = untimed - seconds(timed, workload, "channels_last")["decode"]
+    assert saved_s == pytest.approx(2.5 * convolutions_s), "those not reached, like their kin"

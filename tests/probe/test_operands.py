@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,3 +150,19 @@ def test_buffers_and_outputs_fit_into_the_memory_given(
     in_groups = [one.key for group in groups for one in group.operators]
     assert set(in_groups) == {one.key for one in operators if size_of(one) <= memory}
     assert {one.key for one in none} == {one.key for one in operators} - set(in_groups)
+
+
+@pytest.mark.parametrize("layout", [{}, {"l": "nchw"}, {"st": [48, 1, 12, 3]}])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_convolution_in_the_other_layout(layout: dict[str, Any], is_transposed: bool) -> None:
+    image, filters = tensor(2, 3, 4, 4) | layout, tensor(3, 3, 2, 2)
+    options = (None, [1, 1], [0, 0], [1, 1], is_transposed, [0, 0], 1)
+    made = operator("aten.convolution.default", image, filters, *options)
+    other = msgspec.structs.replace(made, kind="convolution").in_channels_last()
+    assert other.is_channels_last_on_cpu
+    assert other.in_channels_last() == other
+    (group,), none = fitting([other], PLENTY)
+    assert not none
+    out = rebuild(other.signature, Buffers(group, CPU))()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not out.is_contiguous()

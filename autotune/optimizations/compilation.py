@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -33,15 +31,16 @@ class Compile(Optimization):
     defaults = {"scope": "regional"}
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        kind, is_here = machine.device.kind, machine.source == "measured"
+        kind = machine.device.kind
         if kind not in ("cuda", "cpu"):
             return f"torch.compile is not trusted on {kind.upper()} here: untried"
         if kind == "cpu":
-            missing = is_here and not _has_compiler()
-            return "torch.compile needs a C++ compiler on the CPU: install g++" if missing else None
+            if machine.has("c++"):
+                return None
+            return "torch.compile needs a C++ compiler on the CPU: install g++"
         if not _runs_triton(machine.device.compute_capability):
             return "Triton, which torch.compile needs, has no code for GPUs older than Volta (7.0)"
-        if is_here and not find_spec("triton"):
+        if not machine.has("triton"):
             return "torch.compile needs the package triton: pip install triton"
         return None
 
@@ -97,10 +96,6 @@ def _scope(module: Any, is_wrapped: bool = False) -> str | None:
 
 def _has_call(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
 
 
 def _runs_triton(capability: str | None) -> bool:

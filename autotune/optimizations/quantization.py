@@ -78,10 +78,9 @@ class Quantization(Optimization):
         return tuple({"scheme": scheme} for scheme in self._schemes(machine))
 
     def _schemes(self, machine: Machine) -> list[str]:
-        """Those that this GPU computes and whose package is here; a reference machine has all."""
+        """Those that this GPU computes and whose package is installed."""
         usable = [s for s in PACKAGES if s != "float8_dynamic" or _multiplies_float8(machine)]
-        if machine.source == "measured":
-            usable = [s for s in usable if find_spec(PACKAGES[s])]
+        usable = [s for s in usable if machine.has(PACKAGES[s])]
         return [s for s in usable if _LIGHTER.get(s) not in usable]
 
     def check(self, parameters: Parameters) -> None:

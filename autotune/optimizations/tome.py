@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -41,7 +40,7 @@ class ToMe(Optimization):
     defaults = {"ratio": 0.3, "max_downsample": 1}
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
-        if find_spec("tomesd") is None:
+        if not machine.has("tomesd"):
             return "the package tomesd is not installed: pip install tomesd"
         other = next((c for c in classes_of(workload, "denoiser") if c not in _MERGEABLE), None)
         if other is not None:

@@ -205,7 +205,8 @@ class Machine(Value, frozen=True):
         context_bytes: What the device's runtime takes before the first tensor (CUDA context).
         default_attention: What the installed stack uses when nothing is set: ``"sdpa"`` on
             today's PyTorch, ``"vanilla"`` on PyTorch 1.
-        software: Distribution name → version of what was measured with.
+        software: Distribution name → version of what was measured with, and of what optimizations
+            need; what is not in it was not installed.
         operators: Replayed operators of the workloads seen so far, by ``Operator.key``.
         findings: What a person should know, one sentence each.
         left_out: What the probe's time did not suffice for, in words.
@@ -228,6 +229,14 @@ class Machine(Value, frozen=True):
     operators: dict[str, OperatorTime] = {}
     left_out: tuple[str, ...] = ()
     others: tuple[OtherGpu, ...] = ()
+
+    def has(self, package: str) -> bool:
+        """Whether a package that optimizations need (``software.OPTIONAL``, ``"c++"``) is there.
+
+        Asked of the machine and not of this process: a plan for a machine is the same everywhere.
+        A reference machine has everything.
+        """
+        return self.source == "datasheet" or package in self.software
 
     @property
     def maps_files(self) -> bool:

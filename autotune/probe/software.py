@@ -1,11 +1,13 @@
-"""Which versions are installed, read from package metadata: nothing is imported."""
+"""What is installed, read from package metadata and found on the path: nothing is imported."""
 
 from __future__ import annotations
 
 import platform
 import re
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.version import Version
@@ -16,14 +18,16 @@ DISTRIBUTIONS = (
     "diffusers",
     "accelerate",
     "transformers",
-    "xformers",
-    "sageattention",
-    "tomesd",
-    "torchao",
     "safetensors",
     "nvidia-ml-py",
 )
 
+OPTIONAL = ("xformers", "sageattention", "tomesd", "torchao", "bitsandbytes", "gguf", "triton")
+"""What optimizations need. Their modules have the same names; ``triton`` comes in distributions of
+other names, too, whose version is not looked up."""
+
+COMPILERS = ("g++", "clang++", "cl")
+"""For C++: torch.compile on a CPU needs one of them."""
 
 _MAPPING = {"diffusers": Version("0.42"), "transformers": Version("5"), "torch": Version("2")}
 """Versions from which weights were seen to stay mapped (``tests/workload/test_files.py``); what
@@ -46,14 +50,14 @@ def installed_versions() -> dict[str, str]:
     """Distribution name → version of what is installed, Python first; absent ones are left out.
 
     ``cuda`` (or ``hip``, ``xpu``) is what the installed torch was built for, not what the driver
-    offers.
+    offers. ``c++`` is the name of the first compiler for it on the path. A version that nobody
+    tells is ``"?"``.
     """
-    versions = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        version = version_of(name)
-        if version is not None:
-            versions[name] = version
-    return versions | torch_build()
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: version_of(name) for name in DISTRIBUTIONS}
+    found |= {n: version_of(n) or ("?" if find_spec(n) else None) for n in OPTIONAL}
+    found["c++"] = next(filter(shutil.which, COMPILERS), None)
+    return {name: version for name, version in found.items() if version} | torch_build()
 
 
 def torch_build() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import NamedTuple
 
-import msgspec
+from msgspec.structs import replace
 
 from autotune.decide.corrections import replayable
 from autotune.probe import nvml
@@ -53,7 +53,8 @@ def machine_here(
 ) -> Measured:
     """This machine from its profile; what is missing there, or stale, is measured first.
 
-    Free memory is always read now. Where the profile cannot be stored, that is a warning.
+    Free memory, and which packages there are, is always read now. Where the profile cannot be
+    stored, that is a warning.
 
     Args:
         device: ``"cuda:1"``, ``"cpu"``; by default the GPU with most free memory, else the CPU.
@@ -68,10 +69,11 @@ def machine_here(
     if profile is None or remeasure:
         why = "asked to" if remeasure else "no profile of this machine yet"
         return _measured(key, device, None, EVERYTHING, (why,), progress)
-    found = changes_here(profile)
+    now = facts_here(profile.machine.device)
+    found = changes(facts_of(profile.machine), now)
     stale = stale_parts(found)
     if not stale:
-        return Measured(key, refresh(profile.machine), ())
+        return Measured(key, refresh(replace(profile.machine, software=dict(now.software))), ())
     why_not = reasons(found, profile.machine)
     return _measured(key, device, profile.machine, stale, why_not, progress)
 
@@ -163,7 +165,7 @@ def replayed(measured: Measured, workload: Workload, budget_s: float) -> Measure
         lambda stored: with_operators(stored, measured.key, machine, found, timestamp()),
     )
     known = machine.operators | found
-    return measured._replace(machine=msgspec.structs.replace(machine, operators=known))
+    return measured._replace(machine=replace(machine, operators=known))
 
 
 def new_profile(key: str, machine: Machine) -> Profile:

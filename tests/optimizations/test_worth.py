@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.tome import downsample, merged_downsamples
@@ -49,12 +50,28 @@ def test_token_merging_needs_self_attention(sd_pipe: Any, cpu_machine: Machine) 
     assert "no self-attention" in (find("tome").unavailable(cpu_machine, bare) or "")
 
 
-def test_token_merging_needs_its_package(
-    sd_pipe: Any, cpu_machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("autotune.optimizations.tome.find_spec", lambda _: None)
-    reason = find("tome").unavailable(cpu_machine, workload_of(sd_pipe))
+def test_packages_are_those_of_the_machine(sd_pipe: Any, cpu_machine: Machine) -> None:
+    """Not those of the process that plans: tomesd and a compiler are here."""
+    bare = replace(cpu_machine, source="measured", software={})
+    workload = workload_of(sd_pipe)
+    reason = find("tome").unavailable(bare, workload)
     assert reason == "the package tomesd is not installed: pip install tomesd"
+    assert "install g++" in (find("compile").unavailable(bare, workload) or "")
+    both = replace(bare, software={"tomesd": "0.1.3", "c++": "g++"})
+    assert find("tome").unavailable(both, workload) is None
+    assert find("compile").unavailable(both, workload) is None
+
+
+def test_packages_of_another_machines_gpu(sd_pipe: Any, rtx_3080: Machine) -> None:
+    workload = workload_of(sd_pipe)
+    half = replace(workload, request=replace(workload.request, dtype="float16"))
+    bare = replace(rtx_3080, source="measured", software={})
+    assert "pip install triton" in (find("compile").unavailable(bare, half) or "")
+    assert "it needs the package" in (find("quantization").unavailable(bare, half) or "")
+    some = replace(bare, software={"triton": "3.6.0", "bitsandbytes": "0.49.0"})
+    assert find("compile").unavailable(some, half) is None
+    assert find("quantization").worth_trying(some, half) == ({"scheme": "nf4"},)
+    assert len(find("quantization").worth_trying(rtx_3080, half)) > 1
 
 
 @pytest.mark.parametrize("side", range(8, 72, 8))

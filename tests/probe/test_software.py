@@ -25,6 +25,24 @@ def test_absent_ones_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no-such-distribution" not in installed_versions()
 
 
+def test_what_has_no_version_is_there_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A checkout on the path, or a distribution of another name."""
+    (tmp_path / "a_checkout").mkdir()
+    (tmp_path / "a_checkout" / "__init__.py").touch()
+    (tmp_path / "clang++").touch(mode=0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(software, "OPTIONAL", ("a_checkout", "not_there"))
+    versions = installed_versions()
+    assert versions["a_checkout"] == "?"
+    assert "not_there" not in versions
+    assert versions["c++"] == "clang++"
+    monkeypatch.setenv("PATH", "")
+    assert "c++" not in installed_versions()
+
+
 @pytest.mark.parametrize(
     ("text", "build"),
     [

@@ -14,6 +14,7 @@ from autotune.probe.live import identity
 from autotune.probe.machine import Machine, OperatorTime
 from autotune.probe.parts import EVERYTHING, Part
 from autotune.probe.reference import load_machine
+from autotune.probe.software import OPTIONAL
 from autotune.profile.merging import with_operators
 from autotune.profile.profile import PhaseMeasurement
 from autotune.profile.store import load_profile, profile_path, update_profile
@@ -148,6 +149,19 @@ def test_free_memory_is_read_at_every_start(here, monkeypatch):
 
     monkeypatch.setattr(live, "ram", lambda: (8 << 30, 3 << 30))
     assert machine_here("cpu").machine.device.free_bytes == 3 << 30
+
+
+def test_a_package_installed_since_is_there_and_makes_nothing_stale(here, monkeypatch):
+    """Nor does one that a profile from before knows nothing of."""
+    then = here_stage.installed_versions()
+    bare = {name: version for name, version in then.items() if name not in OPTIONAL}
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: bare)
+    assert not machine_here("cpu").machine.has("triton")
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: bare | {"triton": "3.6.0"})
+    again = machine_here("cpu")
+    assert again.machine.has("triton")
+    assert again.reasons == ()
+    assert len(here) == 1
 
 
 def test_operators_are_timed_once_per_workload(here, workload):

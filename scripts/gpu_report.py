@@ -55,7 +55,7 @@ def report(path: Path) -> str:
 def figures(path: Path) -> dict[str, object]:
     """What is held to a bar, without and with verification."""
     evidence = evidence_of(list(read(path)))
-    rows = [row for e in evidence for row in e.comparisons()]
+    rows = [row for e in evidence for row in e.comparisons]
     return {
         name: bars_of(rows, [a for e in evidence for a in e.answers(verify)])._asdict()
         for name, verify in (("unverified", False), ("verified", True))
@@ -63,13 +63,22 @@ def figures(path: Path) -> dict[str, object]:
 
 
 def _write(path: Path) -> None:
-    begin = f"<!-- written by scripts/gpu_report.py from {path.name} -->"
-    text = DOCUMENT.read_text(encoding="utf-8")
-    if begin not in text:
-        sys.exit(f"{DOCUMENT} has no place for {path.name}: add the two lines\n{begin}\n{END}")
+    text = placed(DOCUMENT.read_text(encoding="utf-8"), path.name, report(path))
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def placed(text: str, name: str, tables: str) -> str:
+    """A document with a recording's tables between its two marker lines.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    begin = f"<!-- written by scripts/gpu_report.py from {name} -->"
     before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{begin}\n\n{report(path)}\n{END}{after}", encoding="utf-8")
+    _, end, after = rest.partition(END)
+    if not end:
+        sys.exit(f"{DOCUMENT} has no place for {name}: add the two lines\n{begin}\n{END}")
+    return f"{before}{begin}\n\n{tables}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -9,16 +9,32 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.probe.reference import load_machine
+from autotune.probe.software import installed_versions, version_of
+from tests.thorough import examples
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import gpu_report  # noqa: E402
 from validation import judge  # noqa: E402
-from validation.recording import Header, Recording, SetRun, Started, read  # noqa: E402
+from validation.recording import (  # noqa: E402
+    Header,
+    Line,
+    Prepared,
+    Recording,
+    SetRun,
+    Started,
+    read,
+)
 from validation.sets import keys_of, set_of  # noqa: E402
 from validation.tables import verdict  # noqa: E402
 
@@ -26,13 +42,24 @@ RECORDINGS = sorted((ROOT / "tests" / "data" / "measured").glob("*.jsonl.gz"))
 
 
 @pytest.fixture(scope="module", params=RECORDINGS, ids=lambda p: p.name.partition(".")[0])
-def evidence(request: pytest.FixtureRequest) -> list[judge.Evidence]:
-    return judge.evidence_of(list(read(request.param)))
+def path(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def lines(path: Path) -> list[Line]:
+    return list(read(path))
+
+
+@pytest.fixture(scope="module")
+def evidence(lines: list[Line]) -> list[judge.Evidence]:
+    return judge.evidence_of(lines)
 
 
 @pytest.fixture(scope="module")
 def rows(evidence: list[judge.Evidence]) -> list[judge.Compared]:
-    return [row for e in evidence for row in e.comparisons()]
+    return [row for e in evidence for row in e.comparisons]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +82,8 @@ def test_time(rows: list[judge.Compared], evidence: list[judge.Evidence]) -> Non
     assert bars.seconds is not None and bars.seconds <= 0.10
     for one in evidence:
         tau = one.kendall_tau()
-        assert tau is None or tau >= 0.6, one.case
+        if one.is_reckoned or tau is not None:  # minutes on a GPU may not do for a rank
+            assert tau is not None and tau >= 0.6, one.case
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["unverified", "verified"])
@@ -65,26 +93,45 @@ def test_choices(answers: dict[bool, list[judge.Answer]], verify: bool) -> None:
     assert bars.ran_out == 0
 
 
-def test_every_choice_was_measured(answers: dict[bool, list[judge.Answer]]) -> None:
-    """A planner that chooses what was never tried needs another recording, not another bar."""
-    for answer in (a for some in answers.values() for a in some if a.choice.fits):
+def test_every_choice_was_measured(
+    answers: dict[bool, list[judge.Answer]], evidence: list[judge.Evidence]
+) -> None:
+    """A planner that chooses what was never tried needs another recording, not another bar.
+
+    On a CPU, that is, where there is time for everything. What minutes on a GPU did not suffice
+    for, the report counts.
+    """
+    complete = {one.case for one in evidence if one.is_reckoned}
+    accepted = [a for some in answers.values() for a in some if a.choice.fits]
+    for answer in (a for a in accepted if a.case in complete):
         assert answer.outcome is not None, (answer.case, answer.choice.settings)
+    assert any(a.outcome is not None for a in accepted)
 
 
 def test_phases_add_up(evidence: list[judge.Evidence]) -> None:
     """What sets that were not run as a whole are judged by."""
     errors = [abs(error) for e in evidence for error in e.additivity()]
-    assert len(errors) > 10
+    assert len(errors) > 10 or not all(e.is_reckoned for e in evidence)
+    assert errors
     assert sum(errors) / len(errors) < 0.06
 
 
-def test_a_verdict_is_written(evidence: list[judge.Evidence]) -> None:
-    path = next(
-        p for p in RECORDINGS if judge.evidence_of(list(read(p)))[0].case == evidence[0].case
-    )
-    text = "\n".join(verdict(list(read(path)), evidence))
-    for heading in ("In short", "Ranking", "Choices", "Beside others"):
-        assert f"### {heading}" in text
+def test_the_document_has_todays_tables(
+    path: Path, lines: list[Line], evidence: list[judge.Evidence]
+) -> None:
+    """Otherwise: ``scripts/gpu_report.py --write``."""
+    text = gpu_report.DOCUMENT.read_text(encoding="utf-8")
+    tables = "\n".join(verdict(lines, evidence))
+    assert gpu_report.placed(text, path.name, tables) == text
+
+
+def test_sets_are_refused_with_reason(evidence: list[judge.Evidence]) -> None:
+    """Of all sets on all limits: what fits is not refused for margins that nobody needs."""
+    verdicts = [v for one in evidence for v in one.verdicts]
+    assert not [v for v in verdicts if v.is_accepted and v.fits is False]
+    fitting = [v for v in verdicts if v.fits]
+    refused = [v for v in fitting if not v.is_accepted]
+    assert len(refused) <= 0.05 * len(fitting), refused
 
 
 # ---- the scripts themselves ---------------------------------------------------------------------
@@ -94,6 +141,19 @@ def test_kendall_tau() -> None:
     assert judge.tau([(10, 1), (20, 2), (30, 3)]) == 1
     assert judge.tau([(30, 1), (20, 2), (10, 3)]) == -1
     assert judge.tau([(2, 1), (1, 1.01)]) is None  # as good as equal
+    crossed = [(1, 1), (2, 2), (9, 30), (3, 40), (2, 50)]
+    assert judge.tau(crossed) == pytest.approx((6 - 4) / 10)
+
+
+times = st.integers(1, 20).map(float)
+
+
+@given(st.lists(st.tuples(times, times), max_size=8), st.randoms(use_true_random=False))
+@examples(usually=30, thoroughly=1000)
+def test_kendall_tau_knows_no_order(pairs: list[tuple[float, float]], random: Random) -> None:
+    shuffled = list(pairs)
+    random.shuffle(shuffled)
+    assert judge.tau(shuffled) == judge.tau(pairs)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +171,6 @@ def run_tiny(path: Path, patch: pytest.MonkeyPatch, where: Any = None) -> list[s
     from validation import bench, cases, device
 
     from autotune.probe.host import read_host
-    from autotune.probe.reference import load_machine
-    from autotune.probe.software import installed_versions
     from autotune.testing.pipelines import BUILDERS
     from autotune.tuner import Measured, planning
     from autotune.workload.architecture import describe_pipeline
@@ -148,9 +206,109 @@ def test_a_run_is_recorded(tiny: Path) -> None:
     assert only.measured == [()]
     outcome = only.outcome(())
     assert outcome is not None and outcome.peak_bytes > only.workload.weight_bytes
-    assert {p.peer for p in only.peers} >= {"ComponentsManager", "diffusers-mm", "mmgp"}
-    assert all(p.error for p in only.peers), "none of them has a use for a CPU"
+    peers = {p.peer: p for p in only.peers}
+    for name, package in (("ComponentsManager", "diffusers"), ("mmgp", "mmgp")):
+        assert peers[name].error, "it has no use for a CPU"
+        is_installed = bool(version_of(package))
+        assert ("not installed" in peers[name].error) != is_installed
     assert "Could not be run here" in "\n".join(verdict(lines, [only]))
+
+
+def as_on_a_gpu(lines: list[Line], **changes: Any) -> judge.Evidence:
+    """The same figures, as if a large card had given them."""
+    gpu = load_machine("rtx-3080-10gb")
+    machine = msgspec.structs.replace(
+        gpu, source="measured", device=msgspec.structs.replace(gpu.device, **changes)
+    )
+    header, *rest = lines
+    assert isinstance(header, Header)
+    (only,) = judge.evidence_of([msgspec.structs.replace(header, machine=machine), *rest])
+    return only
+
+
+def test_a_peak_above_a_card_proves_something_on_a_cpu_only(tiny: Path) -> None:
+    """On a GPU libraries take workspace because there is memory."""
+    lines = list(read(tiny))
+    (cpu,) = judge.evidence_of(lines)
+    outcome = cpu.outcome(())
+    assert outcome is not None
+    small, large = outcome.peak_bytes - 1, outcome.peak_bytes
+    assert (cpu.fits((), small), cpu.fits((), large)) == (False, True)
+    gpu = as_on_a_gpu(lines)
+    context = gpu.machine.context_bytes
+    assert (gpu.fits((), small + context), gpu.fits((), large + context)) == (None, True)
+
+
+def test_a_set_that_the_allocator_model_cannot_place_is_left_out(tiny: Path) -> None:
+    lines = [_with_reserved(line) for line in read(tiny)]
+    (full,) = (as_on_a_gpu(lines, free_bytes=0),)
+    metrics = {row.metric for row in full.comparisons}
+    assert "allocated" in metrics
+    assert "reserved" not in metrics
+    roomy = {row.metric for row in as_on_a_gpu(lines).comparisons}
+    assert "reserved" in roomy
+    assert "device" not in roomy, "nobody read it"
+
+
+def _with_reserved(line: Line) -> Line:
+    if not isinstance(line, SetRun):
+        return line
+    runs = tuple(
+        tuple(msgspec.structs.replace(p, reserved_bytes=1 << 20, device_bytes=None) for p in run)
+        for run in line.runs
+    )
+    return msgspec.structs.replace(line, runs=runs)
+
+
+def test_what_is_offered_does_not_depend_on_who_judges(tiny: Path) -> None:
+    """The recorded machine's packages count; where an old recording does not tell, those here."""
+    header, *rest = list(read(tiny))
+    assert isinstance(header, Header)
+    bare = msgspec.structs.replace(header.machine, software={"torch": "2.13.0"})
+    lines = [msgspec.structs.replace(header, machine=bare), *rest]
+    (told,) = judge.evidence_of(lines)
+    assert told.offered
+    assert set(told.machine.software) == {"torch"}
+    new, gone = told.offers_changed()
+    assert not new
+    assert {name.partition(":")[0] for name in gone} >= {"compile"}
+    assert "tried then and not today: `" in "\n".join(verdict(lines, [told]))
+    old = [
+        msgspec.structs.replace(line, offered=()) if isinstance(line, Prepared) else line
+        for line in lines
+    ]
+    (untold,) = judge.evidence_of(old)
+    assert untold.machine.software == installed_versions() | {"torch": "2.13.0"}
+    assert untold.offers_changed() == ([], [])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_recording_that_has_just_begun(tiny: Path, kept: int) -> None:
+    lines = list(read(tiny))[:kept]
+    assert judge.evidence_of(lines) == []
+    assert "No generation was measured" in "\n".join(verdict(lines, []))
+
+
+def test_tables_are_written_between_their_markers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "benchmarks.md"
+    monkeypatch.setattr(gpu_report, "DOCUMENT", document)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tiny), "--write"])
+    begin = f"<!-- written by scripts/gpu_report.py from {tiny.name} -->"
+    for broken in ("before", f"before\n{begin}\nafter"):
+        document.write_text(broken)
+        with pytest.raises(SystemExit, match="has no place for tiny"):
+            gpu_report.main()
+        assert document.read_text() == broken
+    document.write_text(f"before\n{begin}\nold\n{gpu_report.END}\nafter\n")
+    for _ in range(2):
+        assert gpu_report.main() == 0
+        text = document.read_text()
+        assert text.startswith(f"before\n{begin}\n\n")
+        assert text.endswith(f"\n{gpu_report.END}\nafter\n")
+        assert "### In short" in text
+        assert "old" not in text.split("### In short")[0]
 
 
 def test_a_run_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +363,15 @@ def test_a_card_too_small_is_an_event(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(
         a.ran_out == (a.question.card_bytes == small) for a in only.answers(False) if a.choice.fits
     )
-    assert "out of memory" in "\n".join(verdict(lines, [only]))
+    text = "\n".join(verdict(lines, [only]))
+    assert "out of memory" in text
+    beside = text.partition("### Beside others")[2].splitlines()
+    assert "ran out" in next(row for row in beside if row.startswith("| sd 64"))
+    for one in (v for v in only.verdicts if v.settings == ()):
+        assert (one.is_tried, one.fits) == (True, one.card_bytes == large)
+    by_hand = [p for p in only.peer_outcomes() if p.peer == "plain diffusers"]
+    assert [p.ran_out for p in by_hand] == [True, False]
+    assert by_hand[1].peak_ratio == 1
 
 
 def test_what_a_dead_process_leaves_behind(tiny: Path, tmp_path: Path) -> None:

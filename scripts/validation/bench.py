@@ -42,7 +42,7 @@ from validation.recording import (
     Started,
 )
 from validation.rules import RULES, usable
-from validation.sets import Set, coherent_sets, covering, names_of
+from validation.sets import Set, coherent_sets, covering, names_of, offered_names
 
 TURNS = (0.7, 0.8, 0.9, 1.0)
 """First everything once; then the peers; then the sets again, in another order. Each turn must end
@@ -245,6 +245,7 @@ class _Stage:
             {key: known[key] for key in sorted(keys & known.keys())},
             self._device.cards(plain.needed_bytes, planned.machine),
             load,
+            offered_names(planned.machine, planned.workload, WITHOUT),
         )
 
     # ---- jobs -----------------------------------------------------------------------------------

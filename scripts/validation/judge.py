@@ -10,29 +10,41 @@ how well that works is checked on the sets that were measured as a whole.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from autotune.decide.allocator import DeviceMemoryError
 from autotune.decide.decision import decide
 from autotune.decide.history import History, Misfit, Observation, Observed
-from autotune.decide.limits import allows
+from autotune.decide.limits import allows, budget_within
 from autotune.decide.metrics import expected
 from autotune.decide.predict import Predictor
-from autotune.decide.prediction import Prediction
+from autotune.decide.prediction import Budget, Prediction
 from autotune.decide.search import execution_of
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
+from autotune.probe.software import installed_versions
 from autotune.workload.workload import Workload
 from validation.cases import ASKED, WITHOUT, Question
 from validation.recording import Header, Line, PeerRun, Phases, Prepared, SetRun
 from validation.rules import RULES, usable
-from validation.sets import Key, Names, Set, coherent_sets, keys_of, names_of, set_of
+from validation.sets import (
+    Key,
+    Names,
+    Set,
+    coherent_sets,
+    keys_of,
+    names_of,
+    offered_names,
+    set_of,
+)
 
 SAME_TIME = 0.03
 """Times closer than this are not ranked: one optimization has to gain more."""
@@ -78,7 +90,7 @@ class Compared(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a plan comes to, without its reasons."""
+    """What a plan comes to, without its reasons; ``budget_bytes`` is what there was for it."""
 
     settings: Set
     fits: bool
@@ -96,6 +108,8 @@ class Answer(NamedTuple):
         outcome: What that set came to; ``None`` where it was not measured.
         ran_out: It was said to fit, and did not.
         best: The fastest set that fits, and its seconds; ``None`` where none does.
+        peak_bytes: The set's on that card, where it was run there; else as of ``outcome``.
+        is_tried: It was run on a card of that size, and not reckoned with.
         tries: How often it was run and chosen again.
     """
 
@@ -105,6 +119,8 @@ class Answer(NamedTuple):
     outcome: Outcome | None
     ran_out: bool
     best: tuple[Names, float] | None
+    peak_bytes: int | None = None
+    is_tried: bool = False
     tries: int = 0
 
     @property
@@ -118,6 +134,37 @@ class Answer(NamedTuple):
     def refused_in_vain(self) -> bool:
         """Nothing was said to fit, and something does."""
         return not self.choice.fits and self.best is not None
+
+    @property
+    def unused(self) -> float | None:
+        """Share of the card that the chosen set leaves, the runtime's context not counted."""
+        if self.peak_bytes is None or not self.choice.fits or self.ran_out:
+            return None
+        return (self.choice.budget_bytes - self.peak_bytes) / self.question.card_bytes
+
+
+class Verdict(NamedTuple):
+    """A set on a card: what was said of it, and what is so.
+
+    Attributes:
+        case: Of which case.
+        card_bytes: The card's size.
+        settings: The set.
+        is_accepted: It was said to fit.
+        fits: It does; ``None`` where that is not known.
+        is_tried: It was run on a card of that size.
+        short: How much more it was said to need than there is, relative; negative: less.
+        spare: What its peak leaves of what there is, relative; ``None`` where it is not known.
+    """
+
+    case: str
+    card_bytes: int
+    settings: Names
+    is_accepted: bool
+    fits: bool | None
+    is_tried: bool
+    short: float
+    spare: float | None
 
 
 class PeerOutcome(NamedTuple):
@@ -138,6 +185,13 @@ class PeerOutcome(NamedTuple):
             return None
         return self.outcome.seconds / self.ours.seconds
 
+    @property
+    def peak_ratio(self) -> float | None:
+        """Its peak over ours."""
+        if self.outcome is None or self.ran_out or self.ours is None:
+            return None
+        return self.outcome.peak_bytes / self.ours.peak_bytes
+
 
 # ---- one case -----------------------------------------------------------------------------------
 
@@ -152,9 +206,9 @@ class Evidence:
     """
 
     def __init__(self, header: Header, prepared: Prepared, lines: Sequence[Line]) -> None:
-        operators = header.machine.operators | prepared.operators
         self.case = prepared.case
-        self.machine: Machine = replace(header.machine, operators=operators)
+        self.machine = _as_recorded(header.machine, prepared)
+        self.offered = prepared.offered
         self.workload: Workload = prepared.workload
         self.cards = prepared.cards
         self.predictor = Predictor(self.machine, self.workload)
@@ -241,26 +295,49 @@ class Evidence:
         return self.composed(settings) or self.whole(names_of(settings))
 
     def fits(self, settings: Iterable[Setting], card_bytes: int) -> bool | None:
-        """Whether it ran on that card; where it was not tried, whether its peak is within it."""
+        """Whether it ran on that card; where it was not tried, whether its peak is within it.
+
+        A GPU's libraries take workspace because there is memory, and do with less where there is
+        not: a peak above the card says nothing there. A CPU's is the same under any limit.
+        """
         settings = tuple(settings)
-        tried = self._capped.get((names_of(settings), card_bytes))
+        tried = self._tried(settings, card_bytes)
         if tried is not None:
-            return not tried.ran_out if not tried.error or tried.ran_out else None
+            return not tried.ran_out
         outcome = self.outcome(settings)
         if outcome is None:
             return None
-        return outcome.peak_bytes <= card_bytes - self.machine.context_bytes
+        is_within = outcome.peak_bytes <= card_bytes - self.machine.context_bytes
+        return is_within if is_within or self.is_reckoned else None
+
+    @property
+    def is_reckoned(self) -> bool:
+        """There are no cards here: what fits is reckoned, exactly, from peaks."""
+        return self.machine.device.kind == "cpu"
+
+    def _tried(self, settings: Iterable[Setting], card_bytes: int) -> SetRun | None:
+        """The run on a card of that size, that ended or ran out of memory."""
+        run = self._capped.get((names_of(settings), card_bytes))
+        return None if run is None or (run.error and not run.ran_out) else run
+
+    def _peak_on(self, settings: Set, card_bytes: int) -> int | None:
+        """Where it was run on that card, its peak there."""
+        run = self._tried(settings, card_bytes)
+        peaks = [p.peak_bytes for phases in run.runs for p in phases] if run else []
+        known = [peak for peak in peaks if peak is not None]
+        outcome = self.outcome(settings)
+        return max(known) if known else outcome.peak_bytes if outcome else None
 
     # ---- predictions ----------------------------------------------------------------------------
 
+    @functools.cached_property
     def comparisons(self) -> list[Compared]:
         """Predicted against measured, of each measured set."""
         rows: list[Compared] = []
         seen: set[Key] = set()
         for names in self.measured:
-            try:
-                prediction = self.predictor.predict(execution_of(set_of(names)))
-            except OptimizationError:
+            prediction = self._predicted(names)
+            if prediction is None:
                 continue
             rows += self._of_phases(names, prediction, seen)
             rows += self._of_generation(names, prediction)
@@ -297,9 +374,13 @@ class Evidence:
         device = max((p.device_bytes or 0 for p in phases), default=0)
         if not reserved:
             return
-        peaks = expected(self.predictor, execution_of(set_of(names)))
+        try:
+            peaks = expected(self.predictor, execution_of(set_of(names)))
+        except (DeviceMemoryError, OptimizationError):
+            return
         yield Compared(self.case, names, "all", "reserved", peaks.reserved_bytes, reserved)
-        yield Compared(self.case, names, "all", "device", peaks.device_bytes, device)
+        if device:
+            yield Compared(self.case, names, "all", "device", peaks.device_bytes, device)
 
     def additivity(self) -> list[float]:
         """Of sets measured as a whole: what their phases in *other* sets add up to, relative."""
@@ -329,22 +410,77 @@ class Evidence:
 
         Sets closer together than generations with one set are not ranked.
         """
-        pairs = [(c.predicted, c.measured) for c in self.comparisons() if _is_total(c)]
+        pairs = [(c.predicted, c.measured) for c in self.comparisons if _is_total(c)]
         return tau(pairs, max(SAME_TIME, 2 * self.typical_spread))
 
     # ---- choices --------------------------------------------------------------------------------
 
     def answers(self, verify: bool) -> list[Answer]:
         """To every question of the case."""
-        everything = coherent_sets(self.predictor, WITHOUT)
-        known = [(s, o) for s in everything if (o := self.outcome(s)) is not None]
         questions = [Question(card, *asked) for card in self.cards for asked in ASKED]
-        return [self._answer(q, known, verify) for q in questions]
+        return [self._answer(q, self._known, verify) for q in questions]
+
+    @functools.cached_property
+    def _everything(self) -> list[Set]:
+        return coherent_sets(self.predictor, WITHOUT)
+
+    @functools.cached_property
+    def _known(self) -> list[tuple[Set, Outcome]]:
+        return [(s, o) for s in self._everything if (o := self.outcome(s)) is not None]
 
     def scored(self) -> tuple[int, int]:
         """Coherent sets whose outcome is known, and how many there are in the bounded list."""
-        everything = coherent_sets(self.predictor, WITHOUT)
-        return sum(self.outcome(s) is not None for s in everything), len(everything)
+        return len(self._known), len(self._everything)
+
+    def offers_changed(self) -> tuple[list[str], list[str]]:
+        """Settings that are tried today and were not then, and those of then that are not today.
+
+        Empty where the recording does not tell.
+        """
+        if not self.offered:
+            return [], []
+        today = offered_names(self.machine, self.workload, WITHOUT)
+        new = [name for name in today if name not in self.offered]
+        return new, [name for name in self.offered if name not in today]
+
+    @functools.cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Of every set whose outcome is known, and of every one that was run there, on each card.
+
+        Whether a plan is asked for does not matter: a set is accepted or refused by its need.
+        """
+        budgets = {
+            card: budget_within(self.machine, Question(card, "exact", 1).limits)
+            for card in self.cards
+        }
+        sets = {names_of(s) for s in self._everything} | {names for names, _ in self._capped}
+        return [v for names in sorted(sets) for v in self._verdicts(names, budgets)]
+
+    def _verdicts(self, names: Names, budgets: dict[int, Budget]) -> Iterator[Verdict]:
+        settings, prediction = set_of(names), self._predicted(names)
+        if prediction is None:
+            return
+        for card, budget in budgets.items():
+            peak, tried = self._peak_on(settings, card), self._tried(settings, card)
+            if peak is None and tried is None:
+                continue
+            yield Verdict(
+                self.case,
+                card,
+                names,
+                budget.holds(prediction),
+                self.fits(settings, card),
+                tried is not None,
+                budget.lacks(prediction) - 1,
+                None if peak is None else 1 - peak / max(budget.device_bytes, 1),
+            )
+
+    def _predicted(self, names: Names) -> Prediction | None:
+        """``None`` where it needs a code path that was not traced."""
+        try:
+            return self.predictor.predict(execution_of(set_of(names)))
+        except OptimizationError:
+            return None
 
     def _answer(self, question: Question, known: list[tuple[Set, Outcome]], verify: bool) -> Answer:
         choice, tries = self._choice(question, verify)
@@ -356,6 +492,8 @@ class Evidence:
             self.outcome(choice.settings),
             choice.fits and fits is False,
             self._best(question, known),
+            self._peak_on(choice.settings, question.card_bytes),
+            self._tried(choice.settings, question.card_bytes) is not None,
             tries,
         )
 
@@ -379,7 +517,7 @@ class Evidence:
             self._predictors[question.images] = predictor
         decision = decide(predictor, question.limits, CATALOGUE)
         chosen = decision.chosen
-        budget = decision.budget.device_bytes
+        budget = decision.available.device_bytes
         return Choice(chosen.settings, decision.fits, chosen.needed_bytes, budget)
 
     def _choice(self, question: Question, verify: bool) -> tuple[Choice, int]:
@@ -387,7 +525,7 @@ class Evidence:
         history = History()
         choice = self.choose(question)
         for tries in range(TRIES if verify else 0):
-            taught = self._taught(choice, history)
+            taught = self._taught(choice, question.card_bytes, history)
             if taught == history:
                 return choice, tries
             history = taught
@@ -397,12 +535,12 @@ class Evidence:
             choice = again
         return choice, TRIES if verify else 0
 
-    def _taught(self, choice: Choice, history: History) -> History:
+    def _taught(self, choice: Choice, card_bytes: int, history: History) -> History:
         """What a run of the choice adds to the history."""
         outcome = self.outcome(choice.settings)
         if outcome is None or not choice.fits:
             return history
-        if self.fits(choice.settings, choice.budget_bytes + self.machine.context_bytes) is False:
+        if self.fits(choice.settings, card_bytes) is False:
             misfit = Misfit(choice.settings, choice.budget_bytes)
             if misfit in history.misfits:
                 return history
@@ -424,9 +562,7 @@ class Evidence:
         rows = []
         for card in self.cards:
             choice = self.choose(Question(card, "exact", 1))
-            ours = self.outcome(choice.settings) if choice.fits else None
-            if self.fits(choice.settings, card) is False:
-                ours = None
+            ours = self._outcome_on(choice.settings, card) if choice.fits else None
             rows += [self._by_rule(rule, card, ours) for rule in RULES]
             rows += [
                 self._by_tool(p, card, ours) for p in self.peers if p.card_bytes in (card, None)
@@ -436,23 +572,48 @@ class Evidence:
     def _by_rule(self, rule: object, card: int, ours: Outcome | None) -> PeerOutcome:
         name, rungs_of = rule  # type: ignore[misc]
         rungs, reasons = usable(rungs_of(self.workload, card), self.machine, self.workload)
-        tried = [s for s in rungs if self.fits(s, card) is not None]
-        runs = next((s for s in tried if self.fits(s, card)), None)
-        last = runs if runs is not None else (tried[-1] if tried else None)
-        what = ", ".join(names_of(last)) or "all on the device" if last is not None else ""
-        if last is None:
+        # The first that does not run out, or of which nobody knows whether it does.
+        last = next((s for s in rungs if self.fits(s, card) is not False), None)
+        if not rungs:
             return PeerOutcome(self.case, name, card, "; ".join(reasons), None, False, ours)
-        return PeerOutcome(self.case, name, card, what, self.outcome(last), runs is None, ours)
+        if last is None:
+            what = _named(rungs[-1])
+            return PeerOutcome(self.case, name, card, what, self.outcome(rungs[-1]), True, ours)
+        if self.fits(last, card) is None:
+            what = f"{_named(last)}: not run on every limit"
+            return PeerOutcome(self.case, name, card, what, None, False, ours)
+        outcome = self._outcome_on(last, card)
+        return PeerOutcome(self.case, name, card, _named(last), outcome, False, ours)
+
+    def _outcome_on(self, settings: Set, card: int) -> Outcome | None:
+        """``None`` where it did not run there; its peak is that on the card, where it was tried."""
+        outcome, peak = self.outcome(settings), self._peak_on(settings, card)
+        if outcome is None or peak is None or self.fits(settings, card) is False:
+            return None
+        return outcome._replace(peak_bytes=peak)
 
     def _by_tool(self, run: PeerRun, card: int, ours: Outcome | None) -> PeerOutcome:
-        if run.error:
+        if run.error or not run.runs:
             return PeerOutcome(self.case, run.peer, card, run.error, None, run.ran_out, ours)
         totals = [sum(p.seconds for p in phases) for phases in run.runs]
         peak = max(p.peak_bytes or 0 for phases in run.runs for p in phases)
         outcome = Outcome(statistics.median(totals), 0.0, peak, True)
-        is_reckoned = self.machine.device.kind == "cpu"
-        out = run.ran_out or (is_reckoned and peak > card)
+        out = run.ran_out or (self.is_reckoned and peak > card)
         return PeerOutcome(self.case, run.peer, card, run.chose, outcome, out, ours)
+
+
+def _as_recorded(machine: Machine, prepared: Prepared) -> Machine:
+    """The machine with the case's operators.
+
+    Recordings from before do not tell which packages were missing: there, those of here count.
+    """
+    here = {} if prepared.offered else installed_versions()
+    operators = machine.operators | prepared.operators
+    return replace(machine, operators=operators, software=here | machine.software)
+
+
+def _named(settings: Set) -> str:
+    return ", ".join(names_of(settings)) or "all on the device"
 
 
 def _compiles(names: Names) -> bool:
@@ -478,8 +639,8 @@ def tau(pairs: list[tuple[float, float]], same: float = SAME_TIME) -> float | No
             larger = max(measured, other_measured)
             if abs(measured - other_measured) <= same * larger:
                 continue
-            same = (predicted - other_predicted) * (measured - other_measured)
-            agree, disagree = agree + (same > 0), disagree + (same <= 0)
+            product = (predicted - other_predicted) * (measured - other_measured)
+            agree, disagree = agree + (product > 0), disagree + (product <= 0)
     ranked = agree + disagree
     return (agree - disagree) / ranked if ranked else None
 
@@ -489,7 +650,9 @@ def tau(pairs: list[tuple[float, float]], same: float = SAME_TIME) -> float | No
 
 def evidence_of(lines: Sequence[Line]) -> list[Evidence]:
     """Each case of a recording, as far as anything was measured of it."""
-    header = next(line for line in lines if isinstance(line, Header))
+    header = next((line for line in lines if isinstance(line, Header)), None)
+    if header is None:
+        return []
     prepared = [line for line in lines if isinstance(line, Prepared)]
     found = [Evidence(header, p, lines) for p in prepared]
     return [e for e in found if e.measured]

@@ -44,6 +44,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="case"):
         operators: Replayed for it.
         cards: Bytes; on the CPU limits that are only reckoned with.
         load: As in the header.
+        offered: Settings that were tried here, as on the command line; empty in recordings from
+            before, whose machines do not tell which packages they lacked.
     """
 
     case: str
@@ -51,6 +53,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="case"):
     operators: dict[str, OperatorTime]
     cards: tuple[int, ...]
     load: float
+    offered: tuple[str, ...] = ()
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

@@ -65,6 +65,11 @@ def offered(machine: Machine, workload: Workload, without: Sequence[str]) -> lis
     return found
 
 
+def offered_names(machine: Machine, workload: Workload, without: Sequence[str]) -> Names:
+    """The same, as on the command line: what a recording says that it tried."""
+    return tuple(str(s) for some in offered(machine, workload, without) for s in some)
+
+
 def coherent_sets(predictor: Predictor, without: Sequence[str]) -> list[Set]:
     """The bounded list: every coherent set, the empty one first."""
     machine = predictor.machine

@@ -10,7 +10,9 @@ from validation.judge import (
     Answer,
     Compared,
     Evidence,
+    Outcome,
     PeerOutcome,
+    Verdict,
     bars_of,
     mape,
 )
@@ -21,9 +23,13 @@ METRICS = ("allocated", "reserved", "device", "seconds")
 
 def verdict(lines: Sequence[Line], evidence: Sequence[Evidence]) -> Iterator[str]:
     """Every table, with the sentences between them."""
-    header = next(line for line in lines if isinstance(line, Header))
-    yield from _where(header, evidence)
-    rows = [row for e in evidence for row in e.comparisons()]
+    header = next((line for line in lines if isinstance(line, Header)), None)
+    if header is not None:
+        yield from _where(header, evidence)
+    if not evidence:
+        yield "No generation was measured.\n"
+        return
+    rows = [row for e in evidence for row in e.comparisons]
     without = [a for e in evidence for a in e.answers(verify=False)]
     verified = [a for e in evidence for a in e.answers(verify=True)]
     yield from _summary(rows, without, verified, evidence)
@@ -32,7 +38,8 @@ def verdict(lines: Sequence[Line], evidence: Sequence[Evidence]) -> Iterator[str
     yield from _ranking(evidence)
     yield from _choices(without, verified)
     yield from _regrets(without)
-    yield from _peers([p for e in evidence for p in e.peer_outcomes()], evidence)
+    yield from _verdicts([v for e in evidence for v in e.verdicts])
+    yield from _peers([p for e in evidence for p in e.peer_outcomes()])
     yield from _kernels([line for line in lines if isinstance(line, KernelRun)])
     yield from _failures(evidence)
 
@@ -41,18 +48,30 @@ def _where(header: Header, evidence: Sequence[Evidence]) -> Iterator[str]:
     machine = header.machine
     loads = [load for e in evidence for load in e.loads]
     clock = "CPU time of one thread" if header.clock == "cpu" else "the clock on the wall"
+    meanwhile = (
+        f" Load average meanwhile: {min(loads):.1f} to {max(loads):.1f}, "
+        f"median {statistics.median(loads):.1f}."
+        if loads
+        else ""
+    )
     yield (
         f"{machine.device.name}, {machine.host.cores} cores, PyTorch "
         f"{machine.software.get('torch', '?')}, {header.threads} thread"
-        f"{'s' if header.threads > 1 else ''}; timed by {clock}; {header.at}. "
-        f"Load average meanwhile: {min(loads):.1f} to {max(loads):.1f}, "
-        f"median {statistics.median(loads):.1f}.\n"
+        f"{'s' if header.threads > 1 else ''}; timed by {clock}; {header.at}."
+        f"{meanwhile}\n"
     )
     if machine.device.kind == "cpu":
         yield (
             "There is no card here: memory limits are reckoned with, by comparing the allocator's "
             "peak with them.\n"
         )
+    for one in evidence:
+        new, gone = one.offers_changed()
+        if new or gone:
+            yield (
+                f"{one.case}: tried today and not when this was recorded: {_set(new)}; tried then "
+                f"and not today: {_set(gone)}.\n"
+            )
 
 
 def _summary(
@@ -66,6 +85,9 @@ def _summary(
     added = [abs(x) for e in evidence for x in e.additivity()]
     scored = [e.scored() for e in evidence]
     sets = sum(len(e.measured) for e in evidence)
+    verdicts = [v for e in evidence for v in e.verdicts]
+    fitting = [v for v in verdicts if v.fits]
+    is_reckoned = all(e.is_reckoned for e in evidence)
     yield "### In short\n"
     yield _table(
         ("", "value", "bar"),
@@ -78,15 +100,26 @@ def _summary(
             ("said to fit and ran out, not verified", str(plain.ran_out), "0"),
             ("said to fit and ran out, verified", str(checked.ran_out), "0"),
             (
-                "said not to fit, though something does",
+                "nothing said to fit, though something does",
                 str(sum(a.refused_in_vain for a in without)),
+                "",
+            ),
+            (
+                "sets refused that fit, of those that fit, over all limits",
+                f"{sum(not v.is_accepted for v in fitting)} of {len(fitting)}",
                 "",
             ),
             ("questions asked", str(len(without)), ""),
             (
+                "answers said to fit, and of these run on a card of that size",
+                f"{sum(a.choice.fits for a in without)}, "
+                f"{sum(a.choice.fits and a.is_tried for a in without)}",
+                "",
+            ),
+            (
                 "answers whose set was not measured",
                 str(sum(a.choice.fits and a.outcome is None for a in without)),
-                "0",
+                "0" if is_reckoned else "",
             ),
             ("sets measured as a whole", str(sets), ""),
             (
@@ -164,7 +197,7 @@ def _ranking(evidence: Sequence[Evidence]) -> Iterator[str]:
 
 
 def _case_line(evidence: Evidence) -> tuple[str, ...]:
-    rows = [r for r in evidence.comparisons() if r.phase == "all"]
+    rows = [r for r in evidence.comparisons if r.phase == "all"]
     spreads = [s for n in evidence.measured if (s := evidence.spread(n)) is not None]
     found = evidence.kendall_tau()
     return (
@@ -184,7 +217,7 @@ def _choices(without: Sequence[Answer], verified: Sequence[Answer]) -> Iterator[
         for label, answers in (("no", without), ("yes", verified)):
             some = [a for a in answers if a.case == case]
             regrets = [a.regret for a in some if a.regret is not None]
-            rooms = [r for a in some if (r := _room(a)) is not None]
+            rooms = [r for a in some if (r := a.unused) is not None]
             lines.append(
                 (
                     case,
@@ -214,13 +247,6 @@ def _choices(without: Sequence[Answer], verified: Sequence[Answer]) -> Iterator[
         ),
         lines,
     )
-
-
-def _room(answer: Answer) -> float | None:
-    """Share of the card that the chosen set leaves."""
-    if answer.outcome is None or not answer.choice.fits or answer.ran_out:
-        return None
-    return 1 - answer.outcome.peak_bytes / answer.question.card_bytes
 
 
 def _regrets(answers: Sequence[Answer]) -> Iterator[str]:
@@ -254,7 +280,7 @@ def _regrets(answers: Sequence[Answer]) -> Iterator[str]:
                     a.question.quality,
                     _set(map(str, a.choice.settings)),
                     format_bytes(a.choice.needed_bytes),
-                    format_bytes(a.outcome.peak_bytes) if a.outcome else "",
+                    format_bytes(a.peak_bytes) if a.peak_bytes else "",
                     "ran out" if a.ran_out else f"fits: {_set(a.best[0] if a.best else ())}",
                 )
                 for a in wrong
@@ -262,20 +288,69 @@ def _regrets(answers: Sequence[Answer]) -> Iterator[str]:
         )
 
 
-def _peers(rows: Sequence[PeerOutcome], evidence: Sequence[Evidence]) -> Iterator[str]:
+def _verdicts(rows: Sequence[Verdict]) -> Iterator[str]:
+    yield "### Every set on every limit\n"
+    yield (
+        "Not only what was chosen: each set whose outcome is known, on each limit. *Short* is how "
+        "much more than the limit a set was said to need that was refused and fits, margin "
+        "included, and *spare* what it really leaves of it.\n"
+    )
+    lines = []
+    for case in dict.fromkeys(v.case for v in rows):
+        some = [v for v in rows if v.case == case]
+        refused = [v for v in some if not v.is_accepted]
+        vain = [v for v in refused if v.fits]
+        spare = [v.spare for v in vain if v.spare is not None]
+        lines.append(
+            (
+                case,
+                str(len(some)),
+                str(sum(v.is_tried for v in some)),
+                str(sum(v.is_accepted and v.fits is True for v in some)),
+                str(sum(v.is_accepted and v.fits is False for v in some)),
+                str(len(vain)),
+                str(sum(v.fits is False for v in refused)),
+                str(sum(v.fits is None for v in some)),
+                _percent(statistics.median(v.short for v in vain) if vain else None),
+                _percent(max((v.short for v in vain), default=None)),
+                _percent(statistics.median(spare) if spare else None),
+            )
+        )
+    yield _table(
+        (
+            "case",
+            "sets × limits",
+            "run there",
+            "accepted, fit",
+            "accepted, ran out",
+            "refused, fit",
+            "refused, run out",
+            "not known",
+            "short, median",
+            "short, most",
+            "spare, median",
+        ),
+        lines,
+    )
+
+
+def _peers(rows: Sequence[PeerOutcome]) -> Iterator[str]:
     yield "### Beside others\n"
     yield (
         "On the same cases and limits, ours at exact quality for one image, not verified. "
-        "*Time* is theirs over ours where both ran, as a geometric mean.\n"
+        "*Time* and *peak* are theirs over ours where both ran, as geometric means.\n"
     )
-    names = dict.fromkeys(r.peer for r in rows)
+    peers = _by_peer(rows)
+    if any(" = " in name for name in peers):
+        yield (
+            "Names in one row came to the same everywhere: what else they would try cannot be "
+            "tried here.\n"
+        )
     lines = []
-    for name in names:
-        some = [r for r in rows if r.peer == name]
+    for name, some in peers.items():
         ran = [r for r in some if r.outcome is not None and not r.ran_out]
         ratios = [r.ratio for r in ran if r.ratio is not None]
-        if not any(r.outcome for r in some):
-            continue
+        peaks = [r.peak_ratio for r in ran if r.peak_ratio is not None]
         lines.append(
             (
                 name,
@@ -284,6 +359,8 @@ def _peers(rows: Sequence[PeerOutcome], evidence: Sequence[Evidence]) -> Iterato
                 str(sum(r.ran_out for r in some)),
                 f"{statistics.geometric_mean(ratios):.2f}×" if ratios else "",
                 f"{max(ratios):.2f}×" if ratios else "",
+                f"{statistics.geometric_mean(peaks):.2f}×" if peaks else "",
+                f"{max(peaks):.2f}×" if peaks else "",
                 str(sum(r.ours is not None and r not in ran for r in some)),
                 str(sum(r.ours is None and r in ran for r in some)),
             )
@@ -295,16 +372,49 @@ def _peers(rows: Sequence[PeerOutcome], evidence: Sequence[Evidence]) -> Iterato
             "ran",
             "ran out",
             "time",
-            "worst",
+            "time, worst",
+            "peak",
+            "peak, worst",
             "only ours ran",
             "only theirs ran",
         ),
         lines,
     )
-    reasons = {(r.peer, r.what) for r in rows if r.outcome is None and r.what}
+    yield from _peer_cells(peers)
+    reasons = {(r.peer, r.what) for r in rows if r.outcome is None and r.what and not r.ran_out}
     if reasons:
-        yield "Could not be run here:\n"
+        yield "Could not be run here, or was not:\n"
         yield "".join(f"- {peer}: {what}\n" for peer, what in sorted(reasons))
+
+
+def _by_peer(rows: Sequence[PeerOutcome]) -> dict[str, list[PeerOutcome]]:
+    """Those that came to anything; what came to the same everywhere has one name."""
+    alike: dict[object, list[str]] = {}
+    for name in dict.fromkeys(r.peer for r in rows):
+        some = [r for r in rows if r.peer == name]
+        if any(r.outcome or r.ran_out for r in some):
+            alike.setdefault(tuple(r._replace(peer="") for r in some), []).append(name)
+    return {" = ".join(names): [r for r in rows if r.peer == names[0]] for names in alike.values()}
+
+
+def _peer_cells(peers: dict[str, list[PeerOutcome]]) -> Iterator[str]:
+    """Each on each limit."""
+    found = {(r.case, r.card_bytes, n): r for n, some in peers.items() for r in some}
+    lines = []
+    for case, card in dict.fromkeys((case, card) for case, card, _ in found):
+        cells = [found.get((case, card, name)) for name in peers]
+        ours = next(r.ours for r in cells if r is not None)
+        told = ["" if r is None else _ran(r.outcome, r.ran_out) for r in cells]
+        lines.append((case, format_bytes(card), _ran(ours, False), *told))
+    yield _table(("case", "limit", "ours", *peers), lines)
+
+
+def _ran(outcome: Outcome | None, ran_out: bool) -> str:
+    if ran_out:
+        return "ran out"
+    if outcome is None:
+        return ""
+    return f"{format_seconds(outcome.seconds)}, {format_bytes(outcome.peak_bytes)}"
 
 
 def _kernels(runs: Sequence[KernelRun]) -> Iterator[str]:

@@ -9,11 +9,20 @@ with. Needs no network. What is finished is written at once; run it again and it
     scripts/gpu_validation.py recording.jsonl --budget-s 1800 --models sdxl,sd15
     scripts/gpu_validation.py recording.jsonl --device cpu --clock cpu   # on a busy machine
     scripts/gpu_report.py recording.jsonl                    # what it says
+
+Packages that are missing on a machine without a network are brought along as wheels:
+
+    pip download -d wheels --no-deps --only-binary :all: --python-version 3.12 \
+        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+        diffusers tomesd msgspec nvidia-ml-py platformdirs diffusers-mm mmgp optimum-quanto xformers
+    scripts/gpu_validation.py recording.jsonl --wheels wheels
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -21,6 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,28 +45,97 @@ BUDGET_S = 540.0
 LOST = 3
 """Exit status of a worker whose device has failed: another one goes on."""
 
-MOST_RESTARTS = 20
+GRACE_S = 120.0
+"""A worker ends itself when time is up; one that has not by then is ended."""
+
+INTERRUPTED_S = 20.0
+"""So long an interrupted worker may take to say so in the recording."""
+
+IDLE_WORKERS = 2
+"""So many in a row that failed and recorded nothing: more of them would not help."""
 
 
 def main() -> int:
     """Runs workers until one has finished."""
     options = _options()
-    os.environ.setdefault("AUTOTUNE_CACHE", str(options.recording.resolve()) + ".cache")
-    if options.worker:
+    if options.until is not None:
         with tempfile.TemporaryDirectory() as folder:  # what is compiled already costs nothing
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
             return work(options)
-    end = time.monotonic() + options.budget_s
-    for _ in range(MOST_RESTARTS):
-        left = end - time.monotonic()
-        if left <= 0:
-            break
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", "--budget-s", f"{left:.0f}"]
-        status = subprocess.run(command, check=False).returncode
+    end = time.time() + options.budget_s
+    os.environ.setdefault("AUTOTUNE_CACHE", str(_cache(options.recording)))
+    with tempfile.TemporaryDirectory() as packages:
+        if options.wheels is not None:
+            status = install(options.wheels, packages)
+            if status:
+                return status
+        return supervise([sys.executable, __file__, *sys.argv[1:]], options.recording, end)
+
+
+def supervise(command: list[str], recording: Path, end: float) -> int:
+    """Runs workers, one after another, until one has finished or time is up.
+
+    Args:
+        command: Of a worker, without the time.
+        recording: Where to it writes; that it grows tells that there is a use in another one.
+        end: By ``time.time``.
+
+    Returns:
+        0 when time is up, too; else the status of a worker that could do nothing.
+    """
+    idle = 0
+    while time.time() < end:
+        before = _size(recording)
+        status = _run([*command, "--until", f"{end:.1f}"], end + GRACE_S - time.time())
         if status in (0, 2, 130):  # finished, misused, interrupted
             return status
-        print(f"worker ended with status {status}: another one goes on", file=sys.stderr)
+        idle = idle + 1 if _size(recording) == before else 0
+        print(f"worker ended with status {status}", file=sys.stderr)
+        if idle == IDLE_WORKERS:
+            return status
     return 0
+
+
+def _run(command: list[str], patience_s: float) -> int:
+    worker = subprocess.Popen(command)
+    try:
+        return worker.wait(patience_s)
+    except KeyboardInterrupt:  # the worker got it, too
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            worker.wait(INTERRUPTED_S)
+        return 130
+    except subprocess.TimeoutExpired:
+        return LOST
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def install(wheels: Path, folder: str) -> int:
+    """What lies in a folder, for this process's workers alone.
+
+    Returns:
+        pip's exit status.
+    """
+    names = sorted({wheel.name.partition("-")[0] for wheel in wheels.glob("*.whl")})
+    paths = (folder, os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--find-links", str(wheels), "--target", folder]
+    if not names:
+        print(f"{wheels}: there are no wheels", file=sys.stderr)
+        return 2
+    return subprocess.run([*pip, *offline, *names], check=False).returncode
+
+
+def _cache(recording: Path) -> Path:
+    """The same for the same recording: what is probed for it is not probed again."""
+    place = str(recording.resolve())
+    return Path(tempfile.gettempdir()) / f"autotune-validation-{zlib.crc32(place.encode()):08x}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def work(options: argparse.Namespace) -> int:
@@ -65,6 +144,7 @@ def work(options: argparse.Namespace) -> int:
     Returns:
         0 when time is up or nothing is left to do.
     """
+    say = functools.partial(print, flush=True)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from validation import device as devices
@@ -72,14 +152,16 @@ def work(options: argparse.Namespace) -> int:
     from validation.measure import DeviceLostError
     from validation.recording import Recording
 
+    from autotune.errors import MachineError
+
     devices.keep_clock(options.clock, options.threads)
-    device = devices.chosen(options.device)
     recording = Recording(options.recording)
-    cases = cases_of(device, options.models.split(",") if options.models else (), options.tiny)
+    models = options.models.split(",") if options.models else ()
     try:
-        bench = Bench(recording, device, options.clock, options.budget_s, print)
-        bench.run(cases)
-    except IncomparableError as error:
+        device = devices.chosen(options.device)
+        bench = Bench(recording, device, options.clock, options.until - time.time(), say)
+        bench.run(cases_of(device, models, options.tiny))
+    except (IncomparableError, MachineError) as error:
         print(error, file=sys.stderr)
         return 2
     except DeviceLostError as error:
@@ -107,7 +189,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="PyTorch's, on a CPU")
     parser.add_argument("--tiny", action="store_true", help="seconds: to test this script")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--wheels", type=Path, help="a folder with wheels of what is missing here")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # makes it a worker
     options = parser.parse_args()
     if options.clock == "cpu" and options.device != "cpu":
         parser.error("--clock cpu goes with --device cpu")

@@ -66,11 +66,11 @@ CPU_CASES = (
 )
 
 GPU_CASES = (
-    Case("sdxl", 1024, 1, 8, "float16", weight=2),
-    Case("sd15", 512, 4, 8, "float16"),
-    Case("sd3-medium", 1024, 1, 8, "float16"),
+    Case("sdxl", 1024, 1, 8, "float16", weight=4),
+    Case("sd15", 512, 4, 8, "float16", weight=2),
+    Case("sd3-medium", 1024, 1, 8, "float16", weight=1.5),
     Case("flux-dev", 1024, 1, 4, "bfloat16"),
-    Case("sdxl", 1024, 4, 8, "float16"),
+    Case("sdxl", 1024, 4, 8, "float16", weight=0.5),
 )
 
 TINY_CASES = (Case("sd15-small", 64, 2, 1, "float32"), Case("flux-dev-small", 64, 1, 1, "float32"))
@@ -80,5 +80,8 @@ CPU_SHARES = (1.25, 1.02, 0.97, 0.9, 0.8, 0.7, 0.62)
 """Memory limits on the CPU, as shares of what the plain pipeline is predicted to need: the first
 holds everything, the last next to nothing, and two are as near to the edge as predictions claim."""
 
-GPU_CARDS_GB = (6, 8, 12, 4, 10, 16, 24)
+GPU_CARDS_GB = (8, 12, 24, 6, 4, 10, 16)
 """Card sizes in GB of 2³⁰ bytes, the most telling first."""
+
+TELLING_CARDS = 3
+"""So many of them come before the bounded list of sets."""

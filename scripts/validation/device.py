@@ -8,33 +8,67 @@ import os
 import time
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import torch
 
+from autotune.probe.devices import choose_device, empty_cache
 from autotune.probe.machine import Machine
+from autotune.runtime.measure import CudaGauge, Gauge, Level
+from autotune.runtime.out_of_memory import is_out_of_memory
 from autotune.units import GIB, MIB
 from validation.cases import CPU_SHARES, GPU_CARDS_GB
 
 
-class Memory(NamedTuple):
-    """Peaks of this process in bytes: reserved by the allocator, and taken from the device."""
+class Device:
+    """What is measured.
 
-    reserved_bytes: int | None = None
-    device_bytes: int | None = None
-
-
-class Cpu:
-    """Memory limits are only reckoned with: a peak is compared with them."""
+    Attributes:
+        kind: As PyTorch calls it.
+        simulates: Memory limits are only reckoned with: a peak is compared with them.
+        device: PyTorch's.
+        is_small: It is a small card now: an error that may mean memory does, then.
+    """
 
     kind = "cpu"
     simulates = True
     device = torch.device("cpu")
+    is_small = False
+
+    def empty(self) -> None:
+        """Give cached memory back."""
 
     def clean(self) -> None:
         """Give back what nothing refers to."""
         gc.collect()
+        self.empty()
+
+    def ran_out(self, error: BaseException) -> bool:
+        """Whether it is for want of memory."""
+        return is_out_of_memory(error, self.is_small)
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether CUDA's context is of no use afterwards: only another process helps."""
+        words = ("CUDA error", "device-side assert", "illegal memory access")
+        return not self.ran_out(error) and any(w in str(error) for w in words)
+
+    def cards(self, plain_bytes: int, machine: Machine) -> tuple[int, ...]:
+        """Limits on memory that are asked about, in bytes."""
+        raise NotImplementedError
+
+    def card(self, size_bytes: int | None, machine: Machine) -> AbstractContextManager[None]:
+        """A card of that size for a while; ``None`` for all there is."""
+        raise NotImplementedError
+
+    def gauge(self) -> Gauge:
+        """Of memory in each phase; where nobody tells, the profiler does in a run of its own."""
+        return Gauge()
+
+
+class Cpu(Device):
+    """One of its limits is any number."""
 
     def cards(self, plain_bytes: int, machine: Machine) -> tuple[int, ...]:
         """Limits around what the plain pipeline is predicted to need."""
@@ -45,28 +79,21 @@ class Cpu:
         """The CPU's memory cannot be made smaller."""
         yield
 
-    def forget_peaks(self) -> None:
-        """There are none."""
 
-    def peaks(self) -> Memory:
-        """Nobody tells."""
-        return Memory()
-
-
-class Cuda:
-    """One GPU, the current one; smaller ones are made of it by the allocator's limit."""
+class Cuda(Device):
+    """One GPU; smaller ones are made of it by the allocator's limit."""
 
     kind = "cuda"
     simulates = False
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.set_device(device)  # tools take the current one
 
-    def clean(self) -> None:
-        """Give back what nothing refers to, to the driver."""
-        gc.collect()
+    def empty(self) -> None:
+        """Give cached memory back, pinned buffers and workspaces of libraries too."""
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def cards(self, plain_bytes: int, machine: Machine) -> tuple[int, ...]:
         """Sizes that there are, as far as this card is larger."""
@@ -84,10 +111,12 @@ class Cuda:
         total = torch.cuda.get_device_properties(self.device).total_memory
         usable = size_bytes - machine.context_bytes
         torch.cuda.set_per_process_memory_fraction(usable / total, self.device)
+        self.is_small = True
         try:
             with self._told(size_bytes, usable):
                 yield
         finally:
+            self.is_small = False
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     @contextlib.contextmanager
@@ -106,43 +135,37 @@ class Cuda:
         ):
             yield
 
-    def forget_peaks(self) -> None:
-        """What comes counts, not what was."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peaks(self) -> Memory:
-        """Since they were forgotten; the device's is that of now."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        return Memory(torch.cuda.max_memory_reserved(self.device), total - free)
+    def gauge(self) -> Gauge:
+        """At all three levels."""
+        return _WholeGauge(self.device, asks_driver=True)
 
 
-Device = Cpu | Cuda
+class _WholeGauge(CudaGauge):
+    """What a driver that does not know this process (in a container) takes for all in use counts.
+
+    That is right on a GPU that nobody else uses.
+    """
+
+    def read(self) -> Level:
+        """Since ``begin``."""
+        level = super().read()
+        if level.device is not None or level.reserved is None:
+            return level
+        free, total = torch.cuda.mem_get_info(self._device)
+        beside = max(0, total - free - torch.cuda.memory_reserved(self._device))
+        return level._replace(device=level.reserved + beside)
 
 
 def chosen(name: str | None) -> Device:
-    """The GPU where there is one, unless another is named."""
-    return Cuda() if (name or "cuda") != "cpu" and torch.cuda.is_available() else Cpu()
+    """The named device; by default the GPU with most free memory, where there is one.
 
-
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "cannot allocate memory",
-)
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether it is for want of memory; libraries say so in words only."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    causes = (error, error.__cause__, error.__context__)
-    return any(isinstance(e, kinds) or any(w in str(e) for w in _OUT_OF_MEMORY) for e in causes)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether CUDA's context is of no use afterwards: only another process helps."""
-    words = ("CUDA error", "device-side assert", "illegal memory access")
-    return not ran_out(error) and any(w in str(error) for w in words)
+    Raises:
+        MachineError: there is no such device.
+    """
+    if name is None and not torch.cuda.is_available():
+        return Cpu()
+    device = choose_device(name)
+    return Cuda(device) if device.type == "cuda" else Cpu()
 
 
 def keep_clock(clock: str, threads: int | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,7 +19,7 @@ from autotune.runtime.measure import PhaseMeter, cpu_peaks, with_peaks
 from autotune.runtime.memory import resident_bytes
 from autotune.workload.arguments import call_arguments, call_parameters
 from autotune.workload.workload import Workload
-from validation.device import Device, is_lost, ran_out
+from validation.device import Device
 from validation.recording import Phases
 
 Draw = Callable[..., Any]
@@ -75,21 +74,25 @@ class Subject(NamedTuple):
             return draw
 
         casts = bool(execution_of(settings).storage_dtype)
+        drawn = self.drawn(apply, times, peaks, casts)
+        if drawn.error:
+            self.device.clean()  # frames of the error held tensors: undoing may need their room
         try:
-            return self.drawn(apply, times, peaks, casts)
-        finally:
-            with suppress(Exception):  # of a device that has failed: its context goes with it
-                for undo in undos:
-                    undo()
-            self.device.clean()
+            for undo in undos:
+                undo()
+        except Exception as error:  # of any pipeline: what is measured next would be another one
+            raise DeviceLostError(f"it cannot be undone: {described(error)}") from error
+        if any(setting.name == "compile" for setting in settings):
+            torch.compiler.reset()  # or else the ninth set that compiles a block runs uncompiled
+        return drawn
 
     def drawn(
         self, apply: Callable[[], Draw], times: int, peaks: bool, casts: bool = False
     ) -> Drawn:
         """Draw with whatever ``apply`` does; ``casts`` where weights are made anew on the way."""
         try:
-            self.device.forget_peaks()
             draw = apply()
+            self.device.empty()  # weights may have been moved away: what they left is not held
             first, first_s = self._once(draw)
             runs = [self._once(draw) for _ in range(times)]
             found = tuple(phases for phases, _ in runs)
@@ -98,19 +101,17 @@ class Subject(NamedTuple):
                 found = tuple(with_peaks(phases, held) for phases in found)
             return Drawn(first, found, (first_s, *(s for _, s in runs)))
         except Exception as error:  # the code of any pipeline, kernel or tool
-            if is_lost(error):
+            if self.device.is_lost(error):
                 raise DeviceLostError(first_line(error)) from error
-            return Drawn(error=described(error), ran_out=ran_out(error))
+            return Drawn(error=described(error), ran_out=self.device.ran_out(error))
 
     def _once(self, draw: Draw) -> tuple[Phases, float]:
-        meter = PhaseMeter(self.pipe, self.workload, str(self.device.device))
-        self.device.forget_peaks()
+        device = self.device
+        meter = PhaseMeter(self.pipe, self.workload, str(device.device), device.gauge())
         start = time.monotonic()
         with meter.watch(), torch.no_grad():
             draw()
-        wall_s = time.monotonic() - start
-        memory = self.device.peaks()
-        return tuple(_with(m, *memory) for m in meter.measured), wall_s
+        return meter.measured, time.monotonic() - start
 
     def _cpu_peaks(self, draw: Draw, casts: bool) -> dict[str, int]:
         meter = PhaseMeter(self.pipe, self.workload, "cpu")
@@ -120,15 +121,6 @@ class Subject(NamedTuple):
                 draw(num_inference_steps=min(2, self.workload.request.steps))
 
         return cpu_peaks(short, resident_bytes(self.pipe), passes=2 if casts else 1)
-
-
-def _with(phase: Any, reserved: int | None, device: int | None) -> Any:
-    """Where the meter does not know them of a phase: those of the whole generation."""
-    return msgspec.structs.replace(
-        phase,
-        reserved_bytes=phase.reserved_bytes if phase.reserved_bytes is not None else reserved,
-        device_bytes=phase.device_bytes if phase.device_bytes is not None else device,
-    )
 
 
 def described(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
 """Configuration values that make a model small: a second or two on one CPU core, in which compute
 and not Python takes the time. What is left out is as in the real one."""
 
+HOST = torch.device("cpu")
+
 _SUFFIX = "-small"
 
 
@@ -132,6 +135,49 @@ def pipeline_around(architecture: Architecture, modules: dict[str, nn.Module]) -
         pipe = cls(**dict(constructor_parts(cls, architecture, modules)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Model:
+    """A pipeline that is built when it is first asked for, and can be let go.
+
+    Args:
+        architecture: Of which model.
+        dtype: Of its weights.
+        device: Where its random weights are made.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: str, device: torch.device) -> None:
+        self.architecture = architecture
+        self._dtype, self._device = dtype, device
+        self._pipe: Any = None
+        self._place: torch.device | None = None
+        self._build_s = 0.0
+        self.spent_s = 0.0
+        """Seconds for all builds."""
+
+    @property
+    def build_s(self) -> float:
+        """Seconds until it is there, as far as is known."""
+        return self._build_s if self._pipe is None else 0.0
+
+    def at(self, place: torch.device) -> Any:
+        """The pipeline, its weights there: they are moved only where they are elsewhere."""
+        if self._pipe is None:
+            start = time.monotonic()
+            modules = build_modules(self.architecture, self._dtype, self._device)
+            self._pipe, self._place = pipeline_around(self.architecture, modules), HOST
+            self._build_s = time.monotonic() - start
+            self.spent_s += self._build_s
+        if place != self._place:
+            self._place = None
+            for module in modules_of(self._pipe).values():
+                module.to(place)
+            self._place = place
+        return self._pipe
+
+    def release(self) -> None:
+        """Let its weights go."""
+        self._pipe = self._place = None
 
 
 def copied(pipe: Any, architecture: Architecture) -> Any:

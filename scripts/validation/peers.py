@@ -7,8 +7,10 @@ its own, since most have no way back.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -66,6 +68,10 @@ class Tool(ABC):
         importlib.import_module(self.module)
         return f"{version}: {self._set_up(pipe, device, card_bytes)}"
 
+    def leave(self) -> None:
+        """Give back what it keeps outside of the pipeline."""
+        torch.set_default_device(None)
+
     @abstractmethod
     def _set_up(self, pipe: Any, device: torch.device, card_bytes: int | None) -> str: ...
 
@@ -117,6 +123,16 @@ class Mmgp(Tool):
         offload.profile(pipe, profile_type(profile), verboseLevel=0)
         return f"profile {profile}"
 
+    def leave(self) -> None:
+        """It makes CUDA the default device, and keeps the last pipeline, partly in pinned RAM."""
+        super().leave()
+        offload = sys.modules.get(self.module)
+        last = getattr(offload, "last_offload_obj", None)
+        if last is not None:
+            offload.last_offload_obj = None  # type: ignore[union-attr]
+            with contextlib.suppress(Exception):  # of a pipeline that it has set up halfway
+                last.release()
+
     @staticmethod
     def _profile(card_bytes: int, ram_bytes: int) -> int:
         """As its README names them: 24 GB of VRAM or 12, with 48 GB of RAM or 32; else the last."""
@@ -156,7 +172,11 @@ class AccelerateRule(Tool):
             if set(places.values()) == {"cpu"} and main == "cpu":
                 continue
             dispatched = dispatch_model(
-                module, places, main_device=main, offload_dir=f"{folder.name}/{name}"
+                module,
+                places,
+                main_device=main,
+                offload_dir=f"{folder.name}/{name}",
+                force_hooks=set(places.values()) != {main},  # else one place is where it computes
             )
             assert dispatched is module
         return f"{format_bytes(moved)} of weights on the {'disk' if away == 'disk' else 'host'}"

@@ -62,6 +62,20 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
     job: str
 
 
+class Interrupted(msgspec.Struct, frozen=True, tag="interrupted"):
+    """A job that the user has ended: it has not begun."""
+
+    job: str
+
+
+class LeftOut(msgspec.Struct, frozen=True, tag="left out"):
+    """A case that could not be prepared."""
+
+    job: str
+    case: str
+    error: str = ""
+
+
 class SetRun(msgspec.Struct, frozen=True, tag="set"):
     """Generations with one set of optimizations.
 
@@ -134,7 +148,7 @@ class KernelRun(msgspec.Struct, frozen=True, tag="kernels"):
     load: float = 0.0
 
 
-Line = Header | Prepared | Started | SetRun | Pick | PeerRun | KernelRun
+Line = Header | Prepared | Started | Interrupted | LeftOut | SetRun | Pick | PeerRun | KernelRun
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -184,12 +198,18 @@ class Recording:
     @property
     def done(self) -> set[str]:
         """Names of the jobs that have a result."""
-        named = (getattr(line, "job", "") for line in self.lines if not isinstance(line, Started))
+        begun = (Started, Interrupted)
+        named = (getattr(line, "job", "") for line in self.lines if not isinstance(line, begun))
         return set(filter(None, named))
 
-    @property
-    def abandoned(self) -> list[str]:
-        """Jobs in which the process died."""
-        done = self.done
-        started = (line.job for line in self.lines if isinstance(line, Started))
-        return [job for job in dict.fromkeys(started) if job not in done]
+    def deaths(self, job: str) -> int:
+        """How often the process died in a job that has no result."""
+        of_job = [line for line in self.lines if getattr(line, "job", "") == job]
+        ends = sum(isinstance(line, Interrupted) for line in of_job)
+        return sum(isinstance(line, Started) for line in of_job) - ends
+
+    def ran(self, job: str) -> bool:
+        """Whether a job has a result that is no error."""
+        return any(
+            isinstance(line, SetRun) and line.job == job and not line.error for line in self.lines
+        )

@@ -156,7 +156,7 @@ class AccelerateRule(Tool):
     is_told_the_size = True
 
     def _set_up(self, pipe: Any, device: torch.device, card_bytes: int | None) -> str:
-        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
 
         main, away = ("cpu", "disk") if device.type == "cpu" else (device.index or 0, "cpu")
         size = card_bytes or _free_bytes(device)
@@ -169,16 +169,13 @@ class AccelerateRule(Tool):
             places = infer_auto_device_map(module, room, no_split_module_classes=whole)
             here, there = _bytes_by_place(module, places, main)
             left, moved = max(0, left - here), moved + there
-            if set(places.values()) == {"cpu"} and main == "cpu":
-                continue
-            dispatched = dispatch_model(
-                module,
-                places,
-                main_device=main,
-                offload_dir=f"{folder.name}/{name}",
-                force_hooks=set(places.values()) != {main},  # else one place is where it computes
-            )
-            assert dispatched is module
+            where, kept = set(places.values()), f"{folder.name}/{name}"
+            if where == {"disk"}:  # dispatch_model has no hooks for what is all in one place
+                disk_offload(module, kept, main)
+            elif where == {"cpu"} and main != "cpu":
+                cpu_offload(module, main)
+            elif where != {"cpu"}:
+                dispatch_model(module, places, main_device=main, offload_dir=kept)
         return f"{format_bytes(moved)} of weights on the {'disk' if away == 'disk' else 'host'}"
 
 

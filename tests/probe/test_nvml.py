@@ -255,7 +255,7 @@ def test_another_package_called_pynvml(tmp_path: Path, file: str, text: str) -> 
     # A folder without __init__.py gives way to any module: it shadows only where there is none.
     hide = "" if file.endswith(".py") else f"import sys; sys.path[:] = [{str(tmp_path)!r}] + [p "
     hide += "" if file.endswith(".py") else "for p in sys.path if 'site-packages' not in p]\n"
-    code = "import msgspec, psutil\n" + hide + GPUS
+    code = "import msgspec, packaging.version, psutil\n" + hide + GPUS
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},

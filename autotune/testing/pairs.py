@@ -121,9 +121,10 @@ class Subject:
 
     def _renew(self) -> None:
         """A new pipeline that has drawn one image, since that leaves notes on it."""
-        self.pipe = KINDS[self.kind].build()
-        self.plain = self._draw()
-        self.before = whole_state(self.pipe)
+        with one_thread():  # as pairs are tried
+            self.pipe = KINDS[self.kind].build()
+            self.plain = self._draw()
+            self.before = whole_state(self.pipe)
 
     def _draw(self, settings: tuple[Setting, ...] = (), **changes: Any) -> torch.Tensor:
         for setting in settings:

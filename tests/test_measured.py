@@ -28,6 +28,7 @@ import gpu_report  # noqa: E402
 from validation import judge  # noqa: E402
 from validation.recording import (  # noqa: E402
     Header,
+    LeftOut,
     Line,
     Prepared,
     Recording,
@@ -287,6 +288,11 @@ def test_a_recording_that_has_just_begun(tiny: Path, kept: int) -> None:
     lines = list(read(tiny))[:kept]
     assert judge.evidence_of(lines) == []
     assert "No generation was measured" in "\n".join(verdict(lines, []))
+
+
+def test_a_case_that_could_not_be_prepared_is_said(tiny: Path) -> None:
+    lines = [*list(read(tiny))[:1], LeftOut("job", "sdxl", "ran out of host RAM")]
+    assert "sdxl could not be prepared: ran out of host RAM" in "\n".join(verdict(lines, []))
 
 
 def test_tables_are_written_between_their_markers(

@@ -16,7 +16,7 @@ from validation.judge import (
     bars_of,
     mape,
 )
-from validation.recording import Header, KernelRun, Line
+from validation.recording import Header, KernelRun, LeftOut, Line
 
 METRICS = ("allocated", "reserved", "device", "seconds")
 
@@ -26,6 +26,11 @@ def verdict(lines: Sequence[Line], evidence: Sequence[Evidence]) -> Iterator[str
     header = next((line for line in lines if isinstance(line, Header)), None)
     if header is not None:
         yield from _where(header, evidence)
+    yield from (
+        f"{line.case} could not be prepared: {line.error[:160]}\n"
+        for line in lines
+        if isinstance(line, LeftOut)
+    )
     if not evidence:
         yield "No generation was measured.\n"
         return

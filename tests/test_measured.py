@@ -108,6 +108,18 @@ def test_every_choice_was_measured(
     assert any(a.outcome is not None for a in accepted)
 
 
+def test_compiling_is_timed_where_nothing_was_compiled_before(rows: list[judge.Compared]) -> None:
+    """Later sets find parts of what the first one left in the compiler's cache."""
+    compiled = [
+        (row.case, name)
+        for row in rows
+        if row.metric == "once"
+        for name in row.settings
+        if name.startswith("compile")
+    ]
+    assert len(compiled) == len(set(compiled)) > 0
+
+
 def test_phases_add_up(evidence: list[judge.Evidence]) -> None:
     """What sets that were not run as a whole are judged by."""
     errors = [abs(error) for e in evidence for error in e.additivity()]

@@ -220,7 +220,8 @@ class Evidence:
         self._runs: dict[Names, list[Phases]] = defaultdict(list)
         self._seconds: dict[Key, list[float]] = defaultdict(list)
         self._peaks: dict[Key, list[int]] = defaultdict(list)
-        self._once: dict[Names, float] = {}
+        self._compiled_first: dict[str, Names] = {}
+        self._once: dict[str, float] = {}
         for run in mine:
             if run.card_bytes is None and not run.error:
                 self._take(run)
@@ -228,7 +229,7 @@ class Evidence:
 
     def _take(self, run: SetRun) -> None:
         runs = run.runs
-        if self.machine.device.kind == "cpu" and not _compiles(run.settings):
+        if self.machine.device.kind == "cpu" and not _compiled(run.settings):
             runs = (run.first, *runs)  # a CPU has neither kernels to load nor algorithms to try
         self._runs[run.settings] += runs
         keys = keys_of(set_of(run.settings), self.machine, self.workload)
@@ -236,9 +237,12 @@ class Evidence:
             self._seconds[keys[phase.name]].append(phase.seconds)
             if phase.peak_bytes is not None:
                 self._peaks[keys[phase.name]].append(phase.peak_bytes)
-        if _compiles(run.settings) and len(run.wall_s) > 1:
+        compiled = _compiled(run.settings)
+        # The next sets find parts of what the first one left in the compiler's cache.
+        if compiled and compiled not in self._once and len(run.wall_s) > 1:
             extra = run.wall_s[0] - statistics.median(run.wall_s[1:])
-            self._once.setdefault(run.settings, max(0.0, extra))
+            self._once[compiled] = max(0.0, extra)
+            self._compiled_first[compiled] = run.settings
 
     @property
     def measured(self) -> list[Names]:
@@ -266,7 +270,9 @@ class Evidence:
         peaks = [self.phase(names, p.name)[1] for p in self.workload.phases]
         if any(peak is None for peak in peaks):
             return None
-        once = self._once.get(names, 0.0)
+        once = self._once_s(names)
+        if once is None:
+            return None
         return Outcome(statistics.median(totals), once, max(p for p in peaks if p), True)
 
     def composed(self, settings: Iterable[Setting]) -> Outcome | None:
@@ -275,19 +281,16 @@ class Evidence:
         keys = keys_of(settings, self.machine, self.workload).values()
         if not all(k in self._seconds and k in self._peaks for k in keys):
             return None
-        once = self._once_s(settings)
+        once = self._once_s(names_of(settings))
         if once is None:
             return None
         seconds = sum(statistics.median(self._seconds[k]) for k in keys)
         return Outcome(seconds, once, max(max(self._peaks[k]) for k in keys), False)
 
-    def _once_s(self, settings: Set) -> float | None:
-        """Of a set that looks the same to the compiler."""
-        compiled = frozenset(n for n in names_of(settings) if n.startswith("compile"))
-        if not compiled:
-            return 0.0
-        alike = [s for n, s in self._once.items() if compiled <= set(n)]
-        return statistics.median(alike) if alike else None
+    def _once_s(self, names: Names) -> float | None:
+        """What is done once: about the same for all sets that are compiled in the same way."""
+        compiled = _compiled(names)
+        return self._once.get(compiled) if compiled else 0.0
 
     def outcome(self, settings: Iterable[Setting]) -> Outcome | None:
         """Phases are measured in more sets than any set as a whole: their medians are better."""
@@ -364,7 +367,7 @@ class Evidence:
         yield Compared(
             self.case, names, "all", "allocated", prediction.peak_bytes, whole.peak_bytes
         )
-        if whole.once_s:
+        if self._compiled_first.get(_compiled(names)) == names:
             yield Compared(self.case, names, "all", "once", prediction.once_s, whole.once_s)
         yield from self._of_device(names)
 
@@ -616,8 +619,9 @@ def _named(settings: Set) -> str:
     return ", ".join(names_of(settings)) or "all on the device"
 
 
-def _compiles(names: Names) -> bool:
-    return any(name.startswith("compile") for name in names)
+def _compiled(names: Names) -> str:
+    """The set's own name for how it is compiled; empty where it is not."""
+    return next((name for name in names if name.startswith("compile")), "")
 
 
 def _without(samples: list[float], own: list[float]) -> list[float]:

@@ -8,18 +8,17 @@ its kind. Where a request is planned for in the middle of others, none of its ow
 then its kin are those of another request of the same model.
 
 Convolutions are replayed in both layouts: what another one takes depends on more than a rate says
-(oneDNN copies a large image that is not channels last, and asks the system for the memory).
+(oneDNN copies a large image that is not channels last, and asks the system for the memory). What
+was not replayed in the second layout gains by it as its kin did.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from autotune.probe.machine import OperatorTime
 from autotune.workload.workload import Operator, Workload
-
-Estimate = Callable[[Operator], float]
 
 
 class Corrections:
@@ -27,20 +26,19 @@ class Corrections:
 
     Args:
         times: Replayed operators by ``Operator.key``.
-        operators: Of which some were replayed, in any order.
-        estimate: Seconds of one call by rates.
+        estimates: Operators, of which some were replayed, and seconds of one call of each as they
+            would be without the replay.
     """
 
     def __init__(
         self,
         times: dict[str, OperatorTime],
-        operators: Iterable[Operator],
-        estimate: Estimate,
+        estimates: Iterable[tuple[Operator, float]],
     ) -> None:
         self._factors: dict[str, float] = {}
         kin: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for operator in operators:
-            estimated, measured = estimate(operator), times.get(operator.key)
+        for operator, estimated in estimates:
+            measured = times.get(operator.key)
             if measured is None or measured.seconds is None or estimated <= 0:
                 continue
             self._factors[operator.key] = measured.seconds / estimated
@@ -49,10 +47,6 @@ class Corrections:
                 sums[0] += measured.seconds * operator.count
                 sums[1] += estimated * operator.count
         self._kin = {key: measured / estimated for key, (measured, estimated) in kin.items()}
-
-    def __bool__(self) -> bool:
-        """Whether any of the operators was replayed."""
-        return bool(self._factors)
 
     def factor(self, operator: Operator) -> float:
         """The operator's own factor, else that of its name, else of its kind, else 1."""
@@ -74,12 +68,7 @@ def plain_operators(workload: Workload) -> list[Operator]:
     return [o for r in workload.runs for o in r.trace.operators]
 
 
-def in_channels_last(operators: Iterable[Operator]) -> list[Operator]:
-    """Those that are convolutions of images, in the other layout."""
-    return [o.in_channels_last() for o in operators if o.is_over_images]
-
-
 def replayable(workload: Workload) -> list[Operator]:
     """All that is worth timing: the plain operators, and convolutions in the other layout."""
     plain = plain_operators(workload)
-    return [*plain, *in_channels_last(plain)]
+    return [*plain, *(o.in_channels_last() for o in plain if o.is_over_images)]

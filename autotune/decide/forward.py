@@ -9,7 +9,7 @@ import msgspec
 
 from autotune.decide import attention, compiled, quantized, workspace
 from autotune.decide.attention import BYTES, Kernel
-from autotune.decide.corrections import Corrections, in_channels_last, plain_operators
+from autotune.decide.corrections import Corrections, plain_operators
 from autotune.decide.merging import (
     CPU_FLOPS_PER_VALUE,
     MATCHING_LAUNCHES,
@@ -118,7 +118,9 @@ class ForwardModel:
         self._machine = machine
         self._latent_tokens = workload.latent_tokens
         self._known = (*plain_operators(workload), *alike)
-        self._corrections = Corrections(machine.operators, self._known, self.rate_seconds)
+        self._corrections = Corrections(
+            machine.operators, ((o, self.rate_seconds(o)) for o in self._known)
+        )
         self._splits: dict[int, _Split] = {}
 
     def rate_seconds(self, operator: Operator, *, channels_last: bool = False) -> float:
@@ -260,16 +262,25 @@ class ForwardModel:
         return Bound(compute, memory), own, launches
 
     def _factor(self, operator: Operator, channels_last: bool) -> float:
-        """From rates to what it takes; as in the other layout, where this one was not replayed."""
-        if channels_last and operator.is_over_images and self._in_channels_last:
-            return self._in_channels_last.factor(operator.in_channels_last())
-        return self._corrections.factor(operator)
+        """From rates to what it takes."""
+        factor = self._corrections.factor(operator)
+        if channels_last and operator.is_over_images:
+            factor *= self._in_channels_last.factor(operator.in_channels_last())
+        return factor
 
     @functools.cached_property
     def _in_channels_last(self) -> Corrections:
-        convolutions = in_channels_last(self._known)
-        estimate = functools.partial(self.rate_seconds, channels_last=True)
-        return Corrections(self._machine.operators, convolutions, estimate)
+        """Of that layout, beside those of the other one."""
+        estimates = (
+            (
+                operator.in_channels_last(),
+                self.rate_seconds(operator, channels_last=True)
+                * self._corrections.factor(operator),
+            )
+            for operator in self._known
+            if operator.is_over_images
+        )
+        return Corrections(self._machine.operators, estimates)
 
     def _by_rates(self, operator: Operator, kernel: Kernel, channels_last: bool) -> Bound:
         if operator.attention is not None:

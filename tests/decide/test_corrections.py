@@ -8,7 +8,6 @@ import pytest
 from autotune.decide.choose import execution_of
 from autotune.decide.corrections import (
     Corrections,
-    in_channels_last,
     plain_operators,
     replayable,
 )
@@ -38,7 +37,7 @@ def seconds(machine, workload, text=""):
 
 def test_without_replay_rates_stand(traced, rtx_3080):
     workload = traced("sd15")
-    corrections = Corrections({}, replayable(workload), lambda o: 1.0)
+    corrections = Corrections({}, ((o, 1.0) for o in replayable(workload)))
     assert all(corrections.factor(o) == 1.0 for o in replayable(workload))
 
 
@@ -83,7 +82,7 @@ def test_an_operator_is_like_those_of_its_name(traced, rtx_3080):
     silus = [o for o in operators if o.name == "aten.silu.default"]
     adds = [o for o in operators if o.name == "aten.add.Tensor"]
     times = {silus[0].key: OperatorTime(5.0), adds[0].key: OperatorTime(2.0)}
-    corrections = Corrections(times, replayable(workload), lambda o: 1.0)
+    corrections = Corrections(times, ((o, 1.0) for o in replayable(workload)))
     assert corrections.factor(silus[1]) == 5.0
     assert corrections.factor(adds[1]) == 2.0
     norm = next(o for o in operators if o.name == "aten.native_group_norm.default")
@@ -111,14 +110,18 @@ def test_of_a_request_that_was_not_replayed_another_ones_operators_tell(traced, 
 def test_a_layout_is_judged_by_what_was_timed_in_it(traced, rtx_3080):
     """Convolutions of large images may gain much more by it than those that rates are of."""
     workload = traced("sd15")
-    machine, model = slower(rtx_3080, workload, 3.0), ForwardModel(rtx_3080, workload)
+    machine = slower(rtx_3080, workload, 3.0)
     by_rates = seconds(rtx_3080, workload, "channels_last")["decode"]
     untimed = seconds(machine, workload, "channels_last")["decode"]
-    assert untimed == pytest.approx(3 * by_rates), "as the other layout"
+    assert untimed == pytest.approx(3 * by_rates), "as much more as in the other layout"
 
-    images = in_channels_last(plain_operators(workload))
+    model, layout_gains = ForwardModel(rtx_3080, workload), 0.5
+    convolutions = [o for o in plain_operators(workload) if o.is_over_images]
     times = {
-        o.key: OperatorTime(0.5 * model.rate_seconds(o, channels_last=True)) for o in images[::2]
+        o.in_channels_last().key: OperatorTime(
+            layout_gains * 3 * model.rate_seconds(o, channels_last=True)
+        )
+        for o in convolutions[::2]
     }
     timed = msgspec.structs.replace(machine, operators=machine.operators | times)
     assert seconds(timed, workload) == seconds(machine, workload)
@@ -129,4 +132,24 @@ def test_a_layout_is_judged_by_what_was_timed_in_it(traced, rtx_3080):
         if o.is_over_images
     )
     saved_s = untimed - seconds(timed, workload, "channels_last")["decode"]
-    assert saved_s == pytest.approx(2.5 * convolutions_s), "those not reached, like their kin"
+    assert saved_s == pytest.approx((1 - layout_gains) * 3 * convolutions_s), "all like their kin"
+
+
+def test_what_is_slow_in_one_layout_is_in_the_other_unless_timed(traced, rtx_3080):
+    """Small convolutions are further from their rate than the large ones that were reached."""
+    workload = traced("sd15")
+    model = ForwardModel(rtx_3080, workload)
+    large, small = sorted(
+        {o.key: o for o in plain_operators(workload) if o.is_over_images}.values(),
+        key=model.rate_seconds,
+        reverse=True,
+    )[:2]
+    times = {
+        large.key: OperatorTime(model.rate_seconds(large)),
+        large.in_channels_last().key: OperatorTime(model.rate_seconds(large, channels_last=True)),
+        small.key: OperatorTime(4 * model.rate_seconds(small)),
+    }
+    machine = msgspec.structs.replace(rtx_3080, operators=times)
+    known = ForwardModel(machine, workload)
+    assert known._factor(small, channels_last=True) == pytest.approx(4.0)
+    assert known._factor(large, channels_last=True) == pytest.approx(1.0)

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autotune.optimizations.modules import denoisers, modules_of
-
-_RUNS_IN = "_autotune_runs_in"
-"""Attribute of a layer that is left in its file: the dtype that it runs in."""
+from autotune.workload.live import RUNS_IN, runs_in
 
 _PACKED = "_autotune_left_in_file"
 """Attribute of a packed layer that takes the place of one."""
@@ -22,12 +20,12 @@ _PACKED = "_autotune_left_in_file"
 
 def leave_in_file(layer: Any, dtype: Any) -> None:
     """Note that a layer has the dtype of its file, and is to be cast to another before it runs."""
-    vars(layer)[_RUNS_IN] = dtype
+    vars(layer)[RUNS_IN] = dtype
 
 
 def is_in_file(layer: Any) -> bool:
     """Whether it was left as its file holds it."""
-    return _RUNS_IN in vars(layer)
+    return runs_in(layer) is not None
 
 
 def note_packed(layer: Any) -> None:
@@ -42,7 +40,7 @@ def ordinary(layer: Any) -> Any:
     if not is_in_file(layer):
         return layer
     made = copy.copy(layer)
-    dtype = vars(made).pop(_RUNS_IN)
+    dtype = vars(made).pop(RUNS_IN)
     made._parameters = {
         name: p if p is None else torch.nn.Parameter(p.data.to(dtype), p.requires_grad)
         for name, p in layer._parameters.items()
@@ -64,7 +62,7 @@ def left_in_files(pipe: Any) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in modules.items()
-        if any(_RUNS_IN in vars(m) or _PACKED in vars(m) for m in module.modules())
+        if any(is_in_file(m) or _PACKED in vars(m) for m in module.modules())
     )
 
 

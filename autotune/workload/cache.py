@@ -52,7 +52,7 @@ def workload_of(architecture: Architecture, request: Request, pipe: Any = None) 
 
     workload = trace_workload(architecture, request, pipe)
     path = _path(architecture, request) if is_lasting(pipe) else None
-    if path:
+    if path and (pipe is None or not _is_estimated(workload)):
         _write(path, workload)
     return _named(workload, architecture, pipe)
 
@@ -64,6 +64,11 @@ def traced_before(
     path = _path(architecture, request) if is_lasting(pipe) else None
     workload = _read(path) if path else None
     return None if workload is None else _named(workload, architecture, pipe)
+
+
+def _is_estimated(workload: Workload) -> bool:
+    """Of a loaded pipeline it may be so for what its user did to it, which no file is named by."""
+    return any(run.is_estimated for phase in workload.phases for run in phase.runs)
 
 
 def _named(workload: Workload, architecture: Architecture, pipe: Any) -> Workload:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotune.errors import ModelError, first_line
 from autotune.workload.architecture import ComponentConfig
-from autotune.workload.live import COMPUTED_IN, dtype_of, is_of_a_library
+from autotune.workload.live import COMPUTED_IN, RUNS_IN, dtype_of, is_of_a_library, parameters_of
 from autotune.workload.workload import Component
 
 
@@ -61,14 +61,17 @@ def is_packed(tensor: Tensor) -> bool:
 def like_on_meta(module: nn.Module) -> nn.Module:
     """A copy of a loaded module without its data: for adapters and classes of the user's own.
 
-    What offloads the original is left behind: it would move weights that the copy has not.
+    Layers that are left in their files have the dtype that they run in. What offloads the original
+    is left behind: it would move weights that the copy has not.
     """
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(_without_data(parameter), requires_grad=False)
+    for _, parameter, dtype in parameters_of(module):
+        memo[id(parameter)] = nn.Parameter(_without_data(parameter, dtype), requires_grad=False)
     for buffer in module.buffers():
-        memo[id(buffer)] = _without_data(buffer)
+        memo[id(buffer)] = _without_data(buffer, buffer.dtype)
     made = copy.deepcopy(module, memo).eval()
+    for layer in made.modules():
+        vars(layer).pop(RUNS_IN, None)
     if any(hasattr(m, "_hf_hook") for m in made.modules()):
         from accelerate.hooks import remove_hook_from_module
 
@@ -76,18 +79,19 @@ def like_on_meta(module: nn.Module) -> nn.Module:
     return made
 
 
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
 
 
 def _take_dtypes(made: nn.Module, loaded: nn.Module, dtype: torch.dtype) -> None:
     """The loaded module's own dtype becomes ``dtype``; what was left wider stays that wide."""
     own = dtype_of(loaded)
     mine = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-    for name, theirs in (*loaded.named_parameters(), *loaded.named_buffers()):
+    buffers = ((name, buffer, buffer.dtype) for name, buffer in loaded.named_buffers())
+    for name, theirs, runs_in in (*parameters_of(loaded), *buffers):
         if name in mine and not is_packed(theirs):
-            is_usual = str(theirs.dtype) == f"torch.{own}"
-            mine[name].data = mine[name].data.to(dtype if is_usual else theirs.dtype)
+            is_usual = str(runs_in) == f"torch.{own}"
+            mine[name].data = mine[name].data.to(dtype if is_usual else runs_in)
 
 
 def build_on_meta(name: str, component: ComponentConfig, dtype: torch.dtype) -> nn.Module:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 COMPUTED_IN = ("float32", "float16", "bfloat16", "float64")
 """Dtypes of arithmetic; weights may be stored in others and are converted layer by layer."""
+
+RUNS_IN = "_autotune_runs_in"
+"""Attribute of a layer that is left as its file holds it: the dtype that it runs in."""
 
 
 def is_of_a_library(cls: type) -> bool:
@@ -80,8 +84,8 @@ def _size(module: Any) -> int:
 def dtype_of(module: Any) -> str:
     """What most of its weights are computed in: a few may be kept wider. Empty without any."""
     sizes: Counter[str] = Counter()
-    for parameter in () if module is None else module.parameters():
-        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    for _, parameter, dtype in () if module is None else parameters_of(module):
+        sizes[str(dtype).removeprefix("torch.")] += parameter.numel()
     known = [d for d in COMPUTED_IN if d in sizes]
     return max(known, key=lambda d: sizes[d], default="")
 
@@ -89,6 +93,23 @@ def dtype_of(module: Any) -> str:
 def digest_of(module: Any) -> str:
     """Names, shapes and dtypes of all parameters, in short."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
+    for name, parameter, dtype in parameters_of(module):
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype};".encode())
     return digest.hexdigest()
+
+
+def runs_in(layer: Any) -> Any:
+    """The dtype that it is cast to before it runs; ``None`` for any layer that is loaded whole."""
+    return vars(layer).get(RUNS_IN)
+
+
+def parameters_of(module: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, parameter and the dtype that it runs in, where a layer may be left in its file."""
+    left = {
+        id(parameter): runs_in(layer)
+        for layer in module.modules()
+        if runs_in(layer) is not None
+        for parameter in layer.parameters(recurse=False)
+    }
+    for name, parameter in module.named_parameters():
+        yield name, parameter, left.get(id(parameter), parameter.dtype)

@@ -22,9 +22,11 @@ from autotune.testing.pipelines import BUILDERS
 from autotune.tuner import Ask
 from autotune.tuner.planning import completed
 from autotune.workload import files
-from autotune.workload.architecture import find_architecture
+from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.cache import workload_of
-from autotune.workload.components import tensor_bytes
+from autotune.workload.components import like_on_meta, meta_module, tensor_bytes
+from autotune.workload.phases import trace_workload
+from autotune.workload.workload import Request
 
 pytestmark = pytest.mark.skipif(not files.maps(), reason="not known to map weights")
 
@@ -149,6 +151,18 @@ def test_ram_is_taken_as_predicted(folder: Path, plan: Any) -> None:
     assert in_ram == pytest.approx(predicted, rel=0.05)
 
 
+def test_left_in_its_file_it_is_described_and_traced_as_read(folder: Path, plan: Any) -> None:
+    quantized, _ = plan()
+    pipe, request = load(folder, quantized), Request(64, 64, 1, 2, 7.5, "bfloat16")
+    apply_plan(pipe, quantized, "cpu")()
+    architecture = describe_pipeline(pipe)
+    traced = trace_workload(architecture, request, pipe)
+    read_from_files(pipe)
+    assert describe_pipeline(pipe) == architecture
+    assert trace_workload(architecture, request, pipe) == traced
+    assert not any(run.is_estimated for phase in traced.phases for run in phase.runs)
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux", "wan", "sd-controlnet"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_kind_is_as_an_ordinary_load_has_it(
@@ -168,6 +182,14 @@ def test_every_kind_is_as_an_ordinary_load_has_it(
         )
         for p in made
     )
+    components = find_architecture(str(tmp_path)).components
+    for name in names:
+        left, real = getattr(pipe, name), getattr(usual, name)
+        made = meta_module(name, components[name], getattr(torch, dtype), {name: left})
+        for alike in (made, like_on_meta(left)):
+            assert {n: t.dtype for n, t in tensors(alike).items()} == {
+                n: t.dtype for n, t in tensors(real).items()
+            }
     read_from_files(pipe)
     for name in names:
         require_same(getattr(pipe, name), getattr(usual, name))

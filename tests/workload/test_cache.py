@@ -117,6 +117,17 @@ def test_an_adapter_is_traced(sd_pipe: Any, request_of: RequestOf, traced: list[
     assert len(traced) == len(files()) == 2
 
 
+def test_what_of_a_loaded_pipeline_is_estimated_is_not_kept(
+    sd_pipe: Any, request_of: RequestOf, traced: list[Any]
+) -> None:
+    """What its user did to it may be why, and leave with the process."""
+    sd_pipe.unet.conv_in.to(torch.bfloat16)
+    for _ in range(2):
+        workload_of(describe_pipeline(sd_pipe), request_of(), sd_pipe)
+    assert len(traced) == 2
+    assert files() == []
+
+
 def test_code_of_the_users_own_is_traced_each_time(
     sd_pipe: Any, request_of: RequestOf, traced: list[Any]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.errors import RequestError, first_line
+from autotune.probe.software import is_importable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".gif")
@@ -81,13 +81,9 @@ def _can_encode(suffix: str) -> bool:
     """diffusers writes MP4 with imageio, or with OpenCV where there is no imageio."""
     if suffix not in (".mp4", ".webm"):
         return True
-    if _is_installed("imageio"):
-        return _is_installed("imageio_ffmpeg")
-    return suffix == ".mp4" and _is_installed("cv2")
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    if is_importable("imageio"):
+        return is_importable("imageio_ffmpeg")
+    return suffix == ".mp4" and is_importable("cv2")
 
 
 def _check_folder(file: Path, is_frames: bool) -> None:

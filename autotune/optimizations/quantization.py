@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +17,7 @@ from autotune.optimizations.gguf_blocks import BLOCK, in_blocks, scheme_of_block
 from autotune.optimizations.modules import denoisers, random_state_kept
 from autotune.optimizations.target import LOADING, Target
 from autotune.probe.machine import Machine
+from autotune.probe.software import is_importable
 from autotune.workload.workload import Workload
 
 PACKAGES = {
@@ -119,7 +119,7 @@ class Quantization(Optimization):
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         scheme = str(parameters["scheme"])
-        if not find_spec(PACKAGES[scheme]):
+        if not is_importable(PACKAGES[scheme]):
             raise OptimizationError(
                 f"quantization:scheme={scheme} needs the package {PACKAGES[scheme]}",
                 f"pip install {PACKAGES[scheme]}",

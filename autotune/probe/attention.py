@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import math
 import sys
 import warnings
@@ -26,6 +25,7 @@ from autotune.probe.deadline import Deadline, import_by, quiet
 from autotune.probe.kernels import random
 from autotune.probe.machine import AttentionRate
 from autotune.probe.samples import rate
+from autotune.probe.software import is_importable
 from autotune.probe.timing import Timer
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -163,7 +163,7 @@ def implementations_on(device: torch.device) -> dict[str, Attention]:
     """Those to call: with each kernel that SDPA chooses from, where it lets itself be told."""
     backends = {"cuda": tuple(BACKENDS), "cpu": ("sdpa_flash", "sdpa_math")}
     named = dict.fromkeys(backends.get(device.type, ()), sdpa)
-    has_sage = device.type == "cuda" and importlib.util.find_spec("sageattention") is not None
+    has_sage = device.type == "cuda" and is_importable("sageattention")
     return IMPLEMENTATIONS | named | ({"sage": sage} if has_sage else {})
 
 
@@ -205,7 +205,7 @@ def xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 
 def _xformers_imported(deadline: Deadline) -> bool:
     """Whether calling it now tells something: it is absent, or its import is over."""
-    return importlib.util.find_spec("xformers") is None or import_by(deadline, "xformers.ops")
+    return not is_importable("xformers") or import_by(deadline, "xformers.ops")
 
 
 def vanilla(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -300,7 +300,7 @@ def _measure(
         kv_tokens=shape.kv_tokens,
         head_dim=shape.head_dim,
     )
-    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+    if name == "xformers" and not is_importable("xformers"):
         return structs.replace(result, error=XFORMERS_ABSENT)
     told: list[warnings.WarningMessage] = []
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from autotune.probe.deadline import import_by
 from autotune.probe.dispatch import UNET_MODULE, host_seconds_per_operator
 from autotune.probe.machine import Figure, Kernels, Link
 from autotune.probe.samples import figure_of, rate
+from autotune.probe.software import is_importable
 from autotune.probe.timing import Call, Timer
 from autotune.units import GIB, MIB
 
@@ -304,7 +304,7 @@ def offload_hook_cost(timer: Timer, bytes_per_s: float) -> Figure | None:
     Returns:
         ``None`` where accelerate is not installed.
     """
-    if importlib.util.find_spec("accelerate") is None:
+    if not is_importable("accelerate"):
         return None
     accelerate: Any = importlib.import_module("accelerate")
     layers = offloaded_layers()

@@ -55,9 +55,22 @@ def installed_versions() -> dict[str, str]:
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {name: version_of(name) for name in DISTRIBUTIONS}
-    found |= {n: version_of(n) or ("?" if find_spec(n) else None) for n in OPTIONAL}
+    found |= {n: version_of(n) or ("?" if is_importable(n) else None) for n in OPTIONAL}
     found["c++"] = next(filter(shutil.which, COMPILERS), None)
     return {name: version for name, version in found.items() if version} | torch_build()
+
+
+def is_importable(module: str) -> bool:
+    """Whether importing it would find code, as far as that is known without doing it.
+
+    A stub that somebody put in a module's place has none, nor has a bare folder of its name: where
+    one starts in a directory with checkouts, Python takes each for a namespace package.
+    """
+    try:
+        spec = find_spec(module)
+    except ValueError:  # it is in sys.modules without a spec
+        return False
+    return spec is not None and spec.origin is not None
 
 
 def torch_build() -> dict[str, str]:

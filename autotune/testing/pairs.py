@@ -10,7 +10,6 @@ import itertools
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from autotune.optimizations.base import Parameters, Setting, Undo
 from autotune.optimizations.tiny_autoencoder import WEIGHTS
 from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
+from autotune.probe.software import is_importable
 from autotune.runtime.apply import apply_plan
 from autotune.testing.interruption import LIBRARIES, Interruption, OnPurpose, places
 from autotune.testing.pipelines import BUILDERS, SIDE, arguments, call
@@ -151,7 +151,7 @@ class Subject:
         if name == "tiny_autoencoder":  # the small autoencoders are none that it was distilled from
             known = type(self.pipe).__name__.removesuffix("Pipeline") in WEIGHTS
             return known and bool(self._tiny)
-        if name == "quantization" and not find_spec("torchao"):
+        if name == "quantization" and not is_importable("torchao"):
             return False
         return find(name).unavailable(*self._where) is None
 

@@ -138,7 +138,7 @@ def encoders(monkeypatch: pytest.MonkeyPatch):
     """Say which video packages are installed."""
 
     def set_installed(*names: str) -> None:
-        monkeypatch.setattr(outputs, "_is_installed", lambda module: module in names)
+        monkeypatch.setattr(outputs, "is_importable", lambda module: module in names)
 
     return set_installed
 

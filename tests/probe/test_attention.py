@@ -105,7 +105,7 @@ def test_whatever_is_raised_is_recorded() -> None:
 
 
 def test_absent_xformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "is_importable", lambda name: False)
     assert measure_one("xformers", attention.xformers).error == XFORMERS_ABSENT
 
 
@@ -116,7 +116,7 @@ def test_present_xformers_is_really_called(monkeypatch: pytest.MonkeyPatch) -> N
     operators = types.SimpleNamespace(memory_efficient_attention=refuse)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", operators)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "is_importable", lambda name: True)
     level = logging.root.manager.disable
     error = measure_one("xformers", attention.xformers).error
     assert "device=cpu (supported: {'cuda'})" in error
@@ -139,7 +139,7 @@ def test_an_xformers_whose_kernels_did_not_load_is_told_by_that(
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", operators)
     monkeypatch.setitem(sys.modules, "xformers._cpp_lib", library)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "is_importable", lambda name: True)
     assert measure_one("xformers", attention.xformers).error == f"Exception: {failure}"
     failure.__cause__ = missing
     assert measure_one("xformers", attention.xformers).error == f"OSError: {missing}"

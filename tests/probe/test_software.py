@@ -6,11 +6,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from autotune.probe import software
-from autotune.probe.software import installed_versions, torch_build
+from autotune.probe.software import installed_versions, is_importable, torch_build
 
 
 def test_versions_are_those_of_the_metadata() -> None:
@@ -41,6 +42,20 @@ def test_what_has_no_version_is_there_all_the_same(
     assert versions["c++"] == "clang++"
     monkeypatch.setenv("PATH", "")
     assert "c++" not in installed_versions()
+
+
+def test_what_only_has_the_name_of_a_package_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stub in its place, or a folder where one starts."""
+    (tmp_path / "a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "a_stub", ModuleType("a_stub"))
+    monkeypatch.setitem(sys.modules, "not_to_be_imported", None)
+    names = ("a_folder", "a_stub", "not_to_be_imported", "not_there")
+    monkeypatch.setattr(software, "OPTIONAL", names)
+    assert not installed_versions().keys() & set(names)
+    assert is_importable("pytest")
 
 
 @pytest.mark.parametrize(

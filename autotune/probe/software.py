@@ -10,7 +10,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 DISTRIBUTIONS = (
     "diffusers-autotune",
@@ -40,10 +40,17 @@ def maps_files(os: str, versions: Mapping[str, str]) -> bool:
     Args:
         os: Its name, ``"Linux 6.1"``.
         versions: Distribution name → version. What is not among them is taken to be late: reference
-            machines say only what is old.
+            machines say only what is old. What is no version number is not known to map.
     """
     found = {name: versions[name] for name in _MAPPING if name in versions}
-    return os.startswith("Linux") and all(Version(v) >= _MAPPING[n] for n, v in found.items())
+    return os.startswith("Linux") and all(_is_from(v, _MAPPING[n]) for n, v in found.items())
+
+
+def _is_from(text: str, least: Version) -> bool:
+    try:
+        return Version(text) >= least
+    except InvalidVersion:
+        return False
 
 
 def installed_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from autotune.probe import software
-from autotune.probe.software import installed_versions, is_importable, torch_build
+from autotune.probe.software import installed_versions, is_importable, maps_files, torch_build
 
 
 def test_versions_are_those_of_the_metadata() -> None:
@@ -56,6 +56,21 @@ def test_what_only_has_the_name_of_a_package_is_none(
     monkeypatch.setattr(software, "OPTIONAL", names)
     assert not installed_versions().keys() & set(names)
     assert is_importable("pytest")
+
+
+@pytest.mark.parametrize(
+    ("versions", "maps"),
+    [
+        ({}, True),
+        ({"diffusers": "0.42.1", "transformers": "5.23.0", "torch": "2.13.0+cpu"}, True),
+        ({"diffusers": "0.41.0"}, False),
+        ({"torch": "nightly"}, False),
+        ({"transformers": "?"}, False),
+    ],
+)
+def test_what_is_known_to_map(versions: dict[str, str], maps: bool) -> None:
+    assert maps_files("Linux 6.1", versions) == maps
+    assert not maps_files("Windows 11", versions)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import re
 import shutil
@@ -34,16 +36,16 @@ _MAPPING = {"diffusers": Version("0.42"), "transformers": Version("5"), "torch":
 runs with PyTorch 1 is older."""
 
 
-def maps_files(os: str, versions: Mapping[str, str]) -> bool:
+def maps_files(system: str, versions: Mapping[str, str]) -> bool:
     """Whether weights stay mapped from their files as they are read: known of Linux alone.
 
     Args:
-        os: Its name, ``"Linux 6.1"``.
+        system: Its name, ``"Linux 6.1"``.
         versions: Distribution name → version. What is not among them is taken to be late: reference
             machines say only what is old. What is no version number is not known to map.
     """
     found = {name: versions[name] for name in _MAPPING if name in versions}
-    return os.startswith("Linux") and all(_is_from(v, _MAPPING[n]) for n, v in found.items())
+    return system.startswith("Linux") and all(_is_from(v, _MAPPING[n]) for n, v in found.items())
 
 
 def _is_from(text: str, least: Version) -> bool:
@@ -63,8 +65,14 @@ def installed_versions() -> dict[str, str]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {name: version_of(name) for name in DISTRIBUTIONS}
     found |= {n: version_of(n) or ("?" if is_importable(n) else None) for n in OPTIONAL}
-    found["c++"] = next(filter(shutil.which, COMPILERS), None)
+    found["c++"] = _compiler(os.environ.get("PATH"))
     return {name: version for name, version in found.items() if version} | torch_build()
+
+
+@functools.cache  # asked several times at each start, and it looks into every folder of the path
+def _compiler(path: str | None) -> str | None:
+    """The name of the first compiler for C++ on that search path."""
+    return next((name for name in COMPILERS if shutil.which(name, path=path)), None)
 
 
 def is_importable(module: str) -> bool:

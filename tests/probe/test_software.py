@@ -44,6 +44,20 @@ def test_what_has_no_version_is_there_all_the_same(
     assert "c++" not in installed_versions()
 
 
+def test_a_compiler_is_looked_for_once_on_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cl").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    asked: list[str] = []
+    which = software.shutil.which
+    monkeypatch.setattr(
+        software.shutil, "which", lambda name, **at: asked.append(name) or which(name, **at)
+    )
+    assert {installed_versions()["c++"] for _ in range(3)} == {"cl"}
+    assert asked == list(software.COMPILERS)
+
+
 def test_what_only_has_the_name_of_a_package_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

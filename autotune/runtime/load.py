@@ -19,6 +19,8 @@ from autotune.optimizations.quantization import linear_layers
 from autotune.workload.architecture import Architecture
 from autotune.workload.files import file_dtype, maps
 
+log = logging.getLogger("autotune")
+
 _AGAIN = "download the model again, or check that the folder is complete"
 
 
@@ -72,7 +74,10 @@ def _dtypes(architecture: Architecture, dtype: str) -> Any:
 def _read_apart(
     architecture: Architecture, plan: Plan, weights: str, options: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Denoisers that the plan quantizes, their linear layers as the files hold them."""
+    """Denoisers that the plan quantizes, their linear layers as the files hold them.
+
+    Those that cannot be read so, such as quantized ones, are left to an ordinary load.
+    """
     import diffusers
 
     scheme, usual = plan.execution.quantization, plan.workload.dtype
@@ -83,10 +88,20 @@ def _read_apart(
         component = architecture.components.get(name)
         held = file_dtype(architecture, name, usual)
         cls = component and getattr(diffusers, component.class_name, None)
-        if component is not None and cls is not None and held is not None:
-            as_held = {**options, _dtype_keyword(): _dtype(held)}
+        if component is None or cls is None or held is None:
+            continue
+        as_held = {**options, _dtype_keyword(): _dtype(held)}
+        try:
             read = _read(cls, str(folder / name), as_held)
-            yield name, _left_in_file(read, _dtype(component.dtype or usual), scheme)
+            made = _left_in_file(read, _dtype(component.dtype or usual), scheme)
+        except Exception as error:  # of diffusers, or of a class that is built in another way
+            log.warning(
+                "%s cannot be left in its files and is read whole, which may take more RAM: %s",
+                name,
+                first_line(error),
+            )
+        else:
+            yield name, made
 
 
 def _downloaded(weights: str, options: dict[str, Any]) -> Path:

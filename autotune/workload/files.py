@@ -68,7 +68,7 @@ def file_dtype(architecture: Architecture, component: str, dtype: str) -> str | 
     found = _dtypes_in(folder / component, variant) if folder is not None else set()
     if not found and variant == architecture.variant:
         return architecture.stored.get(component)
-    return found.pop() if len(found) == 1 else None
+    return next(iter(found)) if len(found) == 1 and found <= {*_DTYPES.values()} else None
 
 
 def maps() -> bool:
@@ -116,4 +116,4 @@ def _dtypes_of(file: Path) -> Iterator[str]:
         header = opened.read(min(length, 100_000_000))
     for code in set(re.findall(rb'"dtype"\s*:\s*"([A-Z0-9_]+)"', header)):
         if not re.fullmatch(rb"[IU]\d+|BOOL", code):
-            yield _DTYPES.get(code, code.decode())
+            yield _DTYPES.get(code, code.decode())  # one of eight bits is known by its code alone

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PROCESS_BYTES
@@ -261,3 +262,26 @@ def test_what_cannot_be_mapped_is_read_as_usual(
     assert left_in_files(pipe) == ()
     require_same(pipe.unet, usual.unet)
     assert files.file_dtype(find_architecture(str(folder)), "unet", "bfloat16") is None
+
+
+def test_files_of_eight_bits_are_read_as_usual(folder: Path, plan: Any) -> None:
+    (file,) = (folder / "unet").glob("*.safetensors")
+    narrow = {name: t.to(torch.float8_e4m3fn) for name, t in load_file(file).items()}
+    save_file(narrow, file, metadata={"format": "pt"})
+    assert files.file_dtype(find_architecture(str(folder)), "unet", "bfloat16") is None
+    pipe = load(folder, plan()[0])
+    assert left_in_files(pipe) == ()
+    assert pipe.unet.dtype == torch.bfloat16
+
+
+def test_a_denoiser_that_cannot_be_left_in_its_files_is_read_as_usual(
+    folder: Path, plan: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("size mismatch for to_q.weight")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", refuse)
+    pipe, usual = (load(folder, plan(scheme)[0]) for scheme in ("gguf_q8_0", ""))
+    require_same(pipe.unet, usual.unet)
+    assert "unet cannot be left in its files" in caplog.text
+    assert "size mismatch" in caplog.text

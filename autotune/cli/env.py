@@ -29,7 +29,7 @@ def _lines(
 ) -> list[tuple[str, Any]]:
     ram = f"{format_bytes(host.ram_available_bytes)} of {format_bytes(host.ram_total_bytes)}"
     lines: list[tuple[str, Any]] = [
-        *versions.items(),
+        *((name, version or "not installed") for name, version in versions.items()),
         ("os", host.os),
         ("cpu", f"{host.cpu}, {host.cores} cores usable"),
         ("ram available", ram),

@@ -85,7 +85,7 @@ def difference(a: Profile, b: Profile, *, noise: bool = False) -> Difference:
     figures = tuple(_figures(a.machine, b.machine))
     return Difference(
         machine=_facts(_facts_of(a.machine), _facts_of(b.machine)),
-        software=_facts(a.machine.software, b.machine.software),
+        software=_facts(_installed(a.machine), _installed(b.machine)),
         figures=tuple(f for f in figures if noise or not f.is_noise),
         within_noise=sum(f.is_noise for f in figures),
         plans=tuple(_plans(a, b)),
@@ -132,9 +132,13 @@ def _facts_of(machine: Machine) -> dict[str, str | None]:
     }
 
 
+def _installed(machine: Machine) -> dict[str, str | None]:
+    return {name: version or None for name, version in machine.software.items()}
+
+
 def _facts(
-    a: Mapping[str, str | None] | Mapping[str, str],
-    b: Mapping[str, str | None] | Mapping[str, str],
+    a: Mapping[str, str | None],
+    b: Mapping[str, str | None],
 ) -> tuple[FactDifference, ...]:
     names = dict.fromkeys((*a, *b))
     found = (FactDifference(name, a.get(name), b.get(name)) for name in names)

@@ -206,7 +206,7 @@ class Machine(Value, frozen=True):
         default_attention: What the installed stack uses when nothing is set: ``"sdpa"`` on
             today's PyTorch, ``"vanilla"`` on PyTorch 1.
         software: Distribution name → version of what was measured with, and of what optimizations
-            need; what is not in it was not installed.
+            need: empty where that was not installed; nothing is known of what is not in it.
         operators: Replayed operators of the workloads seen so far, by ``Operator.key``.
         findings: What a person should know, one sentence each.
         left_out: What the probe's time did not suffice for, in words.
@@ -234,9 +234,9 @@ class Machine(Value, frozen=True):
         """Whether a package that optimizations need (``software.OPTIONAL``, ``"c++"``) is there.
 
         Asked of the machine and not of this process: a plan for a machine is the same everywhere.
-        A reference machine has everything.
+        What nobody looked for is taken to be there: on a reference machine, that is everything.
         """
-        return self.source == "datasheet" or package in self.software
+        return self.software.get(package) != ""
 
     @property
     def maps_files(self) -> bool:

@@ -58,15 +58,17 @@ def _is_from(text: str, least: Version) -> bool:
 def installed_versions() -> dict[str, str]:
     """Distribution name → version of what is installed, Python first; absent ones are left out.
 
-    ``cuda`` (or ``hip``, ``xpu``) is what the installed torch was built for, not what the driver
-    offers. ``c++`` is the name of the first compiler for it on the path. A version that nobody
-    tells is ``"?"``.
+    What optimizations need is never left out: where it is absent, its version is empty, so that
+    this differs from what nobody looked for. ``cuda`` (or ``hip``, ``xpu``) is what the installed
+    torch was built for, not what the driver offers. ``c++`` is the name of the first compiler for
+    it on the path. A version that nobody tells is ``"?"``.
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {name: version_of(name) for name in DISTRIBUTIONS}
-    found |= {n: version_of(n) or ("?" if is_importable(n) else None) for n in OPTIONAL}
-    found["c++"] = _compiler(os.environ.get("PATH"))
-    return {name: version for name, version in found.items() if version} | torch_build()
+    versions = {name: version for name, version in found.items() if version}
+    versions |= {n: version_of(n) or ("?" if is_importable(n) else "") for n in OPTIONAL}
+    versions["c++"] = _compiler(os.environ.get("PATH")) or ""
+    return versions | torch_build()
 
 
 @functools.cache  # asked several times at each start, and it looks into every folder of the path

@@ -81,7 +81,7 @@ class Facts(NamedTuple):
         total_bytes: Of the device's own memory; ``None`` where it has none, or nobody tells.
         on_cpu: The device is the host's own processor.
         driver: ``None`` where it is not known.
-        software: Distribution name → version; a name left out is not installed.
+        software: Distribution name → version; one left out, or empty, is not installed.
         host: The computer; ``None`` where it does not matter.
         pcie: Generation and width that the link can reach; ``None`` where nobody tells.
     """
@@ -213,7 +213,7 @@ def _bus(pcie: tuple[int, int]) -> str:
 
 def _software(before: Facts, now: Facts) -> Iterator[_Pair]:
     for name in PACKAGES:
-        yield name, before.software.get(name, _ABSENT), now.software.get(name, _ABSENT)
+        yield name, before.software.get(name) or _ABSENT, now.software.get(name) or _ABSENT
     old, new = before.software.get("python"), now.software.get("python")
     if old and new:
         yield "Python", _minor(old), _minor(new)

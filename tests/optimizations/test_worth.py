@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from autotune.optimizations import CATALOGUE, find
 from autotune.optimizations.tome import downsample, merged_downsamples
 from autotune.probe.machine import Machine
+from autotune.probe.software import OPTIONAL
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request, Workload
@@ -50,14 +51,33 @@ def test_token_merging_needs_self_attention(sd_pipe: Any, cpu_machine: Machine) 
     assert "no self-attention" in (find("tome").unavailable(cpu_machine, bare) or "")
 
 
+ABSENT = dict.fromkeys((*OPTIONAL, "c++"), "")
+"""What a machine without any of them records."""
+
+
+def test_packages_that_nobody_looked_for_are_taken_to_be_there(
+    sd_pipe: Any, cpu_machine: Machine, rtx_3080: Machine
+) -> None:
+    """As of a machine recorded before all of them were."""
+    cpu = replace(cpu_machine, source="measured", software={"torch": "2.13.0"})
+    gpu = replace(rtx_3080, source="measured", software={"torch": "2.13.0"})
+    workload = workload_of(sd_pipe)
+    half = replace(workload, request=replace(workload.request, dtype="float16"))
+    for name in ("tome", "compile"):
+        assert find(name).unavailable(cpu, workload) is None
+        assert find(name).unavailable(gpu, half) is None
+    schemes = find("quantization").worth_trying(rtx_3080, half)
+    assert find("quantization").worth_trying(gpu, half) == schemes
+
+
 def test_packages_are_those_of_the_machine(sd_pipe: Any, cpu_machine: Machine) -> None:
     """Not those of the process that plans: tomesd and a compiler are here."""
-    bare = replace(cpu_machine, source="measured", software={})
+    bare = replace(cpu_machine, source="measured", software=ABSENT)
     workload = workload_of(sd_pipe)
     reason = find("tome").unavailable(bare, workload)
     assert reason == "the package tomesd is not installed: pip install tomesd"
     assert "install g++" in (find("compile").unavailable(bare, workload) or "")
-    both = replace(bare, software={"tomesd": "0.1.3", "c++": "g++"})
+    both = replace(bare, software=ABSENT | {"tomesd": "0.1.3", "c++": "g++"})
     assert find("tome").unavailable(both, workload) is None
     assert find("compile").unavailable(both, workload) is None
 
@@ -65,10 +85,10 @@ def test_packages_are_those_of_the_machine(sd_pipe: Any, cpu_machine: Machine) -
 def test_packages_of_another_machines_gpu(sd_pipe: Any, rtx_3080: Machine) -> None:
     workload = workload_of(sd_pipe)
     half = replace(workload, request=replace(workload.request, dtype="float16"))
-    bare = replace(rtx_3080, source="measured", software={})
+    bare = replace(rtx_3080, source="measured", software=ABSENT)
     assert "pip install triton" in (find("compile").unavailable(bare, half) or "")
     assert "it needs the package" in (find("quantization").unavailable(bare, half) or "")
-    some = replace(bare, software={"triton": "3.6.0", "bitsandbytes": "0.49.0"})
+    some = replace(bare, software=ABSENT | {"triton": "3.6.0", "bitsandbytes": "0.49.0"})
     assert find("compile").unavailable(some, half) is None
     assert find("quantization").worth_trying(some, half) == ({"scheme": "nf4"},)
     assert len(find("quantization").worth_trying(rtx_3080, half)) > 1

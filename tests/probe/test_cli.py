@@ -31,6 +31,7 @@ from autotune.probe.machine import (
     TransferPoint,
 )
 from autotune.probe.reference import check_writable, load_machine, read_machine
+from autotune.probe.software import OPTIONAL
 
 RUNNER = CliRunner()
 probe_module = sys.modules[probe.__module__]
@@ -303,4 +304,7 @@ def test_env_for_people_and_programs() -> None:
     programs = json.loads(RUNNER.invoke(verb(env), ["--json"]).stdout)
     assert programs["software"]["torch"]
     assert programs["host"]["cores"] >= 1
-    assert "torch" in RUNNER.invoke(verb(env), []).stdout
+    people = RUNNER.invoke(verb(env), []).stdout
+    for name in ("torch", *OPTIONAL):
+        version = programs["software"][name] or "not installed"
+        assert re.search(rf"^{name} +{re.escape(version)}$", people, re.MULTILINE)

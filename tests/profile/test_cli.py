@@ -394,6 +394,13 @@ def test_diff_as_json(profile: Profile, tmp_path: Path) -> None:
     assert found["difference"]["plans"] == found["difference"]["machine"] == []
 
 
+def test_what_is_said_to_be_absent_is_no_difference(profile: Profile) -> None:
+    store.save_profile(profile)
+    store.save_profile(replace(changed(profile, triton="", gguf="0.19.0"), key="GPU-1"))
+    found = as_json("diff", "GPU-0", "GPU-1")["difference"]["software"]
+    assert found == [{"name": "gguf", "a": None, "b": "0.19.0"}]
+
+
 def test_nothing_differs(profile: Profile) -> None:
     store.save_profile(profile)
     assert "Nothing differs." in output("diff", "GPU-0", "GPU-0")

@@ -89,6 +89,18 @@ def test_packages_come_and_go(gpu: Machine) -> None:
     assert reason.startswith("cuda 13.0 → not installed: kernels")
 
 
+@pytest.mark.parametrize("absent", [{}, {"xformers": ""}])
+def test_what_is_said_to_be_absent_is_as_what_is_not_there(
+    gpu: Machine, absent: dict[str, str]
+) -> None:
+    """Profiles from before leave it out."""
+    before = facts_of(replace(gpu, software=software(gpu) | absent))
+    now = {version: software(gpu) | {"xformers": version} for version in ("", "0.0.35")}
+    assert changes(before, before._replace(software=now[""])) == ()
+    (change,) = changes(before, before._replace(software=now["0.0.35"]))
+    assert str(change) == "xformers not installed → 0.0.35"
+
+
 def test_what_does_not_matter(gpu: Machine) -> None:
     assert changed(gpu, software=software(gpu, python="3.11.9", tomesd="0.1.3")) == ()
     host = replace(gpu.host, ram_available_bytes=1 << 30, os="Linux 6.1.0-29-amd64")

@@ -156,6 +156,8 @@ def test_a_package_installed_since_is_there_and_makes_nothing_stale(here, monkey
     then = here_stage.installed_versions()
     bare = {name: version for name, version in then.items() if name not in OPTIONAL}
     monkeypatch.setattr(here_stage, "installed_versions", lambda: bare)
+    assert machine_here("cpu").machine.has("triton")
+    monkeypatch.setattr(here_stage, "installed_versions", lambda: bare | {"triton": ""})
     assert not machine_here("cpu").machine.has("triton")
     monkeypatch.setattr(here_stage, "installed_versions", lambda: bare | {"triton": "3.6.0"})
     again = machine_here("cpu")

@@ -214,12 +214,13 @@ class Replanner:
     ) -> Planned:
         """Where what is applied changes the modules, they must not be traced, nor kept as traced.
 
-        A trace is found again by how the pipeline was loaded.
+        A trace is found again by how the pipeline was loaded. What was left in files may have been
+        read since the workload was made.
         """
         planned = decided(
             self._architecture,
             machine,
-            workload,
+            msgspec.structs.replace(workload, mappable=left_in_files(self._pipe)),
             self.limits,
             self._pipe,
             self._history(workload, machine),
@@ -241,7 +242,7 @@ class Replanner:
         if workload is None:
             workload = workload_of(self._architecture, self._completed(request), self._pipe)
         _keep(self._workloads, _key(request), workload)
-        return msgspec.structs.replace(workload, mappable=left_in_files(self._pipe))
+        return workload
 
     def _completed(self, request: Request) -> Request:
         asked = msgspec.structs.replace(

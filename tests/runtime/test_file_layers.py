@@ -11,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autotune.decide.limits import Limits
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PROCESS_BYTES
 from autotune.optimizations import CATALOGUE, execution_of, parse_settings
 from autotune.optimizations.file_layers import is_in_file, left_in_files, read_from_files
+from autotune.probe.machine import Machine
 from autotune.probe.reference import load_machine
 from autotune.runtime.apply import apply_plan
 from autotune.runtime.load import load_pipeline
+from autotune.runtime.out_of_memory import Failure
 from autotune.runtime.tuned import Tuned
 from autotune.testing.pipelines import BUILDERS
-from autotune.tuner import Ask
-from autotune.tuner.planning import completed
+from autotune.tuner import Ask, Measured
+from autotune.tuner.planning import Planned, completed, decided
+from autotune.tuner.replan import Replanner
 from autotune.workload import files
 from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.cache import workload_of
@@ -285,3 +289,22 @@ def test_a_denoiser_that_cannot_be_left_in_its_files_is_read_as_usual(
     require_same(pipe.unet, usual.unet)
     assert "unet cannot be left in its files" in caplog.text
     assert "size mismatch" in caplog.text
+
+
+@pytest.fixture
+def planned(folder: Path, plan: Any, cpu_machine: Machine) -> tuple[Any, Planned, Replanner]:
+    """A pipeline left in its files, a plan that does not quantize, and what plans again."""
+    pipe, (_, workload) = load(folder, plan()[0]), plan()
+    left = msgspec.structs.replace(workload, is_loaded=True, mappable=("unet",))
+    first = decided(find_architecture(str(folder)), cpu_machine, left, Limits())
+    return pipe, first, Replanner(pipe, first, Measured("cpu", cpu_machine, ()), Ask())
+
+
+def test_after_a_failure_what_was_read_meanwhile_counts_as_read(
+    planned: tuple[Any, Planned, Replanner],
+) -> None:
+    pipe, first, planner = planned
+    failure = Failure("no more", None, of_host=True)
+    for left in (("unet",), ()):
+        assert planner.step_down(first.plan, first.workload, failure).workload.mappable == left
+        read_from_files(pipe)

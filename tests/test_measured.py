@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.probe.reference import load_machine
-from autotune.probe.software import installed_versions, version_of
+from autotune.probe.software import OPTIONAL, installed_versions, version_of
 from tests.thorough import examples
 
 ROOT = Path(__file__).parent.parent
@@ -273,26 +273,46 @@ def _with_reserved(line: Line) -> Line:
     return msgspec.structs.replace(line, runs=runs)
 
 
-def test_what_is_offered_does_not_depend_on_who_judges(tiny: Path) -> None:
-    """The recorded machine's packages count; where an old recording does not tell, those here."""
+def test_the_planner_chooses_from_what_was_tried(tiny: Path) -> None:
+    """Whatever the machine that was measured says of packages."""
     header, *rest = list(read(tiny))
     assert isinstance(header, Header)
-    bare = msgspec.structs.replace(header.machine, software={"torch": "2.13.0"})
-    lines = [msgspec.structs.replace(header, machine=bare), *rest]
-    (told,) = judge.evidence_of(lines)
-    assert told.offered
-    assert set(told.machine.software) == {"torch"}
-    new, gone = told.offers_changed()
-    assert not new
-    assert {name.partition(":")[0] for name in gone} >= {"compile"}
-    assert "tried then and not today: `" in "\n".join(verdict(lines, [told]))
-    old = [
+    (line,) = (line for line in rest if isinstance(line, Prepared))
+    tried = tuple(name for name in line.offered if name.startswith("vae"))
+    assert len({*line.offered} - {*tried}) > 3
+    lacking = dict.fromkeys((*OPTIONAL, "c++"), "")
+    for software in ({}, lacking):
+        machine = msgspec.structs.replace(header.machine, software=software)
+        lines = [
+            msgspec.structs.replace(header, machine=machine),
+            msgspec.structs.replace(line, offered=(*tried, "of_yore")),
+            *(other for other in rest if other is not line),
+        ]
+        (told,) = judge.evidence_of(lines)
+        assert {str(s) for sets in told._everything for s in sets} == {*tried}
+        assert told.answers(verify=True)
+        new, gone = told.offers_changed()
+        assert gone == ["of_yore"]
+        assert "channels_last" in new
+        assert any(name.startswith("compile") for name in new) == (software == {})
+        assert "tried then and not today: `of_yore`" in "\n".join(verdict(lines, [told]))
+
+
+def test_where_nobody_says_what_was_tried_everything_was(tiny: Path) -> None:
+    """What the machine lacks is left out, where it says that."""
+    header, *rest = list(read(tiny))
+    assert isinstance(header, Header)
+    untold = [
         msgspec.structs.replace(line, offered=()) if isinstance(line, Prepared) else line
-        for line in lines
+        for line in rest
     ]
-    (untold,) = judge.evidence_of(old)
-    assert untold.machine.software == installed_versions() | {"torch": "2.13.0"}
-    assert untold.offers_changed() == ([], [])
+    found = []
+    for software in ({}, {"c++": "", "tomesd": ""}):
+        machine = msgspec.structs.replace(header.machine, software=software)
+        (one,) = judge.evidence_of([msgspec.structs.replace(header, machine=machine), *untold])
+        assert one.offers_changed() == ([], [])
+        found.append({s.name for sets in one._everything for s in sets})
+    assert found[0] - found[1] == {"compile", "tome"}
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

@@ -27,10 +27,8 @@ from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget, Prediction
 from autotune.decide.search import execution_of
 from autotune.errors import OptimizationError
-from autotune.optimizations import CATALOGUE, find
+from autotune.optimizations import find
 from autotune.optimizations.base import Setting
-from autotune.probe.machine import Machine
-from autotune.probe.software import installed_versions
 from autotune.workload.workload import Workload
 from validation.cases import ASKED, WITHOUT, Question
 from validation.recording import Header, Line, PeerRun, Phases, Prepared, SetRun
@@ -39,6 +37,7 @@ from validation.sets import (
     Key,
     Names,
     Set,
+    catalogue_of,
     coherent_sets,
     keys_of,
     names_of,
@@ -207,8 +206,10 @@ class Evidence:
 
     def __init__(self, header: Header, prepared: Prepared, lines: Sequence[Line]) -> None:
         self.case = prepared.case
-        self.machine = _as_recorded(header.machine, prepared)
+        operators = header.machine.operators | prepared.operators
+        self.machine = replace(header.machine, operators=operators)
         self.offered = prepared.offered
+        self.catalogue = catalogue_of(prepared.offered)
         self.workload: Workload = prepared.workload
         self.cards = prepared.cards
         self.predictor = Predictor(self.machine, self.workload)
@@ -425,7 +426,7 @@ class Evidence:
 
     @functools.cached_property
     def _everything(self) -> list[Set]:
-        return coherent_sets(self.predictor, WITHOUT)
+        return coherent_sets(self.predictor, WITHOUT, self.catalogue)
 
     @functools.cached_property
     def _known(self) -> list[tuple[Set, Outcome]]:
@@ -438,7 +439,8 @@ class Evidence:
     def offers_changed(self) -> tuple[list[str], list[str]]:
         """Settings that are tried today and were not then, and those of then that are not today.
 
-        Empty where the recording does not tell.
+        What packages are needed for is in it where the recorded machine does not say that it lacks
+        them. Empty where the recording does not tell what was tried.
         """
         if not self.offered:
             return [], []
@@ -518,7 +520,7 @@ class Evidence:
             predictor = Predictor(self.machine, self.workload, question.images, history)
         if history is None:
             self._predictors[question.images] = predictor
-        decision = decide(predictor, question.limits, CATALOGUE)
+        decision = decide(predictor, question.limits, self.catalogue)
         chosen = decision.chosen
         budget = decision.available.device_bytes
         return Choice(chosen.settings, decision.fits, chosen.needed_bytes, budget)
@@ -574,7 +576,9 @@ class Evidence:
 
     def _by_rule(self, rule: object, card: int, ours: Outcome | None) -> PeerOutcome:
         name, rungs_of = rule  # type: ignore[misc]
-        rungs, reasons = usable(rungs_of(self.workload, card), self.machine, self.workload)
+        rungs, reasons = usable(
+            rungs_of(self.workload, card), self.machine, self.workload, self.catalogue
+        )
         # The first that does not run out, or of which nobody knows whether it does.
         last = next((s for s in rungs if self.fits(s, card) is not False), None)
         if not rungs:
@@ -603,16 +607,6 @@ class Evidence:
         outcome = Outcome(statistics.median(totals), 0.0, peak, True)
         out = run.ran_out or (self.is_reckoned and peak > card)
         return PeerOutcome(self.case, run.peer, card, run.chose, outcome, out, ours)
-
-
-def _as_recorded(machine: Machine, prepared: Prepared) -> Machine:
-    """The machine with the case's operators.
-
-    Recordings from before do not tell which packages were missing: there, those of here count.
-    """
-    here = {} if prepared.offered else installed_versions()
-    operators = machine.operators | prepared.operators
-    return replace(machine, operators=operators, software=here | machine.software)
 
 
 def _named(settings: Set) -> str:

@@ -44,8 +44,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="case"):
         operators: Replayed for it.
         cards: Bytes; on the CPU limits that are only reckoned with.
         load: As in the header.
-        offered: Settings that were tried here, as on the command line; empty in recordings from
-            before, whose machines do not tell which packages they lacked.
+        offered: Settings that were tried here, as on the command line: of nothing else is the
+            planner judged. Empty in recordings from before: there it is of everything.
     """
 
     case: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from autotune.decide.decision import Catalogue
 from autotune.optimizations import CATALOGUE, parse_settings
 from autotune.optimizations.base import Setting
 from autotune.probe.machine import Machine
@@ -50,7 +51,9 @@ RULES = (
 )
 
 
-def usable(rungs: Rungs, machine: Machine, workload: Workload) -> tuple[Rungs, list[str]]:
+def usable(
+    rungs: Rungs, machine: Machine, workload: Workload, catalogue: Catalogue = CATALOGUE
+) -> tuple[Rungs, list[str]]:
     """The rungs that can be tried here, and why others, or members of them, are not.
 
     xFormers is left out of a rung where it cannot run, as everybody does: SDPA is the same
@@ -59,7 +62,7 @@ def usable(rungs: Rungs, machine: Machine, workload: Workload) -> tuple[Rungs, l
     found: list[tuple[Setting, ...]] = []
     reasons: list[str] = []
     for rung in rungs:
-        refused = {s.name: CATALOGUE[s.name].unavailable(machine, workload) for s in rung}
+        refused = {s.name: catalogue[s.name].unavailable(machine, workload) for s in rung}
         why = {name: reason for name, reason in refused.items() if reason}
         reasons += [f"{name}: {reason}" for name, reason in why.items()]
         if set(why) <= {"xformers"}:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
+from autotune.decide.decision import Catalogue
 from autotune.decide.predict import Predictor
 from autotune.decide.scope import reach_of
 from autotune.decide.search import Judge, execution_of
 from autotune.errors import OptimizationError
 from autotune.optimizations import CATALOGUE, parse_setting
-from autotune.optimizations.base import Setting
+from autotune.optimizations.base import Optimization, Parameters, Setting
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
 
@@ -55,10 +57,40 @@ def keys_of(settings: Iterable[Setting], machine: Machine, workload: Workload) -
     return keys
 
 
-def offered(machine: Machine, workload: Workload, without: Sequence[str]) -> list[list[Setting]]:
+class _AsTried:
+    """An optimization that offers nothing but what was tried of it, whatever is installed."""
+
+    def __init__(self, optimization: Optimization, tried: Names) -> None:
+        self._optimization = optimization
+        self._tried = tried
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimization, name)
+
+    def unavailable(self, machine: Machine, workload: Workload) -> str | None:
+        reason = self._optimization.unavailable(machine, workload)
+        if reason is None and not self.worth_trying(machine, workload):
+            return "it was not tried when this was recorded"
+        return reason
+
+    def worth_trying(self, machine: Machine, workload: Workload) -> tuple[Parameters, ...]:
+        every = self._optimization.worth_trying(machine, workload)
+        return tuple(p for p in every if str(self._optimization.setting(p)) in self._tried)
+
+
+def catalogue_of(tried: Names) -> Catalogue:
+    """Today's catalogue, as far as a recording has tried it; all of it where none is said."""
+    if not tried:
+        return CATALOGUE
+    return {name: cast("Optimization", _AsTried(o, tried)) for name, o in CATALOGUE.items()}
+
+
+def offered(
+    machine: Machine, workload: Workload, without: Sequence[str], catalogue: Catalogue = CATALOGUE
+) -> list[list[Setting]]:
     """For each optimization that can be tried here, its settings."""
     found = []
-    for name, optimization in CATALOGUE.items():
+    for name, optimization in catalogue.items():
         if name not in without and not optimization.unavailable(machine, workload):
             parameters = optimization.worth_trying(machine, workload)
             found.append([optimization.setting(p) for p in parameters])
@@ -70,10 +102,12 @@ def offered_names(machine: Machine, workload: Workload, without: Sequence[str]) 
     return tuple(str(s) for some in offered(machine, workload, without) for s in some)
 
 
-def coherent_sets(predictor: Predictor, without: Sequence[str]) -> list[Set]:
+def coherent_sets(
+    predictor: Predictor, without: Sequence[str], catalogue: Catalogue = CATALOGUE
+) -> list[Set]:
     """The bounded list: every coherent set, the empty one first."""
     machine = predictor.machine
-    groups = offered(machine, predictor.workload, without)
+    groups = offered(machine, predictor.workload, without, catalogue)
     judge = Judge(predictor, ())
     sets = _grown(groups, judge, machine)
     return [s for s in sets if _is_predictable(predictor, s)]

@@ -65,9 +65,9 @@ def file_dtype(architecture: Architecture, component: str, dtype: str) -> str | 
         return None
     folder = _folder(architecture.weights)
     variant = architecture.variant if dtype != "float32" else None
-    found = _dtypes_in(folder / component, variant) if folder is not None else set()
-    if not found and variant == architecture.variant:
-        return architecture.stored.get(component)
+    if folder is None or not _holds_weights(folder / component):
+        return architecture.stored.get(component) if variant == architecture.variant else None
+    found = _dtypes_in(folder / component, variant)
     return next(iter(found)) if len(found) == 1 and found <= {*_DTYPES.values()} else None
 
 
@@ -96,8 +96,16 @@ def _folder(weights: str | None) -> Path | None:
         return None
 
 
+def _holds_weights(folder: Path) -> bool:
+    """Whether there are any, be they pickled or links that lead nowhere."""
+    try:
+        return any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    except OSError:
+        return False
+
+
 def _dtypes_in(folder: Path, variant: str | None) -> set[str]:
-    """Of all weights in the files that diffusers and transformers would read."""
+    """Of all weights in the files that diffusers and transformers would read and map."""
     marked = rf"(\.{re.escape(variant)})?" if variant else ""
     name = rf"(diffusion_pytorch_model|model){marked}(-\d+-of-\d+)?{marked}\.safetensors"
     found = [f for f in folder.glob("*.safetensors") if re.fullmatch(name, f.name)]

@@ -82,6 +82,22 @@ def test_of_files_that_are_not_here_the_architecture_may_know(tmp_path: Path) ->
     assert file_dtype(here, "unet", "float16") == "float32"
 
 
+@pytest.mark.parametrize("how", ["pickled", "lost", "cut short"])
+def test_of_files_that_are_here_the_architecture_is_not_asked(tmp_path: Path, how: str) -> None:
+    here = msgspec.structs.replace(find_architecture("sdxl"), weights=str(tmp_path))
+    assert file_dtype(here, "unet", "float16") == "float16"
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").touch()
+    assert file_dtype(here, "unet", "float16") == "float16"
+    suffix = "bin" if how == "pickled" else "safetensors"
+    file = tmp_path / "unet" / f"diffusion_pytorch_model.fp16.{suffix}"
+    if how == "lost":
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        file.touch()
+    assert file_dtype(here, "unet", "float16") is None
+
+
 @MAPS
 def test_weights_kept_wider_and_files_cut_short_are_not_known(folder: Path) -> None:
     architecture, workload = find_architecture(str(folder)), asked("float32")

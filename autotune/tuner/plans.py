@@ -34,6 +34,15 @@ _STEADY = 0.01
 """Free memory that has changed by less than this share is not worth a word."""
 
 
+_DECIDING = (
+    "decide/*.py",
+    "optimizations/*.py",
+    "probe/machine.py",  # what a machine has
+    "probe/software.py",  # what its versions can do
+)
+"""The code that decides."""
+
+
 def basis_of(
     machine: Machine, workload: Workload, origin: str, limits: Limits, history: History
 ) -> str:
@@ -128,8 +137,8 @@ def _code() -> str:
     """A digest of the code that decides: another one might decide otherwise."""
     digest = hashlib.sha256(autotune.__version__.encode())
     package = Path(autotune.__file__).parent
-    for stage in ("decide", "optimizations"):
-        for file in sorted((package / stage).glob("*.py")):
+    for pattern in _DECIDING:
+        for file in sorted(package.glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+import autotune
 from autotune.decide.choose import choose
 from autotune.decide.history import History, Misfit
 from autotune.decide.limits import Limits
 from autotune.probe.machine import Machine, OperatorTime
 from autotune.profile.profile import Profile
 from autotune.profile.store import load_profile, save_profile, update_profile
+from autotune.tuner import plans
 from autotune.tuner.here import Measured, new_profile
 from autotune.tuner.plans import basis_of, keep, recall
 from autotune.units import GIB
@@ -98,6 +101,33 @@ def test_a_package_that_was_installed_since_is_considered(
     more = msgspec.structs.replace(bare, software=bare.software | {"tomesd": "0.1.3"})
     bases = [basis_of(m, workload, origin, Limits(), History()) for m in (bare, more)]
     assert bases[0] != bases[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "decides"),
+    [
+        ("decide/rules.py", True),
+        ("optimizations/tome.py", True),
+        ("probe/software.py", True),
+        ("probe/machine.py", True),
+        ("cli/env.py", False),
+    ],
+)
+def test_other_code_that_decides_is_another_basis(
+    changed: str, decides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which versions map files is no measurement: a plan that counted on it does not outlive it."""
+    package = Path(autotune.__file__).parent
+    files = {*package.glob("decide/*.py"), *package.glob("optimizations/*.py"), package / changed}
+    for file in files | {*package.glob("probe/*.py")}:
+        copy = tmp_path / file.relative_to(package)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    monkeypatch.setattr(autotune, "__file__", str(tmp_path / "__init__.py"))
+    before = plans._code.__wrapped__()
+    with (tmp_path / changed).open("a") as code:
+        code.write("# changed")
+    assert (plans._code.__wrapped__() != before) == decides
 
 
 def test_what_does_not_fit_is_not_kept(rtx_3080, sd15):

@@ -51,7 +51,6 @@ def configure_pipeline(
         for other in owners_beside(pipe):
             log.info("a pipeline with some of the same modules is taken off until its next call")
             other.set_aside()
-            read_from_files(pipe)
         before = owner_of(pipe)
         with before.replaced() if before is not None else nullcontext():
             return _configure(pipe, ask, device, verify)
@@ -62,6 +61,7 @@ def _configure(pipe: Any, ask: Ask, device: str | None, verify: str) -> Any:
     from autotune.runtime.by_hand import foreign_to, set_by_hand
     from autotune.workload.architecture import describe_pipeline
 
+    read_from_files(pipe)  # of a load that nothing undid: what its user goes back to must run
     architecture = describe_pipeline(pipe)
     measured = machine_here(device or _device_of(pipe))
     limits = msgspec.structs.replace(ask.limits, keep=(*ask.limits.keep, *set_by_hand(pipe)))

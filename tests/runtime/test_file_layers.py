@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from autotune.decide.limits import Limits
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import PROCESS_BYTES
+from autotune.errors import RequestError
 from autotune.optimizations import CATALOGUE, execution_of, parse_settings
 from autotune.optimizations.file_layers import is_in_file, left_in_files, read_from_files
 from autotune.probe.machine import Machine
@@ -24,6 +25,7 @@ from autotune.runtime.out_of_memory import Failure
 from autotune.runtime.tuned import Tuned
 from autotune.testing.pipelines import BUILDERS
 from autotune.tuner import Ask, Measured
+from autotune.tuner.configure import configure_pipeline
 from autotune.tuner.planning import Planned, completed, decided
 from autotune.tuner.replan import Replanner
 from autotune.workload import files
@@ -308,3 +310,12 @@ def test_after_a_failure_what_was_read_meanwhile_counts_as_read(
     for left in (("unet",), ()):
         assert planner.step_down(first.plan, first.workload, failure).workload.mappable == left
         read_from_files(pipe)
+
+
+def test_given_to_configure_nothing_is_left_in_files(
+    folder: Path, plan: Any, draw: Any, measured_here: None
+) -> None:
+    pipe = load(folder, plan()[0])
+    with pytest.raises(RequestError):
+        configure_pipeline(pipe, Ask(height=63))
+    assert torch.equal(draw(pipe), draw(load(folder, plan("")[0])))

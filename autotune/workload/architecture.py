@@ -65,7 +65,8 @@ class Architecture(Value, frozen=True):
         frames: Frames of the video that it is meant for; ``None`` for images.
         parameters: Component → published number of parameters, for the built-in files.
         stored: Component → dtype of its published safetensors files (of the variant, where there is
-            one), for the built-in files; those that are not known are left out.
+            one), for the built-in files and their repositories; those that are not known are left
+            out.
         source: Where configuration values were read, for the built-in files.
     """
 
@@ -247,7 +248,15 @@ def _read_hub(repository: str, download: bool) -> Architecture:
             "`autotune models` lists what can be planned for without a download",
         ) from error
     architecture = _read_folder(Path(folder))
-    return msgspec.structs.replace(architecture, name=repository, weights=repository)
+    return msgspec.structs.replace(
+        architecture, name=repository, weights=repository, stored=_published(repository)
+    )
+
+
+def _published(repository: str) -> dict[str, str]:
+    """The dtypes of its files as a built-in file knows them; of the full ones, no variant's."""
+    known = (_read_builtin(name) for name in builtin_names() if name != DEMO)
+    return next((k.stored for k in known if k.weights == repository and not k.variant), {})
 
 
 def _read_folder(folder: Path) -> Architecture:

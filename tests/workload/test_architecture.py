@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from autotune.demo import model_path
 from autotune.errors import ModelError
 from autotune.workload.architecture import builtin_names, describe_pipeline, find_architecture
 from autotune.workload.components import build_on_meta, describe
@@ -125,6 +126,19 @@ def test_names_that_lead_nowhere(model: str, says: str, tmp_path: Path, monkeypa
         find_architecture(model)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sdxl"])
+def test_of_a_known_repository_the_dtypes_are_known_before_its_weights_are_here(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of SDXL's: it is the files of a variant that are known, and nobody has asked for one."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(model_path()))
+    known = find_architecture(name)
+    found = find_architecture(str(known.weights))
+    assert (found.name, found.variant) == (known.weights, None)
+    assert known.stored
+    assert found.stored == ({} if known.variant else known.stored)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:

@@ -57,6 +57,8 @@ class Optimization(ABC):
         exactness: How the image may change.
         defaults: Parameters with their default values.
         before_moving: Whether it shrinks weights, so that it comes before they are moved.
+        packs_from_files: Whether it takes layers that were left in their files as they are; before
+            anything else, they are read.
         replaces: Whether it puts a component in the place of another, so that it comes first.
         rules: What it does not go with. The built-in ones have theirs in ``decide/rules.py``.
     """
@@ -67,6 +69,7 @@ class Optimization(ABC):
     exactness: ClassVar[Exactness] = "exact"
     defaults: ClassVar[Parameters] = {}
     before_moving: ClassVar[bool] = False
+    packs_from_files: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 

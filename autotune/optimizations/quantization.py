@@ -60,6 +60,7 @@ class Quantization(Optimization):
     exactness = "lossy"
     defaults = {"scheme": "int8"}
     before_moving = True
+    packs_from_files = True
 
     def unavailable(self, machine: Machine, workload: Workload) -> str | None:
         if machine.device.kind != "cuda":

@@ -40,9 +40,10 @@ def apply_plan(pipe: Any, plan: Plan, device: str) -> Undo:
     early = [s for s in settings if find(s.name).before_moving]
     try:
         for setting in early:
-            if setting.name != "quantization":
+            handler = find(setting.name)
+            if not handler.packs_from_files:
                 read_from_files(pipe)
-            undos.append(find(setting.name).apply(pipe, setting.parameters, device))
+            undos.append(handler.apply(pipe, setting.parameters, device))
         read_from_files(pipe)
         if not PLACEMENTS & {s.name for s in settings}:
             undos.append(_move(pipe, device))

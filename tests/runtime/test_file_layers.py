@@ -319,3 +319,24 @@ def test_given_to_configure_nothing_is_left_in_files(
     with pytest.raises(RequestError):
         configure_pipeline(pipe, Ask(height=63))
     assert torch.equal(draw(pipe), draw(load(folder, plan("")[0])))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_optimization_says_whether_it_takes_layers_from_their_files(
+    folder: Path, plan: Any, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    """One of another package may do as quantization does."""
+    found: list[tuple[str, ...]] = []
+
+    def apply(_: Any, pipe: Any, *__: Any) -> Callable[[], None]:
+        found.append(left_in_files(pipe))
+        return lambda: None
+
+    other = type(CATALOGUE["layerwise_casting"])
+    monkeypatch.setattr(other, "packs_from_files", packs)
+    monkeypatch.setattr(other, "apply", apply)
+    chosen = plan()[0]
+    pipe = load(folder, chosen)
+    settings = parse_settings("layerwise_casting")
+    apply_plan(pipe, msgspec.structs.replace(chosen, optimizations=settings), "cpu")
+    assert found == [("unet",) if packs else ()]

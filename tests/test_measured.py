@@ -91,6 +91,7 @@ def test_choices(answers: dict[bool, list[judge.Answer]], verify: bool) -> None:
     bars = judge.bars_of([], answers[verify])
     assert bars.regret is not None and bars.regret <= 0.03
     assert bars.ran_out == 0
+    assert all(answer.regret >= 0 for answer in answers[verify] if answer.regret is not None)
 
 
 def test_every_choice_was_measured(

@@ -490,13 +490,16 @@ class Evidence:
     def _answer(self, question: Question, known: list[tuple[Set, Outcome]], verify: bool) -> Answer:
         choice, tries = self._choice(question, verify)
         fits = self.fits(choice.settings, question.card_bytes)
+        outcome = self.outcome(choice.settings)
+        # The list is bounded, and the planner is not: nothing is better than the best.
+        own = [(choice.settings, outcome)] if outcome is not None else []
         return Answer(
             self.case,
             question,
             choice,
-            self.outcome(choice.settings),
+            outcome,
             choice.fits and fits is False,
-            self._best(question, known),
+            self._best(question, [*known, *own]),
             self._peak_on(choice.settings, question.card_bytes),
             self._tried(choice.settings, question.card_bytes) is not None,
             tries,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import msgspec
 
+from autotune.probe.software import installed_versions, maps_files
 from autotune.testing.pipelines import BUILDERS, arguments
 from autotune.workload.architecture import describe_pipeline
 from autotune.workload.phases import trace_workload
@@ -32,6 +34,11 @@ def numbers_of(pipe: Any) -> dict[str, bool | int | float]:
 def few_frames(pipe: Any) -> dict[str, int]:
     """As an argument, for pipelines that draw videos."""
     return {"num_frames": FEW_FRAMES} if "num_frames" in arguments(pipe) else {}
+
+
+def maps_files_here() -> bool:
+    """Whether the libraries that are installed here are known to map weights."""
+    return maps_files(platform.system(), installed_versions())
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def _load(planned: Planned, measured: Measured, ask: Ask) -> Any:
     from autotune.runtime.load import load_pipeline
 
     with _quiet_libraries():
-        pipe = load_pipeline(planned.architecture, planned.plan)
+        pipe = load_pipeline(planned.architecture, planned.plan, planned.machine.maps_files)
         pipe = _as_planned(pipe, planned.architecture.pipeline)
     shown = sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shown, desc="denoise", leave=False)

@@ -17,19 +17,25 @@ from autotune.errors import ModelError, first_line
 from autotune.optimizations.file_layers import leave_in_file
 from autotune.optimizations.quantization import linear_layers
 from autotune.workload.architecture import Architecture
-from autotune.workload.files import file_dtype, maps
+from autotune.workload.files import file_dtype
 
 log = logging.getLogger("autotune")
 
 _AGAIN = "download the model again, or check that the folder is complete"
 
 
-def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
+def load_pipeline(architecture: Architecture, plan: Plan, maps_files: bool = False) -> Any:
     """Read the weights into host RAM, in the dtypes that the plan was made for.
 
     Linear layers that the plan quantizes are left as their files hold them, where those are mapped:
     the pipeline cannot run before the plan is applied, or ``read_from_files`` has made them as they
     would have been read.
+
+    Args:
+        architecture: With weights.
+        plan: For it.
+        maps_files: Whether weights stay mapped from their files here: what the plan was made for
+            (``Machine.maps_files``).
 
     Raises:
         ModelError: there are no weights, some are missing, or they cannot be read.
@@ -44,7 +50,7 @@ def load_pipeline(architecture: Architecture, plan: Plan) -> Any:
         options["variant"] = architecture.variant
     with _made_up() as made_up:
         try:
-            apart = dict(_read_apart(architecture, plan, weights, options))
+            apart = dict(_read_apart(architecture, plan, weights, options)) if maps_files else {}
             pipe = _read(DiffusionPipeline, weights, options | apart)
             if any(getattr(pipe, name, None) is not module for name, module in apart.items()):
                 pipe = _read(DiffusionPipeline, weights, options)  # its constructor makes others
@@ -81,7 +87,7 @@ def _read_apart(
     import diffusers
 
     scheme, usual = plan.execution.quantization, plan.workload.dtype
-    if not scheme or not maps():
+    if not scheme:
         return
     folder = _downloaded(weights, options)
     for name in plan.workload.denoisers:

@@ -87,7 +87,7 @@ def load_tuned(model: str, ask: Ask, device: str | None = None, verify: str = "n
         measured = machine_here(device)
         planned = plan_loaded(loadable(model), measured, ask)
         require_fit(planned.plan)
-        pipe = load_pipeline(planned.architecture, planned.plan)
+        pipe = load_pipeline(planned.architecture, planned.plan, planned.machine.maps_files)
     with turn_of(pipe), configuring():
         return tuned(pipe, planned, measured, ask, verify)
 

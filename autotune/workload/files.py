@@ -7,13 +7,11 @@ Weights in another dtype are cast, which makes copies of all of them.
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from autotune.probe.software import installed_versions, maps_files
 from autotune.workload.architecture import Architecture
 from autotune.workload.workload import Component, Workload
 
@@ -69,11 +67,6 @@ def file_dtype(architecture: Architecture, component: str, dtype: str) -> str | 
         return architecture.stored.get(component) if variant == architecture.variant else None
     found = _dtypes_in(folder / component, variant)
     return next(iter(found)) if len(found) == 1 and found <= {*_DTYPES.values()} else None
-
-
-def maps() -> bool:
-    """Whether the libraries that are installed here map weights, on this system."""
-    return maps_files(platform.system(), installed_versions())
 
 
 def _is_of_one_width(component: Component, dtype: str) -> bool:

@@ -34,8 +34,9 @@ from autotune.workload.cache import workload_of
 from autotune.workload.components import like_on_meta, meta_module, tensor_bytes
 from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request
+from tests.workloads import maps_files_here
 
-pytestmark = pytest.mark.skipif(not files.maps(), reason="not known to map weights")
+pytestmark = pytest.mark.skipif(not maps_files_here(), reason="not known to map weights")
 
 SCHEMES = ("gguf_q8_0", "gguf_q4_0")
 
@@ -67,7 +68,7 @@ def plan(sd_pipe: Any, plan_of: PlanOf) -> Callable[..., Any]:
 
 def load(folder: Path, plan: Any, **change: Any) -> Any:
     architecture = msgspec.structs.replace(find_architecture(str(folder)), **change)
-    pipe = load_pipeline(architecture, plan)
+    pipe = load_pipeline(architecture, plan, maps_files=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -268,6 +269,15 @@ def test_what_cannot_be_mapped_is_read_as_usual(
     assert left_in_files(pipe) == ()
     require_same(pipe.unet, usual.unet)
     assert files.file_dtype(find_architecture(str(folder)), "unet", "bfloat16") is None
+
+
+def test_nothing_is_left_in_files_where_the_plan_was_made_for_copies(
+    folder: Path, plan: Any
+) -> None:
+    """It is the machine that says whether files are mapped: the plan reckons with the same."""
+    pipe = load_pipeline(find_architecture(str(folder)), plan()[0], maps_files=False)
+    assert left_in_files(pipe) == ()
+    assert pipe.unet.dtype == torch.bfloat16
 
 
 def test_files_of_eight_bits_are_read_as_usual(folder: Path, plan: Any) -> None:

@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autotune.workload import files
 from autotune.workload.architecture import find_architecture
 from autotune.workload.files import InFiles, file_dtype, in_files
 from autotune.workload.workload import Workload
-from tests.workloads import workload_of
+from tests.workloads import maps_files_here, workload_of
 
-MAPS = pytest.mark.skipif(not files.maps(), reason="not known to map weights")
+MAPS = pytest.mark.skipif(not maps_files_here(), reason="not known to map weights")
 
 
 @pytest.fixture

@@ -245,6 +245,17 @@ def test_a_machine_that_does_not_map_files_reads_all() -> None:
         assert load.host_bytes - PROCESS_BYTES == in_ram
 
 
+@pytest.mark.parametrize(("os", "fits"), [("Linux", True), ("Windows 11", False)])
+def test_flux_is_quantized_in_16_gib_of_ram_where_its_files_are_mapped(
+    traced: Any, os: str, fits: bool
+) -> None:
+    machine = load_machine("rtx-4090-24gb")
+    other = msgspec.structs.replace(machine, host=msgspec.structs.replace(machine.host, os=os))
+    predictor = Predictor(other, traced("flux-dev", dtype="bfloat16"))
+    execution = execution_of(parse_settings("quantization:scheme=int8"))
+    assert (predictor.predict(execution).load.host_bytes < 16 << 30) == fits
+
+
 def test_what_is_left_in_its_file_is_packed_without_a_copy() -> None:
     workload = workload_of("sd")
     (unet,) = workload.components_as("denoiser")

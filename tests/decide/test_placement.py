@@ -21,6 +21,7 @@ from autotune.optimizations.execution import Execution
 from autotune.probe.reference import load_machine
 from autotune.testing.pipelines import BUILDERS, call
 from autotune.workload.workload import ComponentRun, Workload
+from tests.thorough import part
 from tests.workloads import few_frames, workload_of
 
 HOME, DEVICE = torch.device("cpu"), torch.device("cpu:0")
@@ -149,7 +150,7 @@ def runs_of(workload: Workload) -> list[ComponentRun]:
     return [run for phase in workload.phases for run in phase.runs]
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 3, start=1))
 def test_what_is_on_the_device_while_each_component_runs(kind: str) -> None:
     watched, workload = observed(kind)
     machine = load_machine("rtx-3080-10gb")

@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "size", "quality"), CASES, ids=str)
+@pytest.mark.parametrize(("model", "size", "quality"), part(CASES, 3), ids=str)
 def test_on_every_reference_machine(traced, model, size, quality):
     """One case and the next share the machines out between them, unless all are asked for."""
     workload = traced(model, **size)

@@ -21,6 +21,7 @@ from autotune.workload.architecture import describe_pipeline
 from autotune.workload.groups import block_bytes
 from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request
+from tests.thorough import part
 
 KINDS = ("sd", "sd3", "flux", "ltx-video", "qwen-image", "hunyuandit", "wan22", "animatediff")
 
@@ -42,7 +43,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("level", ["block", "leaf"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", part(tuple(KINDS), 2))
 def test_every_layer_is_fetched_before_it_is_used(kind: str, level: str) -> None:
     pipe, offload = BUILDERS[kind](), GroupCpuOffload()
     plain, before = call(pipe), state(pipe)

@@ -18,6 +18,7 @@ from autotune.testing.state import differences, whole_state
 from autotune.tuner import Ask, configure_pipeline, load_tuned
 from autotune.workload.architecture import describe_pipeline, find_architecture
 from autotune.workload.components import meta_module
+from tests.thorough import part
 from tests.workloads import SIZES, few_frames, numbers_of
 
 kinds = pytest.mark.parametrize("kind", BUILDERS)
@@ -39,7 +40,7 @@ def ask_for(pipe: Any) -> tuple[Ask, dict[str, Any]]:
     return ask, {k: v for k, v in arguments(pipe).items() if k not in numbers}
 
 
-@kinds
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2))
 def test_configured_drawn_measured_and_put_back(kind: str, measured_here: None) -> None:
     pipe = BUILDERS[kind]()
     plain = call(pipe, STEPS, **few_frames(pipe))
@@ -166,7 +167,7 @@ def test_attention_set_by_hand_is_kept_and_said(measured_here: None) -> None:
 # ---- saved and loaded ---------------------------------------------------------------------------
 
 
-@kinds
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2, start=1))
 def test_what_was_saved_is_loaded_in_the_planned_dtypes(
     kind: str, plan_of: Any, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from autotune.demo import model_path
+from tests.thorough import thoroughly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "a handwritten three"
@@ -236,6 +237,7 @@ def check(body: dict[str, Any], response: httpx.Response, alone: Callable[..., A
         assert is_clear(response)
 
 
+@thoroughly
 def test_a_hundred_at_once_with_few_places(alone: Callable[..., NDArray[Any]]) -> None:
     bodies = [{"seed": i % 7} | (TOO_LARGE if i % 5 == 0 else {}) for i in range(100)]
     with serving(places=8) as running:

@@ -7,9 +7,10 @@ of each byte (a CPU takes several times as long for a ``silu`` as for an additio
 its kind. Where a request is planned for in the middle of others, none of its own has been replayed:
 then its kin are those of another request of the same model.
 
-Convolutions are replayed in both layouts: what another one takes depends on more than a rate says
-(oneDNN copies a large image that is not channels last, and asks the system for the memory). What
-was not replayed in the second layout gains by it as its kin did.
+Convolutions, and norms over groups of channels, are replayed in both layouts: what another one
+takes depends on more than a rate says (oneDNN copies a large image that is not channels last, and
+asks the system for the memory). What was not replayed in the second layout gains by it as its kin
+did.
 """
 
 from __future__ import annotations
@@ -69,6 +70,6 @@ def plain_operators(workload: Workload) -> list[Operator]:
 
 
 def replayable(workload: Workload) -> list[Operator]:
-    """All that is worth timing: the plain operators, and convolutions in the other layout."""
+    """All that is worth timing: the plain operators, and some in the other layout, too."""
     plain = plain_operators(workload)
-    return [*plain, *(o.in_channels_last() for o in plain if o.is_over_images)]
+    return [*plain, *(o.in_channels_last() for o in plain if o.depends_on_layout)]

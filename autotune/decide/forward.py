@@ -22,7 +22,7 @@ from autotune.decide.quantized import Scheme
 from autotune.decide.step_caches import ALL_COMPUTED, Share
 from autotune.optimizations.execution import Execution
 from autotune.probe.machine import Figure, Machine
-from autotune.workload.workload import Operator, Region, Trace, Workload
+from autotune.workload.workload import GROUP_NORM, Operator, Region, Trace, Workload
 
 
 class ForwardCost(NamedTuple):
@@ -264,7 +264,7 @@ class ForwardModel:
     def _factor(self, operator: Operator, channels_last: bool) -> float:
         """From rates to what it takes."""
         factor = self._corrections.factor(operator)
-        if channels_last and operator.is_over_images:
+        if channels_last and operator.depends_on_layout:
             factor *= self._in_channels_last.factor(operator.in_channels_last())
         return factor
 
@@ -278,7 +278,7 @@ class ForwardModel:
                 * self._corrections.factor(operator),
             )
             for operator in self._known
-            if operator.is_over_images
+            if operator.depends_on_layout
         )
         return Corrections(self._machine.operators, estimates)
 
@@ -335,7 +335,7 @@ def _seen_by(operator: Operator) -> _Sees:
     return _Sees(
         attention=operator.attention is not None,
         merging=operator.block_tokens > 0,
-        layout=operator.kind == "convolution",
+        layout=operator.kind == "convolution" or operator.name == GROUP_NORM,
         compiler=operator.kind == "memory",
         quantization=operator.kind == "matmul" and operator.weight_bytes > 0,
         region=operator.region,

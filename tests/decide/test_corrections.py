@@ -153,3 +153,22 @@ def test_what_is_slow_in_one_layout_is_in_the_other_unless_timed(traced, rtx_308
     known = ForwardModel(machine, workload)
     assert known._factor(small, channels_last=True) == pytest.approx(4.0)
     assert known._factor(large, channels_last=True) == pytest.approx(1.0)
+
+
+def test_a_norm_that_is_slower_in_the_other_layout_is_counted(traced, rtx_3080):
+    workload = traced("sd15")
+    norms = [o for o in plain_operators(workload) if o.depends_on_layout and not o.is_over_images]
+    assert norms
+    model = ForwardModel(rtx_3080, workload)
+    times = {o.key: OperatorTime(model.rate_seconds(o)) for o in norms}
+    times |= {o.in_channels_last().key: OperatorTime(2 * model.rate_seconds(o)) for o in norms}
+    machine = msgspec.structs.replace(rtx_3080, operators=times)
+    assert seconds(machine, workload) == pytest.approx(seconds(rtx_3080, workload))
+    before = seconds(rtx_3080, workload, "channels_last")["decode"]
+    norms_s = sum(
+        o.count * model.rate_seconds(o)
+        for r in workload.phases[-1].runs
+        for o in r.trace.operators
+        if o.depends_on_layout and not o.is_over_images
+    )
+    assert seconds(machine, workload, "channels_last")["decode"] == pytest.approx(before + norms_s)

@@ -166,3 +166,17 @@ def test_a_convolution_in_the_other_layout(layout: dict[str, Any], is_transposed
     out = rebuild(other.signature, Buffers(group, CPU))()
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert not out.is_contiguous()
+
+
+def test_a_norm_in_the_other_layout() -> None:
+    image, weight = tensor(2, 4, 3, 3), tensor(4)
+    one = operator("aten.native_group_norm.default", image, weight, weight, 2, 4, 9, 2, 1e-5)
+    assert one.depends_on_layout
+    (group,), none = fitting([one.in_channels_last()], PLENTY)
+    assert not none
+    out, *_ = rebuild(group.operators[0].signature, Buffers(group, CPU))()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    flat = operator(
+        "aten.native_group_norm.default", tensor(2, 4, 9), weight, weight, 2, 4, 9, 2, 1e-5
+    )
+    assert not flat.depends_on_layout

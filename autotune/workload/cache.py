@@ -68,7 +68,7 @@ def traced_before(
 
 def _is_estimated(workload: Workload) -> bool:
     """Of a loaded pipeline it may be so for what its user did to it, which no file is named by."""
-    return any(run.is_estimated for phase in workload.phases for run in phase.runs)
+    return any(run.is_estimated for run in workload.runs)
 
 
 def _named(workload: Workload, architecture: Architecture, pipe: Any) -> Workload:

@@ -34,6 +34,13 @@ def plan_of(cpu_machine: Machine) -> Callable[..., Planned]:
     return make
 
 
+@pytest.fixture
+def folder(sd_pipe: Any, tmp_path: Path) -> Path:
+    """The SD-like pipeline, saved in float32."""
+    sd_pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
 class _Alike:
     """Pipelines of one class, which in these tests have one architecture: traced once."""
 

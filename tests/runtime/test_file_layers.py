@@ -44,13 +44,6 @@ PlanOf = Callable[..., Any]
 
 
 @pytest.fixture
-def folder(sd_pipe: Any, tmp_path: Path) -> Path:
-    """The SD-like pipeline, saved in float32."""
-    sd_pipe.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def plan(sd_pipe: Any, plan_of: PlanOf) -> Callable[..., Any]:
     """``plan("gguf_q8_0")``: to quantize so, in bfloat16; empty: not at all."""
 

@@ -21,13 +21,6 @@ PlanOf = Callable[..., Any]
 
 
 @pytest.fixture
-def folder(sd_pipe: Any, tmp_path: Path) -> Path:
-    """The SD-like pipeline, saved."""
-    sd_pipe.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def plan(sd_pipe: Any, plan_of: PlanOf) -> Any:
     return plan_of(sd_pipe)[0]
 

@@ -205,7 +205,7 @@ class Predictor:
     @functools.cached_property
     def _first_image_extra_s(self) -> float | None:
         """Each distinct operator's first call, as replayed; ``None`` where none was."""
-        keys = {o.key for p in self.workload.phases for r in p.runs for o in r.trace.operators}
+        keys = {o.key for r in self.workload.runs for o in r.trace.operators}
         replayed = (self.machine.operators.get(key) for key in keys)
         extras = [t.first_extra_s for t in replayed if t and t.first_extra_s is not None]
         return sum(extras) if extras else None
@@ -562,7 +562,7 @@ class Predictor:
         variant = f"tiled:{tile}"
         if tile >= max(request.height, request.width):
             return
-        runs = [r for p in self.workload.phases for r in p.runs]
+        runs = self.workload.runs
         refused = next((r.refused[variant] for r in runs if variant in r.refused), "")
         known = {v for r in runs for v in r.variants if v.startswith("tiled")}
         if refused or variant not in known:

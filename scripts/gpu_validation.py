@@ -144,6 +144,10 @@ def work(options: argparse.Namespace) -> int:
     Returns:
         0 when time is up or nothing is left to do.
     """
+    if options.simulated:
+        import simulated_gpu
+
+        simulated_gpu.install(context_bytes=128 << 20)
     say = functools.partial(print, flush=True)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -158,7 +162,7 @@ def work(options: argparse.Namespace) -> int:
     recording = Recording(options.recording)
     models = options.models.split(",") if options.models else ()
     try:
-        device = devices.chosen(options.device)
+        device = devices.Simulated() if options.simulated else devices.chosen(options.device)
         bench = Bench(recording, device, options.clock, options.until - time.time(), say)
         bench.run(cases_of(device, models, options.tiny))
     except (IncomparableError, MachineError) as error:
@@ -189,6 +193,11 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="PyTorch's, on a CPU")
     parser.add_argument("--tiny", action="store_true", help="seconds: to test this script")
+    parser.add_argument(
+        "--simulated",
+        action="store_true",
+        help="a GPU that is not there, with small pipelines: memory is real, time is not",
+    )
     parser.add_argument("--wheels", type=Path, help="a folder with wheels of what is missing here")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # makes it a worker
     options = parser.parse_args()

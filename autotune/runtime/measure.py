@@ -146,7 +146,9 @@ class PhaseMeter:
     """Times the phases of one call of a pipeline.
 
     A phase begins with the first call of one of its components and ends where the next begins, so
-    that hooks moving weights and the scheduler's arithmetic are counted where they happen.
+    that hooks moving weights and the scheduler's arithmetic are counted where they happen. Its peak
+    begins once the hook of model offload has moved the weights: until then those of the phase
+    before are still on the device.
 
     Args:
         pipe: A loaded pipeline.
@@ -169,6 +171,7 @@ class PhaseMeter:
         self._gauge = gauge or (CudaGauge(self._device) if is_cuda else Gauge())
         self._current: str | None = None
         self._started = 0.0
+        self._is_entering = False
         self._seconds: dict[str, float] = {}
         self._levels: dict[str, Level] = {}
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -191,6 +194,7 @@ class PhaseMeter:
                 module = getattr(self._pipe, component)
                 tell = functools.partial(self._call, component, phases)
                 stack.enter_context(_called(module, entry, tell))
+                stack.enter_context(_moved(module, self._moved))
             try:
                 yield
                 self._leave()
@@ -202,12 +206,17 @@ class PhaseMeter:
         now = self._order.index(self._current) if self._current else 0
         later = (p for p in phases if self._order.index(p) >= now)
         phase = next(later, phases[0])
-        self._enter(phase)
+        self._is_entering = phase != self._current
+        if self._is_entering:
+            self._enter(phase)
         self.calls[phase, component] += 1
 
+    def _moved(self) -> None:
+        """The weights of the component that was called last are where it computes."""
+        if self._is_entering:
+            self._gauge.begin()
+
     def _enter(self, phase: str) -> None:
-        if phase == self._current:
-            return
         self._leave()
         with torch.profiler.record_function(_MARK + phase):
             self._current = phase
@@ -251,6 +260,30 @@ def _called(module: Any, entry: str, tell: Callable[[], None]) -> Iterator[None]
         delattr(module, entry)
         if own is not None:
             setattr(module, entry, own)
+
+
+@contextmanager
+def _moved(module: Any, tell: Callable[[], None]) -> Iterator[None]:
+    """Tell when accelerate's hook, if the module has one, has done what it does before a call."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    before, own = hook.pre_forward, vars(hook).get("pre_forward")
+
+    @functools.wraps(before)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        found = before(*args, **kwargs)
+        tell()
+        return found
+
+    hook.pre_forward = told
+    try:
+        yield
+    finally:
+        del hook.pre_forward
+        if own is not None:
+            hook.pre_forward = own
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Device:
     simulates = True
     device = torch.device("cpu")
     is_small = False
+    small = True
 
     def empty(self) -> None:
         """Give cached memory back."""
@@ -85,6 +86,7 @@ class Cuda(Device):
 
     kind = "cuda"
     simulates = False
+    small = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,6 +140,19 @@ class Cuda(Device):
     def gauge(self) -> Gauge:
         """At all three levels."""
         return _WholeGauge(self.device, asks_driver=True)
+
+
+class Simulated(Cuda):
+    """A GPU that is not there, with the small pipelines of the CPU."""
+
+    small = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda", 0))
+
+    def cards(self, plain_bytes: int, machine: Machine) -> tuple[int, ...]:
+        """As on the CPU."""
+        return Cpu().cards(plain_bytes, machine)
 
 
 class _WholeGauge(CudaGauge):

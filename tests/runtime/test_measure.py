@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from autotune.runtime.measure import PhaseMeter, cpu_peaks
+from autotune.runtime.measure import Gauge, Level, PhaseMeter, cpu_peaks
 
 PlanOf = Callable[..., Any]
 
@@ -109,6 +110,47 @@ def test_it_measures_through_offload_hooks(sd_pipe: Any, plan_of: PlanOf, draw: 
     with meter.watch():
         draw(sd_pipe)
     assert [m.name for m in meter.measured] == ["encode", "denoise", "decode"]
+
+
+class _Log(Gauge):
+    """Writes down when it is asked, beside what else happens."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin(self) -> None:
+        self.events.append("begin")
+
+    def read(self) -> Level:
+        self.events.append("read")
+        return Level()
+
+
+def test_a_peak_is_not_of_what_the_phase_before_left(
+    sd_pipe: Any, plan_of: PlanOf, draw: Any
+) -> None:
+    """Model offload moves the denoiser away only as the autoencoder is called."""
+    gauge = _Log()
+    meter = PhaseMeter(sd_pipe, plan_of(sd_pipe)[1], "cpu", gauge)
+    sd_pipe.enable_model_cpu_offload(device="cpu")
+    hooks = [m._hf_hook for m in (sd_pipe.text_encoder, sd_pipe.unet, sd_pipe.vae)]
+    for hook in hooks:
+        hook.pre_forward = functools.partial(_logged, gauge.events, hook.pre_forward)
+    mine = [hook.pre_forward for hook in hooks]
+    with meter.watch():
+        sd_pipe("a", num_inference_steps=2, height=64, width=64, guidance_scale=1.0)
+    assert " ".join(gauge.events).split(" read") == [
+        "begin moved begin",
+        " begin moved begin moved",  # two steps
+        " begin moved begin",
+        "",
+    ]
+    assert [hook.pre_forward for hook in hooks] == mine
+
+
+def _logged(events: list[str], move: Any, *args: Any, **kwargs: Any) -> Any:
+    events.append("moved")
+    return move(*args, **kwargs)
 
 
 def test_cpu_peaks_count_tensors_on_top_of_the_weights(sd_pipe: Any, plan_of: PlanOf) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -276,7 +277,7 @@ class Weights:
         inward = self._inward_bytes_per_s(link, run, group)
         if not _overlaps(run, group):
             return weights / inward + weights / link.d2h_pageable_bytes_per_s.value
-        first = min(weights, _groups_at_once(component, run, group) // 2) / inward
+        first = min(weights, _first_group_bytes(component, run, group)) / inward
         computing = forward.compute_s + forward.memory_s + forward.launch_s
         return first + max(0.0, weights / inward - first - computing)
 
@@ -472,11 +473,29 @@ def _groups_at_once(component: Component, run: ComponentRun, group: GroupOffload
 
     Blocks do not wait for an autoencoder's ``decode``: it is moved layer by layer at either level.
     """
-    groups = 2 if _overlaps(run, group) else 1
     if group.level == "leaf" or run.role == "autoencoder":
-        return groups * component.largest_leaf_bytes
-    rest = component.weight_bytes - sum(component.block_bytes)
-    return rest + groups * max(component.block_bytes, default=0)
+        layers = _adjacent_layers(run) if _overlaps(run, group) else 1.0
+        return int(layers * component.largest_leaf_bytes)
+    blocks = component.block_bytes
+    rest = component.weight_bytes - sum(blocks)
+    pairs = map(sum, itertools.pairwise(blocks)) if _overlaps(run, group) else ()
+    return rest + max((*pairs, *blocks), default=0)
+
+
+def _first_group_bytes(component: Component, run: ComponentRun, group: GroupOffload) -> int:
+    """Weights that are waited for, whatever is computed meanwhile."""
+    if group.level == "leaf" or run.role == "autoencoder":
+        return component.largest_leaf_bytes
+    blocks = component.block_bytes
+    return component.weight_bytes - sum(blocks[1:])
+
+
+def _adjacent_layers(run: ComponentRun) -> float:
+    """The weights of two layers in succession, over those of the largest: 2 where all are equal."""
+    largest = max((o.weight_bytes for o in run.trace.operators), default=0)
+    if not (largest and run.trace.adjacent_bytes):
+        return 2.0
+    return max(1.0, run.trace.adjacent_bytes / largest)
 
 
 def _overlaps(run: ComponentRun, group: GroupOffload) -> bool:

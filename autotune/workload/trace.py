@@ -124,6 +124,8 @@ class _Recorder:
     _seen: dict[Any, _Seen] = field(default_factory=dict)
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _barrier: int = 0
+    _read_bytes: int = 0
+    _adjacent_bytes: int = 0
 
     def adopt(self, tensor: Tensor) -> bool:
         """Count the tensor's storage as alive until it is freed; False if it already was."""
@@ -167,6 +169,13 @@ class _Recorder:
         calls.count += 1
         calls.live_bytes = max(calls.live_bytes, self.live_bytes)
         return calls
+
+    def read(self, calls: _Calls) -> None:
+        """Follow which weights are read one after another: about a layer with each operator."""
+        size = max(0, calls.bytes - calls.in_bytes - calls.out_bytes)
+        if size:
+            self._adjacent_bytes = max(self._adjacent_bytes, self._read_bytes + size)
+            self._read_bytes = size
 
     def flow(self, calls: _Calls, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Follow what a compiler would keep in registers: chains of elementwise operators.
@@ -216,6 +225,7 @@ class _Recorder:
             calls = self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
             made = [t for t, new in zip(outputs, is_new, strict=True) if new]
             self.flow(calls, tensors_in((args, kwargs)), made)
+            self.read(calls)
         self.values.follow(func, args, kwargs, out)
         self.layouts.follow(func, args, outputs)
         return out
@@ -311,6 +321,7 @@ class _Recorder:
             dispatches=sum(o.count for o in operators),
             timeline=tuple(self.timeline),
             timed=tuple(self.timed),
+            adjacent_bytes=self._adjacent_bytes,
         )
 
 

@@ -56,9 +56,7 @@ class Simulated:
 
     def resize(self, total_bytes: int, context_bytes: int = 0, devices: int = 1) -> None:
         """Makes the cards larger or smaller than they were; nothing may be on them."""
-        self.library.simulate(
-            devices, ctypes.c_size_t(total_bytes), ctypes.c_size_t(context_bytes)
-        )
+        self.library.simulate(devices, ctypes.c_size_t(total_bytes), ctypes.c_size_t(context_bytes))
 
     def set_beside(self, size_bytes: int, device: int = 0) -> None:
         """What other programs hold of the card."""
@@ -162,9 +160,7 @@ def _complete(
 
     def set_stream(stream_id: int, device_index: int, device_type: int) -> None:
         torch.accelerator.set_stream(
-            torch.Stream(
-                stream_id=stream_id, device_index=device_index, device_type=device_type
-            )
+            torch.Stream(stream_id=stream_id, device_index=device_index, device_type=device_type)
         )
 
     def current_stream(device: int) -> tuple[int, int, int]:

@@ -235,6 +235,17 @@ def test_equal_calls_are_counted_and_weights_kept_apart() -> None:
     assert operator.live_bytes == 3 * KIB256
 
 
+def test_weights_of_layers_that_follow_each_other_are_added() -> None:
+    with torch.device("meta"):
+        sizes = [(8, 64), (64, 8), (8, 128), (128, 8)]
+        module = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in sizes))
+        x = torch.empty(3, 8)
+        assert trace(module, lambda: module(x), [x]).adjacent_bytes == 2 * 8 * 128 * 4
+        backwards = nn.Sequential(module[0], nn.ReLU(), module[1])
+        assert trace(backwards, lambda: backwards(x), [x]).adjacent_bytes == 2 * 8 * 64 * 4
+        assert trace(module, lambda: x + 1, [x]).adjacent_bytes == 0
+
+
 def test_layouts_tell_signatures_apart() -> None:
     found = trace_function(lambda x, w: (torch.mm(x, w), torch.mm(x.t(), w)))
     assert [o.count for o in found.operators] == [1, 1]

@@ -49,7 +49,7 @@ class Simulated:
     library: ctypes.CDLL
 
     def stats(self, device: int = 0) -> dict[str, int]:
-        """What the allocator counts: the state, the peaks, and how often it was asked and failed."""
+        """What the allocator counts: the state, the peaks, how often it was asked and failed."""
         out = (ctypes.c_size_t * len(_STATS))()
         self.library.stats(device, out)
         return dict(zip(_STATS, out, strict=True))

@@ -680,6 +680,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("record_stream", TORCH_FN(record_stream));
   m.impl("scaled_dot_product_attention", TORCH_FN(attention));
   m.impl("convolution", TORCH_FN(convolution));
+  // For these PyTorch would rather take them apart than fall back.
+  for (const char* whole : {"native_group_norm", "native_layer_norm", "_fused_rms_norm"})
+    m.impl(whole, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
 extern "C" {

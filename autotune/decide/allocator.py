@@ -157,6 +157,18 @@ def rounding_bytes(sizes: Iterable[int]) -> int:
     return allocator.allocated_bytes - total
 
 
+HOST_PAGE_BYTES = 4096
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch pins of host RAM for so many: the next power of two, in whole pages.
+
+    ``CachingHostAllocatorImpl::allocate`` in ``aten/src/ATen/core/CachingHostAllocator.h``. Of
+    FLUX.1's transformer in 16 bits it makes 34.7 GiB where the weights are 22.2.
+    """
+    return max(HOST_PAGE_BYTES, 1 << (size - 1).bit_length()) if size else 0
+
+
 def _join(first: Block, second: Block) -> Block:
     first.bytes += second.bytes
     first.after = second.after

@@ -15,7 +15,13 @@ from autotune.decide import attention, workspace
 from autotune.decide.allocator import Block, CachingAllocator, DeviceMemoryError
 from autotune.decide.attention import Kernel
 from autotune.decide.casting import storage_of, stored_in
-from autotune.decide.placement import WHOLE_COMPONENTS, Weights, hooks_of, widened_bytes
+from autotune.decide.placement import (
+    WHOLE_COMPONENTS,
+    Weights,
+    hooks_of,
+    tensor_sizes,
+    widened_bytes,
+)
 from autotune.decide.predict import Path, Predictor
 from autotune.decide.prediction import budget_of
 from autotune.optimizations.execution import Execution
@@ -139,7 +145,7 @@ class _Pipeline:
     # ---- weights --------------------------------------------------------------------------------
 
     def _bring(self, component: Component) -> None:
-        self._here[component.name] = [self.allocator.allocate(s) for s in _sizes(component)]
+        self._here[component.name] = [self.allocator.allocate(s) for s in tensor_sizes(component)]
 
     def _take_all_away(self) -> None:
         for name in self._moves.hooked & self._here.keys():
@@ -153,7 +159,7 @@ class _Pipeline:
     def _cast(self, component: Component, wider: float) -> None:
         """``module.to(dtype)``: each tensor is made anew before the old one goes."""
         blocks = self._here[component.name]
-        for index, size in enumerate(_sizes(component)):
+        for index, size in enumerate(tensor_sizes(component)):
             new = self.allocator.allocate(int(size * wider))
             self.allocator.free(blocks[index])
             blocks[index] = new
@@ -231,11 +237,3 @@ def _attend(allocator: CachingAllocator, kernel: Kernel, shape: AttentionShape, 
     scores = allocator.allocate(own // 2)  # the product, then the probabilities beside it
     allocator.use(own // 2)
     allocator.free(scores)
-
-
-def _sizes(component: Component) -> tuple[int, ...]:
-    """Of its tensors, in the dtype that they rest in."""
-    whole = sum(component.tensor_bytes)
-    if not whole:
-        return (component.weight_bytes,)
-    return tuple(s * component.weight_bytes // whole for s in component.tensor_bytes)

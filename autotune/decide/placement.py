@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from autotune.decide.allocator import rounding_bytes
+from autotune.decide.allocator import pinned_bytes, rounding_bytes
 from autotune.decide.forward import ForwardCost
 from autotune.decide.prediction import PROCESS_BYTES, LoadPrediction
 from autotune.errors import OptimizationError
@@ -229,6 +229,11 @@ class Weights:
         return run.trace.operators[-1].out_bytes * (1 + layers)
 
     @functools.cached_property
+    def _pinned(self) -> dict[str, int]:
+        components = self._workload.components
+        return {c.name: sum(map(pinned_bytes, tensor_sizes(c))) for c in components}
+
+    @functools.cached_property
     def _rounding(self) -> dict[str, int]:
         return {c.name: _rounding_bytes(c.tensor_bytes) for c in self._workload.components}
 
@@ -297,11 +302,21 @@ class Weights:
         """
         if execution.placement in ("device", "device_map"):
             return PROCESS_BYTES
-        weights = self._workload.weight_bytes - self._moves(execution).staying_bytes
-        if execution.placement == "group_offload" and _group(execution).from_disk:
-            # Autoencoders stay in RAM: pipelines read their statistics without calling them.
-            weights = sum(c.weight_bytes for c in self._workload.components_as("autoencoder"))
-        return PROCESS_BYTES + weights
+        if execution.placement == "group_offload":
+            return PROCESS_BYTES + self._grouped_bytes(_group(execution))
+        return PROCESS_BYTES + self._workload.weight_bytes - self._moves(execution).staying_bytes
+
+    def _grouped_bytes(self, group: GroupOffload) -> int:
+        """Autoencoders stay in RAM, unpinned: they are read, and widened, without being called."""
+        hooked = hooks_of(self._workload, "group_offload").hooked
+        apart = hooked & {c.name for c in self._workload.components_as("autoencoder")}
+        in_ram = sum(self._components[name].weight_bytes for name in apart)
+        if group.from_disk:
+            return in_ram
+        hooked -= apart
+        if group.pins and group.overlaps:
+            return in_ram + sum(self._pinned[name] for name in hooked)
+        return in_ram + sum(self._components[name].weight_bytes for name in hooked)
 
     def load(self, execution: Execution) -> LoadPrediction:
         """All weights are read first, then go where the execution wants them.
@@ -456,6 +471,14 @@ class _Followed:
         outward = sum(self._here.values())
         self._here.clear()
         return outward
+
+
+def tensor_sizes(component: Component) -> tuple[int, ...]:
+    """Bytes of its tensors, in the dtype that they rest in."""
+    whole = sum(component.tensor_bytes)
+    if not whole:
+        return (component.weight_bytes,)
+    return tuple(s * component.weight_bytes // whole for s in component.tensor_bytes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,7 @@ class GroupCpuOffload(Optimization):
         excluded = set(getattr(pipe, "_exclude_from_cpu_offload", ()))
         modules = modules_of(pipe)
         move_back = remember_devices(modules.values())
+        unpin = _remember_pages(modules.values())
         folders: list[str] = []
         strided: list[tuple[Any, Any]] = []
         put_forwards_back = remember_hooks(modules.values())
@@ -90,6 +92,7 @@ class GroupCpuOffload(Optimization):
             for tensor, layout in strided:
                 tensor.data = tensor.data.contiguous(memory_format=layout)
             move_back()
+            unpin()
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -105,8 +108,9 @@ class GroupCpuOffload(Optimization):
                     # component's weights for another's.
                     folders.append(tempfile.mkdtemp(prefix="autotune-offload-"))
                     options["offload_to_disk_path"] = folders[-1]
-                # A group that is interrupted has freed its weights and is not known to its layer.
-                data = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
+                # A group that is interrupted may have freed its weights, its file unwritten. (Those
+                # that stay in RAM would be there twice if they were held here.)
+                data = list(_data_of(module)) if "offload_to_disk_path" in options else []
                 with undone_on_failure(partial(_put_back, data)):
                     if "offload_to_disk_path" in options:
                         strided += _contiguous(module)
@@ -162,6 +166,31 @@ def _contiguous(module: Any) -> list[tuple[Any, Any]]:
     for tensor, _ in found:
         tensor.data = tensor.data.contiguous()
     return found
+
+
+def _data_of(module: Any) -> Iterator[tuple[Any, Any]]:
+    return ((t, t.data) for t in (*module.parameters(), *module.buffers()))
+
+
+def _remember_pages(modules: Iterable[Any]) -> Callable[[], None]:
+    """Undo of pinning: weights that stay in RAM lie in pages that can be swapped, as before.
+
+    diffusers leaves its pinned copies, and PyTorch keeps what they took for the next ones.
+    """
+    modules = list(modules)
+    pinned = {id(t) for module in modules for t, data in _data_of(module) if data.is_pinned()}
+
+    def undo() -> None:
+        from autotune.probe.devices import empty_host_cache
+
+        for module in modules:
+            found = [t for t, data in _data_of(module) if data.is_pinned() and id(t) not in pinned]
+            for tensor in found:
+                tensor.data = tensor.data.clone()
+            if found:
+                empty_host_cache()
+
+    return undo
 
 
 def _put_back(data: list[tuple[Any, Any]]) -> None:

@@ -132,11 +132,19 @@ def empty_cache(device: torch.device) -> None:
     """Gives cached memory back to the driver: tensors, matrix workspaces, pinned host buffers."""
     if device.type == "cpu":
         return
-    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
-        clear = getattr(torch._C, name, None)
-        if device.type == "cuda" and clear is not None:
+    if device.type == "cuda":
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
             clear()
+        empty_host_cache()
     _module(device).empty_cache()
+
+
+def empty_host_cache() -> None:
+    """Gives pinned host buffers that nothing uses back to the system."""
+    clear = getattr(torch._C, "_host_emptyCache", None)
+    if clear is not None:
+        clear()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -66,12 +68,23 @@ def test_the_vae_is_not_copied_ahead(traced, rtx_3080):
 
 def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
     workload = traced("sdxl")
-    offloaded = predicted(rtx_3080, workload, "group_offload")
+    offloaded = predicted(rtx_3080, workload, "group_offload:low_ram=True")
     assert offloaded.host_bytes == PROCESS_BYTES + workload.weight_bytes
+    alone = predicted(rtx_3080, workload, "group_offload:stream=False")
+    assert alone.host_bytes == offloaded.host_bytes
     weights = Predictor(rtx_3080, workload).weights(execution_of(()))
     disk = execution_of(parse_settings("group_offload:disk=True"))
     left = workload.component("vae").weight_bytes
     assert weights.host_bytes(disk) == PROCESS_BYTES + left
+
+
+def test_pinned_weights_take_powers_of_two(traced, rtx_3080):
+    """But for the autoencoder's, which are not copied ahead."""
+    workload = traced("sdxl")
+    pinned = predicted(rtx_3080, workload, "group_offload").host_bytes - PROCESS_BYTES
+    vae = workload.component("vae").weight_bytes
+    sizes = [s for c in workload.components if c.name != "vae" for s in c.tensor_bytes]
+    assert pinned == vae + sum(max(4096, 2 ** math.ceil(math.log2(size))) for size in sizes)
 
 
 def test_a_disk_of_unknown_speed_is_slower_than_ram(traced, rtx_3080):

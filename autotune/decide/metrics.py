@@ -108,6 +108,8 @@ class _Pipeline:
         for component in self.workload.components:
             if self._stays(component):
                 self._bring(component)
+            elif self._execution.placement == "sequential_offload" and component.unmoved_bytes:
+                self.allocator.allocate(component.unmoved_bytes)
         self.allocator.allocate(workspace.library_bytes(self.machine))
 
     def generate(self) -> None:

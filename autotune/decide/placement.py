@@ -408,7 +408,7 @@ class _Moves(NamedTuple):
 
     Attributes:
         hooked: Components.
-        staying_bytes: Weights of the others.
+        staying_bytes: Weights of the others, and what is not moved of these.
         of_runs: Each run's moves, its calls together, by its identity.
     """
 
@@ -421,6 +421,8 @@ def _followed(workload: Workload, execution: Execution) -> _Moves:
     hooks = hooks_of(workload, execution.placement)
     hooked = hooks.hooked
     staying = sum(c.weight_bytes for c in workload.components if c.name not in hooked)
+    if execution.placement == "sequential_offload":
+        staying += sum(workload.component(name).unmoved_bytes for name in hooked)
     followed = _Followed(workload, hooks, staying, execution)
     runs = workload.runs
     total = {id(run): Moved() for run in runs}

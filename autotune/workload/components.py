@@ -167,6 +167,8 @@ def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> C
         if next(child.parameters(recurse=False), None) is not None
     ]
     parameters = list(module.parameters())
+    # diffusers has accelerate move buffers only of modules with parameters at the top.
+    buffers = () if module._parameters else (path for path, _ in module.named_buffers())
     return Component(
         name=name,
         class_name=type(module).__name__,
@@ -176,6 +178,7 @@ def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> C
         leaf_count=len(owned),
         tensor_count=len(parameters),
         tensor_bytes=tuple(sizes.values()),
+        unmoved_bytes=sum(sizes[path] for path in buffers),
     )
 
 

@@ -199,8 +199,8 @@ class Component(Value, frozen=True):
     """One module of the pipeline and its weights.
 
     ``leaf_count`` and ``largest_leaf_bytes`` describe the modules that own parameters themselves:
-    what sequential offload moves, one at a time. ``tensor_count`` is the number of parameters,
-    ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
+    what sequential offload moves, one at a time. ``unmoved_bytes`` are the buffers that it leaves
+    on the device. ``tensor_count`` is the number of parameters, ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
     ``block_bytes`` are the groups that block-level offload moves; the rest of the weights is one
     more. ``casting_saves_bytes`` is what layerwise casting to eight bits takes off the weights.
     ``linear_bytes`` are the weights of linear layers, which quantization shrinks.
@@ -223,6 +223,7 @@ class Component(Value, frozen=True):
     fusable_bytes: int = 0
     fusable_products: int = 0
     abilities: tuple[Ability, ...] = ()
+    unmoved_bytes: int = 0
 
 
 Role = Literal["encoder", "denoiser", "autoencoder"]

@@ -206,6 +206,7 @@ def components(draw: st.DrawFn, name: str, class_name: str) -> Component:
         fusable_bytes=draw(seldom(0, weights // 8)),
         fusable_products=layers,
         abilities=draw(seldom((), ("repeated_blocks", "attention_backend"))),
+        unmoved_bytes=draw(seldom(0, weights // 20)),
     )
 
 

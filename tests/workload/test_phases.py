@@ -38,6 +38,7 @@ def real_component(name: str, module: Any) -> Component:
         leaf_count=len(owned),
         tensor_count=len(parameters),
         tensor_bytes=tuple(t.nbytes for t in (*parameters, *module.buffers())),
+        unmoved_bytes=0 if module._parameters else sum(b.nbytes for b in module.buffers()),
     )
 
 
@@ -48,7 +49,7 @@ def without_groups(component: Component) -> Component:
 
 DESCRIBED = (
     *("name", "class_name", "parameters", "weight_bytes", "tensor_count", "tensor_bytes"),
-    *("largest_leaf_bytes", "leaf_count"),
+    *("largest_leaf_bytes", "leaf_count", "unmoved_bytes"),
 )
 
 

@@ -200,13 +200,13 @@ class Component(Value, frozen=True):
 
     ``leaf_count`` and ``largest_leaf_bytes`` describe the modules that own parameters themselves:
     what sequential offload moves, one at a time. ``unmoved_bytes`` are the buffers that it leaves
-    on the device. ``tensor_count`` is the number of parameters, ``tensor_bytes`` the sizes of parameters and buffers in the order in which they are moved.
-    ``block_bytes`` are the groups that block-level offload moves; the rest of the weights is one
-    more. ``casting_saves_bytes`` is what layerwise casting to eight bits takes off the weights.
-    ``linear_bytes`` are the weights of linear layers, which quantization shrinks.
-    ``fusable_bytes`` is what fusing the projections of queries, keys and values adds, and
-    ``fusable_products`` how many matrix products it saves per call. ``abilities`` name diffusers'
-    own switches that its class has.
+    on the device. ``tensor_count`` is the number of parameters, ``tensor_bytes`` the sizes of
+    parameters and buffers in the order in which they are moved. ``block_bytes`` are the groups that
+    block-level offload moves; the rest of the weights is one more. ``casting_saves_bytes`` is what
+    layerwise casting to eight bits takes off the weights. ``linear_bytes`` are the weights of
+    linear layers, which quantization shrinks. ``fusable_bytes`` is what fusing the projections of
+    queries, keys and values adds, and ``fusable_products`` how many matrix products it saves per
+    call. ``abilities`` name diffusers' own switches that its class has.
     """
 
     name: str

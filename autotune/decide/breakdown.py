@@ -82,7 +82,11 @@ def break_down(
     found: dict[tuple[str, str, str], ComponentPrediction] = {}
     for name, run in ((phase.name, run) for phase in workload.phases for run in phase.runs):
         prediction = predictor.run(name, run, execution)
-        others = weights.companions(run, execution)
+        others = [
+            Resident(n, stored.component(n).weight_bytes)
+            for n in weights.companions(run, execution)
+        ]
+        others += [Resident(n, b, False) for n, b in weights.left_behind(run, execution).items()]
         peak = _peak(machine, run, execution)
         if weights.gpu_of(run, execution) is not None:
             peak = msgspec.structs.replace(peak, live_bytes=0)
@@ -128,13 +132,12 @@ def _joined(first: ComponentPrediction, second: ComponentPrediction) -> Componen
 
 
 def _resident(
-    workload: Workload, run: ComponentRun, companions: frozenset[str], total: int, wider: int
+    workload: Workload, run: ComponentRun, others: list[Resident], total: int, wider: int
 ) -> tuple[Resident, ...]:
     """The component that runs holds what the others leave of the predicted bytes."""
-    resident = [Resident(name, workload.component(name).weight_bytes) for name in companions]
-    own = total - sum(r.bytes for r in resident)
+    own = total - sum(r.bytes for r in others)
     whole = workload.component(run.component).weight_bytes + wider
-    resident.append(Resident(run.component, own, is_whole=own >= whole))
+    resident = [*others, Resident(run.component, own, is_whole=own >= whole)]
     return tuple(sorted((r for r in resident if r.bytes), key=lambda r: (-r.bytes, r.component)))
 
 

@@ -161,11 +161,25 @@ class Weights:
             here |= self._moves(execution).of_runs[id(run)].here
         return here - {run.component}
 
+    def left_behind(self, run: ComponentRun, execution: Execution) -> dict[str, int]:
+        """What is on the device of other components that sequential offload moves: buffers."""
+        if execution.placement != "sequential_offload":
+            return {}
+        hooked = self._moves(execution).hooked - {run.component}
+        sizes = {name: self._components[name].unmoved_bytes for name in sorted(hooked)}
+        return {name: size for name, size in sizes.items() if size}
+
     def rounding_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """What PyTorch's allocator counts for resident weights beyond their own bytes."""
-        by_parts = execution.placement in ("sequential_offload", "group_offload")
-        if self._machine.device.kind != "cuda" or by_parts:
-            return 0  # one leaf at a time is a block or two
+        if self._machine.device.kind != "cuda" or execution.placement == "sequential_offload":
+            return 0  # one layer at a time is a block or two
+        if execution.placement == "group_offload":
+            group = _group(execution)
+            if group.level == "leaf" or run.role == "autoencoder":
+                return 0
+            component = self._components[run.component]
+            share = _groups_at_once(component, run, group) / max(component.weight_bytes, 1)
+            return int(share * self._rounding[run.component])
         if execution.placement == "device_map":
             return sum(self._rounding[name] for name in self.home(execution))
         key = (id(run), execution.placement)

@@ -7,6 +7,7 @@ import pytest
 
 from autotune.decide.attention import Kernel, transient_bytes
 from autotune.decide.choose import execution_of, predict
+from autotune.decide.placement import PROCESS_BYTES
 from autotune.decide.predict import Predictor
 from autotune.decide.prediction import Budget, budget_of, find_bottleneck
 from autotune.errors import OptimizationError
@@ -61,8 +62,10 @@ def test_nothing_is_widened_where_it_decodes_in_bfloat16(traced, rtx_3080, moved
         phase(predicted(rtx_3080, workload, text), "decode").resident_bytes
         for text in (moved, f"{moved},vae_bfloat16")
     )
-    assert wide == 2 * narrow
-    assert narrow == (vae.weight_bytes if moved == "model_cpu_offload" else vae.largest_leaf_bytes)
+    held = vae.weight_bytes if moved == "model_cpu_offload" else vae.largest_leaf_bytes
+    assert wide - narrow == held
+    left = sum(c.unmoved_bytes for c in workload.components)  # the encoders' positions
+    assert narrow == held + (left if moved == "sequential_cpu_offload" else 0)
 
 
 def test_sd15_vae_stays_in_float16(traced, rtx_3080):
@@ -94,7 +97,22 @@ def test_sequential_offload_moves_every_weight_at_every_step(traced, rtx_3080):
     ten, twenty = (phase(predicted(rtx_3080, w, text), "denoise") for w in (few, many))
     # SD 1.5's own scheduler, PNDM, runs the UNet once more than it has steps.
     assert twenty.transfer_s / 21 == pytest.approx(ten.transfer_s / 11)
-    assert ten.resident_bytes == few.component("unet").largest_leaf_bytes
+    left = few.component("text_encoder").unmoved_bytes  # numbers of positions
+    assert ten.resident_bytes == few.component("unet").largest_leaf_bytes + left
+
+
+def test_sequential_offload_leaves_buffers_on_the_device(traced, rtx_3080):
+    """accelerate moves parameters alone; SD 3's table of positions is a buffer."""
+    workload = traced("sd3-medium")
+    table = 192 * 192 * 1536 * 2
+    assert workload.component("transformer").unmoved_bytes == table
+    prediction = predicted(rtx_3080, workload, "sequential_cpu_offload")
+    for name, component in (("encode", "text_encoder_3"), ("decode", "vae")):
+        layer = workload.component(component).largest_leaf_bytes
+        assert phase(prediction, name).resident_bytes == pytest.approx(layer + table, rel=0.001)
+    weights = Predictor(rtx_3080, workload).weights(execution_of(()))
+    in_ram = weights.host_bytes(execution_of(parse_settings("sequential_cpu_offload")))
+    assert in_ram == PROCESS_BYTES + workload.weight_bytes - table
 
 
 def test_slicing_the_decode_binds_less(traced, rtx_3080):

@@ -58,6 +58,10 @@ class Simulated:
         """Makes the cards larger or smaller than they were; nothing may be on them."""
         self.library.simulate(devices, ctypes.c_size_t(total_bytes), ctypes.c_size_t(context_bytes))
 
+    def reset_pinned(self) -> None:
+        """Lets the peak of pinned host memory begin anew."""
+        self.library.reset_pinned()
+
     def set_beside(self, size_bytes: int, device: int = 0) -> None:
         """What other programs hold of the card."""
         self.library.set_beside(device, ctypes.c_size_t(size_bytes))

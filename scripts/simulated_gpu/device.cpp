@@ -763,6 +763,10 @@ void set_beside(int device, size_t bytes) { memories[device].beside = bytes; }
 void fail_in(int device, int64_t allocations) { memories[device].fail_in = allocations; }
 void clear_cublas() { clear_workspaces(); }
 void empty_cache() { allocator.emptyCache(); }
+void reset_pinned() {
+  std::lock_guard<std::mutex> guard(pinned_lock);
+  peak_pinned_bytes = pinned_bytes;
+}
 void reset_peak(int device) { allocator.resetPeakStats(device); }
 int get_device() { return current; }
 void set_device(int device) { if (device >= 0) current = device; }

@@ -5,7 +5,7 @@
     scripts/simulate_gpu.py sets --kind flux --most 2
     scripts/simulate_gpu.py recovery --kind sdxl   # memory runs out in the middle of a call
     scripts/simulate_gpu.py memory sd15 512 --recording tests/data/simulated/memory.jsonl
-    scripts/simulate_gpu.py report                 # the table in docs/simulation.md; --write puts it
+    scripts/simulate_gpu.py report                 # the table in docs/simulation.md
 
 Devices, memory and errors are as on a GPU; times mean nothing. One line for each kind of pipeline
 and each failure; the exit status is 1 where there is one.
@@ -75,7 +75,7 @@ class Problems(list[str]):
         self.append(line)
 
 
-# ---- sets -----------------------------------------------------------------------------------------
+# ---- sets ---------------------------------------------------------------------------------------
 
 
 def try_sets(simulated: simulated_gpu.Simulated, kind: str, most: int, problems: Problems) -> int:
@@ -135,7 +135,7 @@ def try_sets(simulated: simulated_gpu.Simulated, kind: str, most: int, problems:
     return len(sets)
 
 
-# ---- recovery -------------------------------------------------------------------------------------
+# ---- recovery -----------------------------------------------------------------------------------
 
 
 def try_recovery(
@@ -200,7 +200,7 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]} ({places})"
 
 
-# ---- memory ---------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 def measure_memory(
@@ -244,7 +244,7 @@ def measure_memory(
         )
 
 
-# ---- the command line -----------------------------------------------------------------------------
+# ---- the command line ---------------------------------------------------------------------------
 
 
 def main() -> int:

@@ -18,12 +18,16 @@ from autotune.optimizations import parse_settings
 from autotune.probe.reference import load_machine
 from autotune.units import MIB
 from autotune.workload.architecture import find_architecture
-from autotune.workload.phases import trace_workload
 from autotune.workload.workload import Request, Workload
 
 RECORDING = Path("tests/data/simulated/memory.jsonl")
 DOCUMENT = Path("docs/simulation.md")
 BEGIN, END = "<!-- memory -->\n", "<!-- end of memory -->\n"
+
+COLUMNS = (
+    *("model", "set", "allocated, predicted", "simulated", "error"),
+    *("reserved, predicted", "simulated", "pinned, predicted", "simulated"),
+)
 
 MACHINE = "gtx-1660-6gb"
 """Of its kernels none takes a workspace: nor do the simulated device's, but for cuBLAS's."""
@@ -100,15 +104,16 @@ def rows(path: Path) -> Iterator[Row]:
 
 @functools.lru_cache(maxsize=1)
 def _workload(model: str, side: int, steps: int, dtype: str) -> Workload:
+    from autotune.workload.phases import trace_workload  # torch
+
     return trace_workload(find_architecture(model), Request(side, side, 1, steps, 5.0, dtype))
 
 
 def table(path: Path) -> str:
     """Markdown."""
     lines = [
-        "| model | set | allocated, predicted | simulated | error | reserved, predicted | simulated "
-        "| pinned, predicted | simulated |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
     ]
     for row in rows(path):
         m = row.measured

@@ -266,10 +266,11 @@ def _called(module: Any, entry: str, tell: Callable[[], None]) -> Iterator[None]
 def _moved(module: Any, tell: Callable[[], None]) -> Iterator[None]:
     """Tell when accelerate's hook, if the module has one, has done what it does before a call."""
     hook = getattr(module, "_hf_hook", None)
-    if hook is None:
+    before = getattr(hook, "pre_forward", None)
+    if hook is None or before is None:  # other tools set things of that name, too
         yield
         return
-    before, own = hook.pre_forward, vars(hook).get("pre_forward")
+    own = vars(hook).get("pre_forward")
 
     @functools.wraps(before)
     def told(*args: Any, **kwargs: Any) -> Any:

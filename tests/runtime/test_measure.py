@@ -148,6 +148,18 @@ def test_a_peak_is_not_of_what_the_phase_before_left(
     assert [hook.pre_forward for hook in hooks] == mine
 
 
+def test_what_is_no_hook_of_accelerates_is_left_alone(
+    sd_pipe: Any, plan_of: PlanOf, draw: Any
+) -> None:
+    """mmgp marks its modules with an object of that name."""
+    sd_pipe.unet._hf_hook = mark = object()
+    meter = PhaseMeter(sd_pipe, plan_of(sd_pipe)[1], "cpu")
+    with meter.watch():
+        draw(sd_pipe)
+    assert len(meter.measured) == 3
+    assert sd_pipe.unet._hf_hook is mark
+
+
 def _logged(events: list[str], move: Any, *args: Any, **kwargs: Any) -> Any:
     events.append("moved")
     return move(*args, **kwargs)

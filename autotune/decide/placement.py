@@ -288,17 +288,24 @@ class Weights:
         """Seconds that one call waits for its weights.
 
         Overlapped, the next group crosses while this one computes: what remains is the first group,
-        and as much of the others as takes longer than computing. Otherwise every group comes before
-        its turn and is copied back after it, since diffusers keeps no second copy then.
+        and as much of the others as takes longer than computing. What is in no block has no stream.
+        It, and every group where nothing overlaps, comes before its turn and is copied back after
+        it, since diffusers keeps no second copy then; from a disk it is read anew.
         """
         component = self._components[run.component]
         weights = forward.weight_reads_bytes
         inward = self._inward_bytes_per_s(link, run, group)
-        if not _overlaps(run, group):
-            return weights / inward + weights / link.d2h_pageable_bytes_per_s.value
-        first = min(weights, _first_group_bytes(component, run, group)) / inward
+        apart = weights
+        if _overlaps(run, group):
+            apart = int(weights * _share_in_no_group(component, group))
+        is_read = group.from_disk and run.role != "autoencoder"
+        pageable = min(inward, link.h2d_pageable_bytes_per_s.value)
+        waiting = apart / pageable
+        waiting += 0.0 if is_read else apart / link.d2h_pageable_bytes_per_s.value
+        ahead = weights - apart
+        first = min(ahead, _first_group_bytes(component, group)) / inward
         computing = forward.compute_s + forward.memory_s + forward.launch_s
-        return first + max(0.0, weights / inward - first - computing)
+        return waiting + first + max(0.0, ahead / inward - first - computing)
 
     def _inward_bytes_per_s(self, link: Link, run: ComponentRun, group: GroupOffload) -> float:
         """A group that is pinned when it is its turn is copied once more, inside host RAM."""
@@ -324,13 +331,23 @@ class Weights:
         """Autoencoders stay in RAM, unpinned: they are read, and widened, without being called."""
         hooked = hooks_of(self._workload, "group_offload").hooked
         apart = hooked & {c.name for c in self._workload.components_as("autoencoder")}
-        in_ram = sum(self._components[name].weight_bytes for name in apart)
+        unpinned = sum(self._components[name].weight_bytes for name in apart)
         if group.from_disk:
-            return in_ram
-        hooked -= apart
-        if group.pins and group.overlaps:
-            return in_ram + sum(self._pinned[name] for name in hooked)
-        return in_ram + sum(self._components[name].weight_bytes for name in hooked)
+            return unpinned
+        for name in hooked - apart:
+            component = self._components[name]
+            pinned = 1 - _share_in_no_group(component, group) if group.is_pinned else 0.0
+            unpinned += component.weight_bytes - int(pinned * component.weight_bytes)
+        return unpinned + self.pinned_bytes(group)
+
+    def pinned_bytes(self, group: GroupOffload) -> int:
+        """Of host RAM that is pinned for good: all groups that a stream copies."""
+        if not group.is_pinned:
+            return 0
+        hooked = hooks_of(self._workload, "group_offload").hooked
+        hooked -= {c.name for c in self._workload.components_as("autoencoder")}
+        found = ((self._components[name], self._pinned[name]) for name in hooked)
+        return sum(int(size * (1 - _share_in_no_group(c, group))) for c, size in found)
 
     def load(self, execution: Execution) -> LoadPrediction:
         """All weights are read first, then go where the execution wants them.
@@ -521,12 +538,18 @@ def _groups_at_once(component: Component, run: ComponentRun, group: GroupOffload
     return rest + max((*pairs, *blocks), default=0)
 
 
-def _first_group_bytes(component: Component, run: ComponentRun, group: GroupOffload) -> int:
-    """Weights that are waited for, whatever is computed meanwhile."""
-    if group.level == "leaf" or run.role == "autoencoder":
+def _first_group_bytes(component: Component, group: GroupOffload) -> int:
+    """What the first group on a stream weighs."""
+    if group.level == "leaf":
         return component.largest_leaf_bytes
-    blocks = component.block_bytes
-    return component.weight_bytes - sum(blocks[1:])
+    return component.block_bytes[0] if component.block_bytes else 0
+
+
+def _share_in_no_group(component: Component, group: GroupOffload) -> float:
+    """What is in no block, of a component's weights: a group of its own that no stream copies."""
+    if group.level == "leaf":
+        return 0.0
+    return 1 - sum(component.block_bytes) / max(component.weight_bytes, 1)
 
 
 def _adjacent_layers(run: ComponentRun) -> float:

@@ -38,6 +38,11 @@ class GroupOffload(Value, frozen=True):
     pins: bool = True
     from_disk: bool = False
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether groups lie in pinned RAM between two calls."""
+        return self.pins and self.overlaps and not self.from_disk
+
 
 class DeviceMap(Value, frozen=True):
     """Components on other GPUs, by CUDA's index; what has the device's own index stays there.

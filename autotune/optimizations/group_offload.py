@@ -247,6 +247,7 @@ def _take_off(module: Any) -> None:
     """Bring the weights back from wherever they are, then remove the hooks."""
     groups = {id(h.group): h.group for h in _hooks(module)}
     for group in groups.values():
+        group.cpu_param_dict.clear()  # pinned copies would wait for the garbage collector
         if group.offload_to_disk_path is not None:
             group.onload_()
             for tensor in group.tensor_to_key:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import msgspec
 
 from autotune.decide.metrics import expected
-from autotune.decide.placement import PROCESS_BYTES
 from autotune.decide.predict import Predictor
 from autotune.decide.search import execution_of
 from autotune.optimizations import parse_settings
@@ -88,17 +87,12 @@ def rows(path: Path) -> Iterator[Row]:
         predictor = Predictor(machine, workload)
         execution = execution_of(parse_settings(measured.settings))
         prediction = predictor.predict(execution)
-        group = execution.group
-        pinned = 0
-        if group is not None and group.pins and group.overlaps:
-            unpinned = sum(c.weight_bytes for c in workload.components_as("autoencoder"))
-            weights = predictor.weights(execution)
-            pinned = weights.host_bytes(execution) - PROCESS_BYTES - unpinned
+        weights, group = predictor.weights(execution), execution.group
         yield Row(
             measured,
             {p.name: p.peak_bytes for p in prediction.phases},
             expected(predictor, execution, 1 << 40).reserved_bytes,
-            pinned,
+            0 if group is None else weights.pinned_bytes(group),
         )
 
 

@@ -81,10 +81,28 @@ def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
 def test_pinned_weights_take_powers_of_two(traced, rtx_3080):
     """But for the autoencoder's, which are not copied ahead."""
     workload = traced("sdxl")
-    pinned = predicted(rtx_3080, workload, "group_offload").host_bytes - PROCESS_BYTES
+    text = "group_offload:level=leaf"
+    pinned = predicted(rtx_3080, workload, text).host_bytes - PROCESS_BYTES
     vae = workload.component("vae").weight_bytes
     sizes = [s for c in workload.components if c.name != "vae" for s in c.tensor_bytes]
     assert pinned == vae + sum(max(4096, 2 ** math.ceil(math.log2(size))) for size in sizes)
+
+
+def test_what_is_in_no_block_is_not_pinned_and_waited_for(traced, rtx_3080):
+    """diffusers gives it no stream; text encoders have no other group."""
+    workload, link = traced("sdxl"), rtx_3080.link
+    block, leaf = (
+        predicted(rtx_3080, workload, f"group_offload:level={level}") for level in ("block", "leaf")
+    )
+    assert PROCESS_BYTES + workload.weight_bytes < block.host_bytes < leaf.host_bytes
+    read = 0
+    for run in workload.runs_as("encoder"):
+        component = workload.component(run.component)
+        assert not component.block_bytes
+        read += run.calls * component.weight_bytes
+    both_ways = 1 / link.h2d_pageable_bytes_per_s.value + 1 / link.d2h_pageable_bytes_per_s.value
+    crossing = both_ways * read
+    assert phase(block, "encode").transfer_s == pytest.approx(crossing, rel=0.05)
 
 
 def test_a_disk_of_unknown_speed_is_slower_than_ram(traced, rtx_3080):

@@ -25,7 +25,8 @@ STREAM_CALLS = 2
 
 def group_host_s(machine: Machine, component: Component, group: GroupOffload) -> float:
     """Seconds of the host that moving a component's groups takes in one call."""
-    calls = GROUP_HOOK_CALLS[group.level] * (STREAM_CALLS if group.overlaps else 1)
+    level = "leaf" if _is_by_layer(component, group) else "block"
+    calls = GROUP_HOOK_CALLS[level] * (STREAM_CALLS if group.overlaps else 1)
     return calls * component.leaf_count * machine.kernels.dispatch_s.value
 
 
@@ -174,10 +175,9 @@ class Weights:
         if self._machine.device.kind != "cuda" or execution.placement == "sequential_offload":
             return 0  # one layer at a time is a block or two
         if execution.placement == "group_offload":
-            group = _group(execution)
-            if group.level == "leaf" or run.role == "autoencoder":
+            group, component = _group(execution), self._components[run.component]
+            if run.role == "autoencoder" or _is_by_layer(component, group):
                 return 0
-            component = self._components[run.component]
             share = _groups_at_once(component, run, group) / max(component.weight_bytes, 1)
             return int(share * self._rounding[run.component])
         if execution.placement == "device_map":
@@ -529,7 +529,7 @@ def _groups_at_once(component: Component, run: ComponentRun, group: GroupOffload
 
     Blocks do not wait for an autoencoder's ``decode``: it is moved layer by layer at either level.
     """
-    if group.level == "leaf" or run.role == "autoencoder":
+    if run.role == "autoencoder" or _is_by_layer(component, group):
         layers = _adjacent_layers(run) if _overlaps(run, group) else 1.0
         return int(layers * component.largest_leaf_bytes)
     blocks = component.block_bytes
@@ -538,16 +538,21 @@ def _groups_at_once(component: Component, run: ComponentRun, group: GroupOffload
     return rest + max((*pairs, *blocks), default=0)
 
 
+def _is_by_layer(component: Component, group: GroupOffload) -> bool:
+    tied = "tied_layers" in component.abilities
+    return group.by_layer(component.class_name, bool(component.block_bytes), tied)
+
+
 def _first_group_bytes(component: Component, group: GroupOffload) -> int:
     """What the first group on a stream weighs."""
-    if group.level == "leaf":
+    if _is_by_layer(component, group):
         return component.largest_leaf_bytes
     return component.block_bytes[0] if component.block_bytes else 0
 
 
 def _share_in_no_group(component: Component, group: GroupOffload) -> float:
     """What is in no block, of a component's weights: a group of its own that no stream copies."""
-    if group.level == "leaf":
+    if _is_by_layer(component, group):
         return 0.0
     return 1 - sum(component.block_bytes) / max(component.weight_bytes, 1)
 

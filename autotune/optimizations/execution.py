@@ -43,6 +43,30 @@ class GroupOffload(Value, frozen=True):
         """Whether groups lie in pinned RAM between two calls."""
         return self.pins and self.overlaps and not self.from_disk
 
+    def by_layer(self, class_name: str, has_blocks: bool, has_tied_layers: bool) -> bool:
+        """Whether a component moves layer by layer, and not block by block (diffusers 0.42).
+
+        What has no blocks would be on the device as a whole. But some layers are never called
+        themselves; and a layer's file is written when its weights may be gone already, where
+        another layer has the same (T5's embeddings).
+        """
+        if class_name in READS_PAST_HOOKS or (self.from_disk and has_tied_layers):
+            return False
+        return self.level == "leaf" or not has_blocks
+
+
+READS_PAST_HOOKS = frozenset(
+    {
+        "HunyuanDiT2DModel",
+        "HunyuanDiT2DControlNetModel",
+        "HunyuanDiT2DMultiControlNetModel",
+        "ControlNetUnionModel",
+        "SiglipVisionModel",
+        "SiglipVisionTransformer",
+    }
+)
+"""Components with a layer whose weights another one reads without calling it."""
+
 
 class DeviceMap(Value, frozen=True):
     """Components on other GPUs, by CUDA's index; what has the device's own index stays there.

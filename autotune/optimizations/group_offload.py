@@ -21,7 +21,6 @@ from autotune.optimizations.modules import (
     remember_hooks,
     remove_hooks,
 )
-from autotune.optimizations.offload import READS_PAST_HOOKS
 from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
 from autotune.workload.workload import Workload
@@ -65,13 +64,9 @@ class GroupCpuOffload(Optimization):
             )
 
     def configure(self, execution: Execution, parameters: Parameters) -> Execution:
-        group = GroupOffload(
-            level="leaf" if parameters["level"] == "leaf" else "block",
-            overlaps=bool(parameters["stream"]),
-            pins=not parameters["low_ram"],
-            from_disk=bool(parameters["disk"]),
+        return msgspec.structs.replace(
+            execution, placement="group_offload", group=_group(parameters)
         )
-        return msgspec.structs.replace(execution, placement="group_offload", group=group)
 
     def apply(self, pipe: Any, parameters: Parameters, device: str) -> Undo:
         import torch
@@ -132,18 +127,25 @@ class GroupCpuOffload(Optimization):
     def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         overlaps, by_block = bool(parameters["stream"]), parameters["level"] == "block"
         folder = ", offload_to_disk_path=tempfile.mkdtemp()" if parameters["disk"] else ""
-        apart = (
+        vae = (
             "        # Pipelines call an autoencoder's decode, for which blocks do not wait, and",
             "        # change its dtype, of which streams know nothing.",
             '        is_vae = hasattr(module, "decode")',
         )
-        level = '"leaf_level" if is_vae else "block_level"' if by_block else '"leaf_level"'
+        blocks = (
+            "        # Blocks are those of the lists among its children: text encoders have none.",
+            "        lists = (torch.nn.ModuleList, torch.nn.Sequential)",
+            "        has_blocks = any(isinstance(child, lists) for child in module.children())",
+        )
+        by_layer = '"block_level" if has_blocks and not is_vae else "leaf_level"'
+        level = by_layer if by_block else '"leaf_level"'
         return (
             *(("import tempfile",) if folder else ()),
             "from diffusers.hooks import apply_group_offloading",
             "for module in pipe.components.values():",
             "    if isinstance(module, torch.nn.Module):",
-            *(apart if overlaps or by_block else ()),
+            *(vae if overlaps or by_block else ()),
+            *(blocks if by_block else ()),
             f"        level, overlaps = {level}, {'not is_vae' if overlaps else False}",
             '        apply_group_offloading(module, torch.device("cuda"), offload_type=level,',
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
@@ -217,25 +219,24 @@ def _options(module: Any, parameters: Parameters, device: str) -> dict[str, Any]
     }
 
 
-def _level(module: Any, parameters: Parameters) -> str:
-    """The level that works for this component (diffusers 0.42).
+def _group(parameters: Parameters) -> GroupOffload:
+    return GroupOffload(
+        level="leaf" if parameters["level"] == "leaf" else "block",
+        overlaps=bool(parameters["stream"]),
+        pins=not parameters["low_ram"],
+        from_disk=bool(parameters["disk"]),
+    )
 
-    A block's hook waits for ``forward``, but pipelines call ``decode``. Some layers are never
-    called themselves. A layer's file is written when its weights may be gone already, where another
-    layer has the same (T5's embeddings).
-    """
+
+def _level(module: Any, parameters: Parameters) -> str:
+    """The level for this component: a block's hook waits for ``forward``, not for ``decode``."""
+    from autotune.workload.groups import block_bytes, has_tied_layers
+
     if hasattr(module, "decode"):
         return "leaf"
-    if type(module).__name__ in READS_PAST_HOOKS:
-        return "block"
-    if parameters["disk"] and _has_tied_layers(module):
-        return "block"
-    return str(parameters["level"])
-
-
-def _has_tied_layers(module: Any) -> bool:
-    owned = [id(p) for c in module.modules() for p in c._parameters.values() if p is not None]
-    return len(owned) > len(set(owned))
+    blocks, tied = bool(block_bytes(module)), has_tied_layers(module)
+    by_layer = _group(parameters).by_layer(type(module).__name__, blocks, tied)
+    return "leaf" if by_layer else "block"
 
 
 def _hooks(module: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import msgspec
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
-from autotune.optimizations.execution import Execution
+from autotune.optimizations.execution import READS_PAST_HOOKS, Execution
 from autotune.optimizations.modules import (
     denoisers,
     device_of,
@@ -25,18 +25,6 @@ from autotune.workload.workload import Workload
 
 _NOTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
 """What diffusers remembers on the pipeline about offloading."""
-
-READS_PAST_HOOKS = frozenset(
-    {
-        "HunyuanDiT2DModel",
-        "HunyuanDiT2DControlNetModel",
-        "HunyuanDiT2DMultiControlNetModel",
-        "ControlNetUnionModel",
-        "SiglipVisionModel",
-        "SiglipVisionTransformer",
-    }
-)
-"""Components with a layer of ``_PASSED_BY``."""
 
 _PASSED_BY = ("HunyuanDiTAttentionPool", "MultiheadAttention")
 """Layers that hand their children's weights to one function instead of calling the children: the

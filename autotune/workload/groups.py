@@ -32,6 +32,12 @@ def block_bytes(module: nn.Module) -> tuple[int, ...]:
     return tuple(size for size in found if size)
 
 
+def has_tied_layers(module: nn.Module) -> bool:
+    """Whether two of its layers have the same weights."""
+    owned = [id(p) for c in module.modules() for p in c._parameters.values() if p is not None]
+    return len(owned) > len(set(owned))
+
+
 STORAGE = torch.float8_e4m3fn
 """What layerwise casting stores weights in."""
 
@@ -64,6 +70,8 @@ def _abilities(module: Any) -> Iterator[Ability]:
         yield "attention_backend"
     if hasattr(module, "enable_cache"):
         yield "step_caches"
+    if has_tied_layers(module):
+        yield "tied_layers"
 
 
 _PRODUCTS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))

@@ -190,9 +190,9 @@ class Trace(Value, frozen=True):
         return sum(o.flops * o.count for o in self.operators)
 
 
-Ability = Literal["repeated_blocks", "attention_backend", "step_caches"]
+Ability = Literal["repeated_blocks", "attention_backend", "step_caches", "tied_layers"]
 """repeated_blocks: names those of its blocks that can be compiled once for all. attention_backend:
-takes attention kernels by name."""
+takes attention kernels by name. tied_layers: two of its layers have the same weights."""
 
 
 class Component(Value, frozen=True):

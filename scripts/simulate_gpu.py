@@ -204,9 +204,9 @@ def described(error: BaseException) -> str:
 
 
 def measure_memory(
-    simulated: simulated_gpu.Simulated, model: str, side: int, steps: int, problems: Problems
+    simulated: simulated_gpu.Simulated, options: argparse.Namespace, problems: Problems
 ) -> Iterator[Measured]:
-    """Draws with each of ``MEASURED`` and random weights, in bfloat16: CPUs are quick at that."""
+    """Draws with each set and random weights, in bfloat16: CPUs are quick at that."""
     import torch
     from msgspec.structs import replace
     from validation.device import Simulated
@@ -220,12 +220,13 @@ def measure_memory(
     from autotune.workload.phases import trace_workload
     from autotune.workload.workload import Request
 
+    model, side, steps = options.model, options.side, options.steps
     pipe = Model(architecture_of(model), DTYPE, HOST).at(HOST)
     request = Request(side, side, 1, steps, 5.0, DTYPE)
     workload = trace_workload(describe_pipeline(pipe), request)
     plan = choose(load_machine(MACHINE), workload)
     subject = Subject(pipe, workload, replace(plan, optimizations=()), Simulated())
-    for text in MEASURED:
+    for text in options.set or MEASURED:
         simulated.reset_pinned()
         drawn = subject.drawn_with(parse_settings(text), times=0, peaks=False)
         if drawn.error:
@@ -266,7 +267,7 @@ def main() -> int:
     torch.set_num_threads(1)
     problems = Problems()
     if options.what == "memory":
-        for line in measure_memory(simulated, options.model, options.side, options.steps, problems):
+        for line in measure_memory(simulated, options, problems):
             append(options.recording, line)
             print(line.model, line.settings or "plain", f"{line.reserved >> 20} MiB", flush=True)
         return min(len(problems), 1)
@@ -298,6 +299,7 @@ def read_options() -> argparse.Namespace:
     memory.add_argument("model")
     memory.add_argument("side", type=int, help="of the image, in pixels")
     memory.add_argument("--steps", type=int, default=2, help="groups are fetched early from 2 on")
+    memory.add_argument("--set", action="append", help="only this set, as a,b:c=d")
     memory.add_argument("--recording", type=Path, required=True, help="JSON lines, added to")
     report = commands.add_parser("report", help="predicted beside what was recorded")
     report.add_argument("--write", action="store_true", help="into docs/simulation.md")

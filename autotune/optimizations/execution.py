@@ -48,7 +48,7 @@ class GroupOffload(Value, frozen=True):
 
         What has no blocks would be on the device as a whole. But some layers are never called
         themselves; and a layer's file is written when its weights may be gone already, where
-        another layer has the same (T5's embeddings).
+        another layer has the same and is no copy that one could stand for.
         """
         if class_name in READS_PAST_HOOKS or (self.from_disk and has_tied_layers):
             return False

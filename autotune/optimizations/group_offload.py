@@ -78,12 +78,15 @@ class GroupCpuOffload(Optimization):
         unpin = _remember_pages(modules.values())
         folders: list[str] = []
         strided: list[tuple[Any, Any]] = []
+        joined: list[tuple[Any, str, Any]] = []
         put_forwards_back = remember_hooks(modules.values())
 
         def undo() -> None:
             for module in modules.values():
                 _take_off(module)
             put_forwards_back()
+            for parent, name, layer in joined:
+                parent._modules[name] = layer
             for tensor, layout in strided:
                 tensor.data = tensor.data.contiguous(memory_format=layout)
             move_back()
@@ -96,6 +99,8 @@ class GroupCpuOffload(Optimization):
                 if name in excluded:
                     module.to(device)
                     continue
+                if parameters["disk"]:
+                    _join_copies(module, joined)
                 options = _options(module, parameters, device)
                 if parameters["disk"] and not hasattr(module, "decode"):
                     # Pipelines read an autoencoder's statistics without calling it: not on disk.
@@ -151,6 +156,20 @@ class GroupCpuOffload(Optimization):
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
             f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",
         )
+
+
+def _join_copies(module: Any, joined: list[tuple[Any, str, Any]]) -> None:
+    """Let one layer stand for those with the same weights; notes the others, and where they were.
+
+    The file of a copy would be written when its weights are gone already.
+    """
+    from autotune.workload.groups import copies
+
+    for path, stands_in in copies(module):
+        above, _, name = path.rpartition(".")
+        parent = module.get_submodule(above)
+        joined.append((parent, name, parent._modules[name]))
+        parent._modules[name] = stands_in
 
 
 def _contiguous(module: Any) -> list[tuple[Any, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -32,10 +32,37 @@ def block_bytes(module: nn.Module) -> tuple[int, ...]:
     return tuple(size for size in found if size)
 
 
+class Copy(NamedTuple):
+    """A layer that has just the weights of an earlier one of its class: T5's second embedding."""
+
+    path: str
+    of: nn.Module
+
+
+def copies(module: nn.Module) -> tuple[Copy, ...]:
+    """Layers that an earlier one can stand for."""
+    seen: dict[tuple[Any, ...], nn.Module] = {}
+    found = []
+    for path, layer in module.named_modules():
+        key = (type(layer), *_own_weights(layer))
+        if len(key) == 1 or layer._buffers or layer._modules:
+            continue
+        if key in seen:
+            found.append(Copy(path, seen[key]))
+        seen.setdefault(key, layer)
+    return tuple(found)
+
+
 def has_tied_layers(module: nn.Module) -> bool:
-    """Whether two of its layers have the same weights."""
-    owned = [id(p) for c in module.modules() for p in c._parameters.values() if p is not None]
+    """Whether two layers have the same weights that are not each other's copies."""
+    left_out = {copy.path for copy in copies(module)}
+    layers = (layer for path, layer in module.named_modules() if path not in left_out)
+    owned = [key for layer in layers for key in _own_weights(layer)]
     return len(owned) > len(set(owned))
+
+
+def _own_weights(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(id(p) for p in layer._parameters.values() if p is not None)
 
 
 STORAGE = torch.float8_e4m3fn

@@ -192,7 +192,8 @@ class Trace(Value, frozen=True):
 
 Ability = Literal["repeated_blocks", "attention_backend", "step_caches", "tied_layers"]
 """repeated_blocks: names those of its blocks that can be compiled once for all. attention_backend:
-takes attention kernels by name. tied_layers: two of its layers have the same weights."""
+takes attention kernels by name. tied_layers: two of its layers have the same weights
+and are no copies of one another."""
 
 
 class Component(Value, frozen=True):

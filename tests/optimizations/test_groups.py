@@ -120,3 +120,22 @@ def test_another_layout_is_written_to_the_disk_and_comes_back() -> None:
     call(pipe)
     assert differences(before, whole_state(pipe)) == {}
     undo_layout()
+
+
+def test_layers_with_the_same_weights_share_a_file() -> None:
+    """T5 has its embedding twice."""
+    pipe = BUILDERS["flux"]()
+    plain, before = call(pipe), whole_state(pipe)
+    t5 = pipe.text_encoder_2
+    one, other = t5.shared, t5.encoder.embed_tokens
+    assert one is not other and one.weight is other.weight
+    given = {"level": "leaf", "stream": False, "low_ram": False, "disk": True}
+    undo = find("group_offload").apply(pipe, given, "cpu")
+    assert t5.shared is t5.encoder.embed_tokens
+    registries = (getattr(m, "_diffusers_hook", None) for m in t5.encoder.block[0].modules())
+    assert any(r is not None and r.get_hook("group_offloading") for r in registries), "by layer"
+    torch.testing.assert_close(call(pipe), plain, rtol=0, atol=1e-4)
+    undo()
+    assert (t5.shared, t5.encoder.embed_tokens) == (one, other)
+    call(pipe)
+    assert differences(before, whole_state(pipe)) == {}

@@ -132,7 +132,33 @@ def try_sets(simulated: simulated_gpu.Simulated, kind: str, most: int, problems:
         if more > LEAK_BYTES:
             problems.add(kind, names, f"leaves {more} bytes on the device")
             held += more
+    for settings in (s for s in sets if len(s) == 1 and s[0].name == "group_offload"):
+        try_printed(kind, settings[0], workload, plain, problems)
     return len(sets)
+
+
+def try_printed(kind: str, setting: Any, workload: Any, plain: Any, problems: Problems) -> None:
+    """Runs the lines that are printed for a setting on a pipeline of their own."""
+    import torch
+
+    from autotune.optimizations import find
+    from autotune.optimizations.target import Target
+    from autotune.testing.pipelines import BUILDERS, call
+    from autotune.workload.architecture import describe_pipeline
+
+    pipe = BUILDERS[kind]()
+    architecture = describe_pipeline(pipe)
+    target = Target(architecture.pipeline, kind, "float32", components=architecture.components)
+    lines = find(setting.name).code(setting.parameters, target)
+    try:
+        exec("\n".join(lines), {"pipe": pipe, "torch": torch})
+        images = [call(pipe).cpu() for _ in range(2)][-1]
+    except Exception as error:  # whatever a pipeline or a hook raises
+        problems.add(kind, setting, "as it is printed:", described(error))
+        return
+    apart = float((images - plain).abs().max())
+    if apart > ROUNDING:
+        problems.add(kind, setting, f"as it is printed draws another image: {apart:.1e} apart")
 
 
 # ---- recovery -----------------------------------------------------------------------------------
@@ -179,12 +205,15 @@ def try_recovery(
         for point in range(points):
             tuned.undo()
             tuned = configured()
+            plan, failures = tuned.plan, simulated.stats()["failures"]
             simulated.fail_in(made * point // points)
             try:
                 apart = float((draw(tuned) - plain).abs().max())
                 if apart > ROUNDING:
                     problems.add(kind, point, f"draws another image: {apart:.1e} apart")
-                if not tuned.plan.optimizations:
+                if simulated.stats()["failures"] == failures:
+                    problems.add(kind, point, "no allocation failed")
+                elif tuned.plan.optimizations == plan.optimizations:
                     problems.add(kind, point, "took no smaller plan")
             except Exception as error:  # whatever a pipeline or a hook raises
                 problems.add(kind, point, described(error))
@@ -227,6 +256,7 @@ def measure_memory(
     plan = choose(load_machine(MACHINE), workload)
     subject = Subject(pipe, workload, replace(plan, optimizations=()), Simulated())
     for text in options.set or MEASURED:
+        gc.collect()
         simulated.reset_pinned()
         drawn = subject.drawn_with(parse_settings(text), times=0, peaks=False)
         if drawn.error:

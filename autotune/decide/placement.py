@@ -332,13 +332,29 @@ class Weights:
         hooked = hooks_of(self._workload, "group_offload").hooked
         apart = hooked & {c.name for c in self._workload.components_as("autoencoder")}
         unpinned = sum(self._components[name].weight_bytes for name in apart)
+        # What a stream copies is pinned first: PyTorch keeps those pages for the next group.
+        kept = 0 if group.is_pinned or not group.overlaps else self._largest_pinned(group)
         if group.from_disk:
-            return unpinned
+            return unpinned + kept
+        unpinned += kept
         for name in hooked - apart:
             component = self._components[name]
             pinned = 1 - _share_in_no_group(component, group) if group.is_pinned else 0.0
             unpinned += component.weight_bytes - int(pinned * component.weight_bytes)
         return unpinned + self.pinned_bytes(group)
+
+    def _largest_pinned(self, group: GroupOffload) -> int:
+        """What the largest group of all takes while it is pinned."""
+        hooked = hooks_of(self._workload, "group_offload").hooked
+        hooked -= {c.name for c in self._workload.components_as("autoencoder")}
+        found = 0
+        for component in (self._components[name] for name in hooked):
+            if _is_by_layer(component, group):
+                found = max(found, pinned_bytes(component.largest_leaf_bytes))
+            elif component.block_bytes:
+                share = max(component.block_bytes) / max(component.weight_bytes, 1)
+                found = max(found, int(share * self._pinned[component.name]))
+        return found
 
     def pinned_bytes(self, group: GroupOffload) -> int:
         """Of host RAM that is pinned for good: all groups that a stream copies."""

@@ -12,7 +12,7 @@ import msgspec
 
 from autotune.errors import OptimizationError
 from autotune.optimizations.base import Optimization, Parameters, Undo, undone_on_failure
-from autotune.optimizations.execution import Execution, GroupOffload
+from autotune.optimizations.execution import READS_PAST_HOOKS, Execution, GroupOffload
 from autotune.optimizations.modules import (
     denoisers,
     modules_of,
@@ -23,6 +23,7 @@ from autotune.optimizations.modules import (
 )
 from autotune.optimizations.target import Target
 from autotune.probe.machine import Machine
+from autotune.units import GIB
 from autotune.workload.workload import Workload
 
 LEVELS = ("block", "leaf")
@@ -131,31 +132,51 @@ class GroupCpuOffload(Optimization):
 
     def code(self, parameters: Parameters, target: Target) -> tuple[str, ...]:
         overlaps, by_block = bool(parameters["stream"]), parameters["level"] == "block"
-        folder = ", offload_to_disk_path=tempfile.mkdtemp()" if parameters["disk"] else ""
-        vae = (
-            "        # Pipelines call an autoencoder's decode, for which blocks do not wait, and",
-            "        # change its dtype, of which streams know nothing.",
-            '        is_vae = hasattr(module, "decode")',
-        )
-        blocks = (
-            "        # Blocks are those of the lists among its children: text encoders have none.",
-            "        lists = (torch.nn.ModuleList, torch.nn.Sequential)",
-            "        has_blocks = any(isinstance(child, lists) for child in module.children())",
-        )
-        by_layer = '"block_level" if has_blocks and not is_vae else "leaf_level"'
-        level = by_layer if by_block else '"leaf_level"'
+        disk = bool(parameters["disk"])
+        classes = {c.class_name for c in target.components.values()}
+        whole = sorted(classes & READS_PAST_HOOKS)
+        by_layer = "is_vae or not has_blocks" if by_block else "True"
+        if whole:
+            names = ", ".join(f'"{name}"' for name in whole)
+            by_layer = f"({by_layer}) and type(module).__name__ not in ({names},)"
+        level = '"leaf_level"' if by_layer == "True" else _LEVEL.format(by_layer)
+        folder = _FOLDER if disk else ""
         return (
-            *(("import tempfile",) if folder else ()),
+            *(("import tempfile",) if disk else ()),
             "from diffusers.hooks import apply_group_offloading",
             "for module in pipe.components.values():",
             "    if isinstance(module, torch.nn.Module):",
-            *(vae if overlaps or by_block else ()),
-            *(blocks if by_block else ()),
-            f"        level, overlaps = {level}, {'not is_vae' if overlaps else False}",
+            *_VAE,
+            *(_BLOCKS if by_block else ()),
+            *(_COPIES if disk else ()),
+            f"        level = {level}",
+            f"        overlaps = {'not is_vae' if overlaps else False}",
             '        apply_group_offloading(module, torch.device("cuda"), offload_type=level,',
             "            num_blocks_per_group=1, use_stream=overlaps, record_stream=overlaps,",
             f"            low_cpu_mem_usage={bool(parameters['low_ram'])}{folder})",
         )
+
+
+_LEVEL = '"leaf_level" if {} else "block_level"'
+
+_FOLDER = ", offload_to_disk_path=None if is_vae else tempfile.mkdtemp()"
+
+_VAE = (
+    "        # Pipelines call an autoencoder's decode, for which blocks do not wait, read its",
+    "        # statistics, and change its dtype, of which streams know nothing.",
+    '        is_vae = hasattr(module, "decode")',
+)
+
+_BLOCKS = (
+    "        # Blocks are those of the lists among its children: text encoders have none.",
+    "        lists = (torch.nn.ModuleList, torch.nn.Sequential)",
+    "        has_blocks = any(isinstance(child, lists) for child in module.children())",
+)
+
+_COPIES = (
+    '        if hasattr(module, "shared"):  # T5 has its embedding twice: one layer, one file',
+    "            module.shared = module.encoder.embed_tokens",
+)
 
 
 def _join_copies(module: Any, joined: list[tuple[Any, str, Any]]) -> None:
@@ -193,6 +214,10 @@ def _data_of(module: Any) -> Iterator[tuple[Any, Any]]:
     return ((t, t.data) for t in (*module.parameters(), *module.buffers()))
 
 
+_AT_ONCE_BYTES = GIB
+"""Of pinned pages that are copied before they are given back: that much more RAM for a while."""
+
+
 def _remember_pages(modules: Iterable[Any]) -> Callable[[], None]:
     """Undo of pinning: weights that stay in RAM lie in pages that can be swapped, as before.
 
@@ -204,12 +229,16 @@ def _remember_pages(modules: Iterable[Any]) -> Callable[[], None]:
     def undo() -> None:
         from autotune.probe.devices import empty_host_cache
 
-        for module in modules:
-            found = [t for t, data in _data_of(module) if data.is_pinned() and id(t) not in pinned]
-            for tensor in found:
-                tensor.data = tensor.data.clone()
-            if found:
+        cloned = 0
+        for tensor, data in (found for module in modules for found in _data_of(module)):
+            if data.is_pinned() and id(tensor) not in pinned:
+                tensor.data = data.clone()
+                cloned += data.nbytes
+            del data
+            if cloned > _AT_ONCE_BYTES:
                 empty_host_cache()
+                cloned = 0
+        empty_host_cache()
 
     return undo
 
@@ -264,12 +293,22 @@ def _hooks(module: Any) -> list[Any]:
 
 
 def _take_off(module: Any) -> None:
-    """Bring the weights back from wherever they are, then remove the hooks."""
+    """Bring the weights back from wherever they are, then remove the hooks.
+
+    What is on the device may still be on its way there, on a stream of its own: what diffusers
+    keeps in RAM or in files is whole.
+    """
+    import torch
+    from safetensors.torch import load_file
+
     groups = {id(h.group): h.group for h in _hooks(module)}
     for group in groups.values():
+        for tensor, copy in group.cpu_param_dict.items():
+            if type(copy) is torch.Tensor:  # packed ones are as diffusers left them
+                tensor.data = copy
         group.cpu_param_dict.clear()  # pinned copies would wait for the garbage collector
-        if group.offload_to_disk_path is not None:
-            group.onload_()
-            for tensor in group.tensor_to_key:
-                tensor.data = tensor.data.clone()  # what was read lies where the file put it
+        if group.offload_to_disk_path is not None and group._is_offloaded_to_disk:
+            stored = load_file(group.safetensors_file_path)
+            for tensor, key in group.tensor_to_key.items():
+                tensor.data = stored[key].clone()  # what was read lies where the file put it
     remove_hooks(module, _HOOKS)

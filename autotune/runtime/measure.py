@@ -171,7 +171,7 @@ class PhaseMeter:
         self._gauge = gauge or (CudaGauge(self._device) if is_cuda else Gauge())
         self._current: str | None = None
         self._started = 0.0
-        self._is_entering = False
+        self._entering: str | None = None
         self._seconds: dict[str, float] = {}
         self._levels: dict[str, Level] = {}
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -194,7 +194,7 @@ class PhaseMeter:
                 module = getattr(self._pipe, component)
                 tell = functools.partial(self._call, component, phases)
                 stack.enter_context(_called(module, entry, tell))
-                stack.enter_context(_moved(module, self._moved))
+                stack.enter_context(_moved(module, functools.partial(self._moved, component)))
             try:
                 yield
                 self._leave()
@@ -206,14 +206,16 @@ class PhaseMeter:
         now = self._order.index(self._current) if self._current else 0
         later = (p for p in phases if self._order.index(p) >= now)
         phase = next(later, phases[0])
-        self._is_entering = phase != self._current
-        if self._is_entering:
+        is_new = phase != self._current
+        self._entering = component if is_new else None
+        if is_new:
             self._enter(phase)
         self.calls[phase, component] += 1
 
-    def _moved(self) -> None:
-        """The weights of the component that was called last are where it computes."""
-        if self._is_entering:
+    def _moved(self, component: str) -> None:
+        """A component's weights are where it computes."""
+        if component == self._entering:
+            self._entering = None
             self._gauge.begin()
 
     def _enter(self, phase: str) -> None:

@@ -167,8 +167,10 @@ def describe(name: str, module: nn.Module, loaded: nn.Module | None = None) -> C
         if next(child.parameters(recurse=False), None) is not None
     ]
     parameters = list(module.parameters())
-    # diffusers has accelerate move buffers only of modules with parameters at the top.
-    buffers = () if module._parameters else (path for path, _ in module.named_buffers())
+    # diffusers has accelerate move buffers only of modules with parameters at the top, and not
+    # even there those that are in no file.
+    lasting = set(module.state_dict()) if module._parameters else set()
+    buffers = [path for path, _ in module.named_buffers() if path not in lasting]
     return Component(
         name=name,
         class_name=type(module).__name__,

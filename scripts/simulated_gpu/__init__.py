@@ -233,6 +233,9 @@ def _complete(
         torch.Generator(torch.device("cuda", index)) for index in range(devices)
     )
 
+    for index, generator in enumerate(cuda.default_generators):
+        library.set_default_generator(index, ctypes.c_void_p(generator._cdata))
+
     class Stream(torch.Stream):  # type: ignore[misc, name-defined]
         """Everything runs at once, whatever the stream."""
 

@@ -321,8 +321,9 @@ struct Generator final : c10::GeneratorImpl {
   }
 };
 
+at::Generator generators[MAX_DEVICES];
+
 const at::Generator& default_generator(DeviceIndex device) {
-  static at::Generator generators[MAX_DEVICES];
   auto& generator = generators[device < 0 ? current : device];
   if (!generator.defined())
     generator = at::make_generator<Generator>(device < 0 ? current : device);
@@ -443,7 +444,16 @@ Tensor on_cpu(const Tensor& tensor) {
       std::move(shared), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
   out.unsafeGetTensorImpl()->set_storage_offset(tensor.storage_offset());
   out.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides());
+  out._set_conj(tensor.is_conj());
+  out._set_neg(tensor.is_neg());
   return out;
+}
+
+void require_same_device(const Tensor& one, const Tensor& other, const char* where) {
+  TORCH_CHECK(
+      !other.defined() || other.dim() == 0 || one.device() == other.device(),
+      "Expected all tensors to be on the same device, but found at least two devices, ",
+      one.device(), " and ", other.device(), "! (when checking ", where, ")");
 }
 
 Tensor empty_strided(
@@ -501,11 +511,22 @@ Tensor& set_storage(
     Tensor& self, at::Storage source, int64_t offset, c10::IntArrayRef size,
     c10::IntArrayRef stride) {
   auto* impl = self.unsafeGetTensorImpl();
+  int64_t last = offset;
+  for (size_t i = 0; i < size.size(); i++)
+    last += size[i] ? (size[i] - 1) * (stride.data() ? stride[i] : 0) : 0;
+  TORCH_CHECK(
+      static_cast<size_t>(last) * self.itemsize() <= source.nbytes(),
+      "the simulated device cannot enlarge a storage that a tensor is set to");
   impl->set_storage_keep_dtype(std::move(source));
   impl->set_storage_offset(offset);
   if (stride.data()) impl->set_sizes_and_strides(size, stride);
   else impl->set_sizes_contiguous(size);
   return self;
+}
+
+Tensor& set_tensor(Tensor& self, const Tensor& source) {
+  return set_storage(
+      self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
 
 void record_stream(Tensor&, at::Stream) {}
@@ -515,11 +536,8 @@ Tensor attention(
     const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& mask, double dropout, bool causal, std::optional<double> scale,
     bool gqa) {
-  for (const auto& other : {key, value})
-    TORCH_CHECK(
-        other.device() == query.device(),
-        "Expected all tensors to be on the same device, but found at least two devices, ",
-        query.device(), " and ", other.device(), "!");
+  for (const auto& other : {key, value, mask.value_or(Tensor())})
+    require_same_device(query, other, "scaled_dot_product_attention");
   auto& context = at::globalContext();
   if (!context.userEnabledFlashSDP() && !context.userEnabledMemEfficientSDP() &&
       !context.userEnabledCuDNNSDP())
@@ -540,6 +558,7 @@ Tensor convolution(
   TORCH_CHECK(
       input.device() == weight.device(), "Input type (", input.toString(), " on ", input.device(),
       ") and weight type (", weight.toString(), " on ", weight.device(), ") should be the same");
+  require_same_device(input, bias.value_or(Tensor()), "convolution");
   std::optional<Tensor> cpu_bias;
   if (bias && bias->defined()) cpu_bias = on_cpu(*bias);
   return to_device(
@@ -566,6 +585,10 @@ bool is_product(const std::string& name) {
   for (const char* product : {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
     if (name == product) return true;
   return false;
+}
+
+bool is_generator(const c10::Argument& argument) {
+  return argument.type()->str().find("Generator") != std::string::npos;
 }
 
 // Everything else: the CPU's operator over the same memory.
@@ -608,6 +631,9 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         if (!device) device = value.toDevice();
         value = Device(kCPU);
       }
+    } else if (value.isNone() && is_generator(schema.arguments()[i])) {
+      const auto& own = default_generator(device ? device->index() : current);
+      value = static_cast<Generator*>(own.unsafeGetGeneratorImpl())->inner;
     } else if (value.isGenerator()) {
       if (auto* ours = dynamic_cast<Generator*>(value.toGenerator().unsafeGetGeneratorImpl()))
         value = ours->inner;
@@ -615,7 +641,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (!device) device = Device(kCUDA, current);
   const std::string name = schema.name();
-  const bool indexes = name.find("index") != std::string::npos;  // indices may be the host's
+  const bool indexes = name == "aten::index" || name == "aten::index_put_" ||
+      name == "aten::_index_put_impl_";  // with indices that may be the host's
   for (const auto& [ours, theirs] : pairs)
     TORCH_CHECK(
         ours.device() == *device || (ours.device().is_cpu() && (ours.dim() == 0 || indexes)),
@@ -677,6 +704,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", TORCH_FN(copy_));
   m.impl("resize_", TORCH_FN(resize_));
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(set_storage));
+  m.impl("set_.source_Tensor", TORCH_FN(set_tensor));
   m.impl("record_stream", TORCH_FN(record_stream));
   m.impl("scaled_dot_product_attention", TORCH_FN(attention));
   m.impl("convolution", TORCH_FN(convolution));
@@ -718,6 +746,7 @@ const char* nvmlErrorString(int) { return "not simulated"; }
 int nvmlSystemGetDriverVersion(char* out, unsigned int size) { return tell(out, size, "580.0"); }
 int nvmlDeviceGetCount_v2(unsigned int* out) { *out = device_count; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, Memory** out) {
+  if (index >= static_cast<unsigned int>(device_count)) return 2;
   *out = &memories[index];
   return 0;
 }
@@ -768,6 +797,10 @@ void reset_pinned() {
   peak_pinned_bytes = pinned_bytes;
 }
 void reset_peak(int device) { allocator.resetPeakStats(device); }
+void set_default_generator(int device, void* generator) {
+  generators[device] = at::Generator(c10::intrusive_ptr<c10::GeneratorImpl>::reclaim_copy(
+      static_cast<c10::GeneratorImpl*>(generator)));
+}
 int get_device() { return current; }
 void set_device(int device) { if (device >= 0) current = device; }
 

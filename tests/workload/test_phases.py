@@ -38,8 +38,17 @@ def real_component(name: str, module: Any) -> Component:
         leaf_count=len(owned),
         tensor_count=len(parameters),
         tensor_bytes=tuple(t.nbytes for t in (*parameters, *module.buffers())),
-        unmoved_bytes=0 if module._parameters else sum(b.nbytes for b in module.buffers()),
+        unmoved_bytes=sum(b.nbytes for b in _unmoved(module)),
     )
+
+
+def _unmoved(module: Any) -> Any:
+    own = {id(b) for m in module.modules() for n, b in m._buffers.items() if _is_in_file(m, n)}
+    return [b for b in module.buffers() if not (module._parameters and id(b) in own)]
+
+
+def _is_in_file(module: Any, name: str) -> bool:
+    return name not in module._non_persistent_buffers_set
 
 
 def without_groups(component: Component) -> Component:

@@ -196,7 +196,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--simulated",
         action="store_true",
-        help="a GPU that is not there, with small pipelines: memory is real, time is not",
+        help="a GPU that is not there, with small pipelines: times mean nothing",
     )
     parser.add_argument("--wheels", type=Path, help="a folder with wheels of what is missing here")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # makes it a worker

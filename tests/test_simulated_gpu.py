@@ -54,11 +54,18 @@ def test_memory_that_runs_out_ends_in_the_image(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("row", ALL, ids=lambda r: f"{r.measured.model}-{r.measured.settings}")
 def test_predictions_hold(row: Row) -> None:
-    """Whole components to within half a percent; parts of them are an upper bound."""
-    by_parts = any(name in row.measured.settings for name in ("sequential", "group_offload"))
-    assert -0.005 < row.error < (0.1 if by_parts else 0.005)
-    if row.measured.pinned:
-        assert row.pinned == pytest.approx(row.measured.pinned, rel=0.02)
+    """Of each phase: what lies there whole to half a percent; of parts it is an upper bound.
+
+    The largest part and the most activations need not be there at the same time.
+    """
+    parts = any(name in row.measured.settings for name in ("sequential", "group_offload"))
+    assert row.allocated.keys() == row.measured.allocated.keys()
+    for phase, measured in row.measured.allocated.items():
+        assert row.allocated[phase] > 0.985 * measured, phase
+        assert row.allocated[phase] < (1.6 if parts else 1.015) * measured, phase
+    assert row.pinned == pytest.approx(row.measured.pinned, rel=0.02)
+    if not parts:
+        assert row.reserved == pytest.approx(row.measured.reserved, rel=0.08)
 
 
 def test_the_document_has_todays_table() -> None:

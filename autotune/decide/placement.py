@@ -546,7 +546,7 @@ def _groups_at_once(component: Component, run: ComponentRun, group: GroupOffload
     Blocks do not wait for an autoencoder's ``decode``: it is moved layer by layer at either level.
     """
     if run.role == "autoencoder" or _is_by_layer(component, group):
-        layers = _adjacent_layers(run) if _overlaps(run, group) else 1.0
+        layers = (run.trace.adjacent_layers or 2.0) if _overlaps(run, group) else 1.0
         return int(layers * component.largest_leaf_bytes)
     blocks = component.block_bytes
     rest = component.weight_bytes - sum(blocks)
@@ -571,14 +571,6 @@ def _share_in_no_group(component: Component, group: GroupOffload) -> float:
     if _is_by_layer(component, group):
         return 0.0
     return 1 - sum(component.block_bytes) / max(component.weight_bytes, 1)
-
-
-def _adjacent_layers(run: ComponentRun) -> float:
-    """The weights of two layers in succession, over those of the largest: 2 where all are equal."""
-    largest = max((o.weight_bytes for o in run.trace.operators), default=0)
-    if not (largest and run.trace.adjacent_bytes):
-        return 2.0
-    return max(1.0, run.trace.adjacent_bytes / largest)
 
 
 def _overlaps(run: ComponentRun, group: GroupOffload) -> bool:

@@ -364,5 +364,5 @@ def _repeated(trace: Trace, batch: int, traced: int, image_bytes: int, in_bytes:
         dispatches=sum(o.count for o in operators),
         timeline=trace.timeline,  # what is reserved for a few images serves all that follow
         timed=trace.timed,
-        adjacent_bytes=trace.adjacent_bytes,
+        adjacent_layers=trace.adjacent_layers,
     )

@@ -108,6 +108,7 @@ class _Recorder:
     """Follows storages by lifetime and sums operators by signature."""
 
     weights: set[int]
+    parameters: set[int]
     values: Values
     layouts: Layouts = field(default_factory=Layouts)
     calls: dict[tuple[str, int, str], _Calls] = field(default_factory=dict)
@@ -125,6 +126,7 @@ class _Recorder:
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _barrier: int = 0
     _read_bytes: int = 0
+    _largest_bytes: int = 0
     _adjacent_bytes: int = 0
 
     def adopt(self, tensor: Tensor) -> bool:
@@ -170,10 +172,11 @@ class _Recorder:
         calls.live_bytes = max(calls.live_bytes, self.live_bytes)
         return calls
 
-    def read(self, calls: _Calls) -> None:
-        """Follow which weights are read one after another: about a layer with each operator."""
-        size = max(0, calls.bytes - calls.in_bytes - calls.out_bytes)
+    def read(self, inputs: list[Tensor]) -> None:
+        """Follow which parameters are read one after another: a layer's with each operator."""
+        size = sum(_bytes(t) for t in inputs if key_of(t) in self.parameters)
         if size:
+            self._largest_bytes = max(self._largest_bytes, size)
             self._adjacent_bytes = max(self._adjacent_bytes, self._read_bytes + size)
             self._read_bytes = size
 
@@ -224,8 +227,9 @@ class _Recorder:
         if (any(is_new) or facts.written) and not facts.only_allocates:
             calls = self.count(seen.signature, lambda: self._measure(func, args, kwargs, outputs))
             made = [t for t, new in zip(outputs, is_new, strict=True) if new]
-            self.flow(calls, tensors_in((args, kwargs)), made)
-            self.read(calls)
+            inputs = tensors_in((args, kwargs))
+            self.flow(calls, inputs, made)
+            self.read(inputs)
         self.values.follow(func, args, kwargs, out)
         self.layouts.follow(func, args, outputs)
         return out
@@ -321,7 +325,7 @@ class _Recorder:
             dispatches=sum(o.count for o in operators),
             timeline=tuple(self.timeline),
             timed=tuple(self.timed),
-            adjacent_bytes=self._adjacent_bytes,
+            adjacent_layers=self._adjacent_bytes / max(self._largest_bytes, 1),
         )
 
 
@@ -410,13 +414,12 @@ def trace_call(
         inputs: The tensors the call is given: they count as alive throughout.
         known: Those of them whose values are known, with their values.
     """
-    weights = {
-        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(recurse=True))
-    }
+    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+    weights = parameters | {b.untyped_storage()._cdata for b in module.buffers()}
     values = Values()
     for tensor, real in known:
         values.given(tensor, real)
-    recorder = _Recorder(weights, values)
+    recorder = _Recorder(weights, parameters, values)
     for tensor in inputs:
         recorder.adopt(tensor)
     with ExitStack() as stack:

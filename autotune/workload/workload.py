@@ -173,8 +173,8 @@ class Trace(Value, frozen=True):
             operator that may take memory of its own meanwhile (convolution, attention). Empty where
             the forward is not traced.
         timed: Index in ``operators`` of each 0 of the timeline.
-        adjacent_bytes: The most weights that two layers read of which one comes right after the
-            other; 0 where the forward is not traced.
+        adjacent_layers: The parameters of two layers of which one comes right after the other, over
+            those of the largest layer: at most 2; 0 where the forward is not traced.
     """
 
     operators: tuple[Operator, ...]
@@ -182,7 +182,7 @@ class Trace(Value, frozen=True):
     dispatches: int
     timeline: tuple[int, ...] = ()
     timed: tuple[int, ...] = ()
-    adjacent_bytes: int = 0
+    adjacent_layers: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -68,14 +68,21 @@ def test_the_vae_is_not_copied_ahead(traced, rtx_3080):
 
 def test_weights_lie_in_ram_or_on_the_disk(traced, rtx_3080):
     workload = traced("sdxl")
-    offloaded = predicted(rtx_3080, workload, "group_offload:low_ram=True")
-    assert offloaded.host_bytes == PROCESS_BYTES + workload.weight_bytes
-    alone = predicted(rtx_3080, workload, "group_offload:stream=False")
-    assert alone.host_bytes == offloaded.host_bytes
     weights = Predictor(rtx_3080, workload).weights(execution_of(()))
-    disk = execution_of(parse_settings("group_offload:disk=True"))
-    left = workload.component("vae").weight_bytes
-    assert weights.host_bytes(disk) == PROCESS_BYTES + left
+
+    def host_bytes(text):
+        return weights.host_bytes(execution_of(parse_settings(f"group_offload:{text}")))
+
+    in_ram, on_disk = PROCESS_BYTES + workload.weight_bytes, PROCESS_BYTES
+    on_disk += workload.component("vae").weight_bytes
+    assert host_bytes("stream=False") == in_ram
+    assert host_bytes("disk=True,stream=False") == on_disk
+    # What a stream copies is pinned in passing: the largest block, or layer, and to powers of two.
+    block = max(workload.component("unet").block_bytes)
+    layer = 2 ** math.ceil(math.log2(workload.component("text_encoder_2").largest_leaf_bytes))
+    for text, before in (("low_ram=True", in_ram), ("disk=True", on_disk)):
+        assert before + block < host_bytes(text) < before + 1.5 * block
+        assert host_bytes(f"level=leaf,{text}") == before + layer
 
 
 def test_pinned_weights_take_powers_of_two(traced, rtx_3080):

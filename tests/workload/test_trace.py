@@ -235,15 +235,18 @@ def test_equal_calls_are_counted_and_weights_kept_apart() -> None:
     assert operator.live_bytes == 3 * KIB256
 
 
-def test_weights_of_layers_that_follow_each_other_are_added() -> None:
+def test_layers_that_follow_each_other_are_weighed_together() -> None:
     with torch.device("meta"):
-        sizes = [(8, 64), (64, 8), (8, 128), (128, 8)]
+        sizes = [(8, 64), (64, 8), (8, 128), (128, 16)]
         module = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in sizes))
+        module.register_buffer("table", torch.empty(3, 8, 4096))
         x = torch.empty(3, 8)
-        assert trace(module, lambda: module(x), [x]).adjacent_bytes == 2 * 8 * 128 * 4
-        backwards = nn.Sequential(module[0], nn.ReLU(), module[1])
-        assert trace(backwards, lambda: backwards(x), [x]).adjacent_bytes == 2 * 8 * 64 * 4
-        assert trace(module, lambda: x + 1, [x]).adjacent_bytes == 0
+        whole = trace(module, lambda: module(x + module.table[..., 0]), [x])
+        assert whole.adjacent_layers == (8 * 128 + 128 * 16) / (128 * 16), "no buffer is a layer"
+        equal = nn.Sequential(module[0], nn.ReLU(), module[1])
+        assert trace(equal, lambda: equal(x), [x]).adjacent_layers == 2
+        assert trace(module[0], lambda: module[0](x), [x]).adjacent_layers == 1
+        assert trace(module, lambda: x + 1, [x]).adjacent_layers == 0
 
 
 def test_layouts_tell_signatures_apart() -> None:

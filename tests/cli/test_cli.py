@@ -367,7 +367,7 @@ def test_interrupt_leaves_nothing_half_written(tmp_path):
         # A shell that put the tests in its background has had this ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(8)
+    time.sleep(5)
     for _ in range(12):  # libraries swallow it while they are imported, on a busy machine
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

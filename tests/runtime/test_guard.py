@@ -30,6 +30,7 @@ from autotune.runtime.spilling import Load
 from autotune.runtime.tuned import Tuned
 from autotune.testing.pipelines import BUILDERS
 from autotune.units import GIB, MIB
+from tests.thorough import thoroughly
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.77 GiB"
@@ -315,6 +316,7 @@ print(json.dumps({
 """
 
 
+@thoroughly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 def test_an_allocator_that_really_fails(tmp_path: Path) -> None:
     """A process that may not take the memory which decoding sixteen images at once needs."""

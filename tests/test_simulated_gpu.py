@@ -41,7 +41,7 @@ def simulate(*arguments: str, cache: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", part(list(BUILDERS), 12))
+@pytest.mark.parametrize("kind", part(list(BUILDERS), 24))
 def test_sets_draw_the_same_and_leave_nothing(kind: str, tmp_path: Path) -> None:
     simulate("sets", "--kind", kind, cache=tmp_path)
 
@@ -49,7 +49,7 @@ def test_sets_draw_the_same_and_leave_nothing(kind: str, tmp_path: Path) -> None
 @needs_compiler
 @pytest.mark.parametrize("kind", part(list(BUILDERS), 24, start=5))
 def test_memory_that_runs_out_ends_in_the_image(kind: str, tmp_path: Path) -> None:
-    simulate("recovery", "--kind", kind, "--points", "3", cache=tmp_path)
+    simulate("recovery", "--kind", kind, "--points", "2", cache=tmp_path)
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda r: f"{r.measured.model}-{r.measured.settings}")

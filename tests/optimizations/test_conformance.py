@@ -66,7 +66,7 @@ def _suite(name: str) -> type[OptimizationConformance]:
     names = list(CATALOGUE)
     index = names.index(name)
     others = names if name in ALONE_AVAILABLE else names[index + 1 :]
-    others = part(others, 3, index)  # the rest in test_pairs.py and scripts/check_pairs.py
+    others = part(others, 4, index)  # the rest in test_pairs.py and scripts/check_pairs.py
     attributes = {
         "optimization": CATALOGUE[name],
         "machine": with_kernels(load_machine("rtx-3080-10gb")),

@@ -113,7 +113,7 @@ def with_telling_controlnet(pipe: Any) -> Any:
 # ---- what is available --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2, start=1))
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 3, start=1))
 def test_what_is_available_is_said_and_why_the_rest_is_not(kind: str, rtx_3080: Machine) -> None:
     workload = workload_of(kind)
     reasons = {name: find(name).unavailable(rtx_3080, workload) for name in NAMES}
@@ -161,7 +161,7 @@ SAME_MODULES = ("sd-img2img", "sd-inpaint", "sdxl-img2img", "flux-img2img")
 DEPENDS_ON_CALLS = {"tome", "vae_slicing", "vae_tiling"} | OFFLOADS
 
 
-@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2))
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 3))
 def test_each_available_one_draws_as_declared_and_leaves_nothing(
     kind: str, state: Any, xformers_on_cpu: list[Any], sequential_on_cpu: None
 ) -> None:

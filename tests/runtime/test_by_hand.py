@@ -204,7 +204,7 @@ def an_sd_plan(plan_of: Any) -> Plan:
 
 @pytest.mark.parametrize(
     ("what", "kind", "by_hand"),
-    [pytest.param(*one, id=f"{one[1]}-{one[0]}") for one in part(EVERY, 2)],
+    [pytest.param(*one, id=f"{one[1]}-{one[0]}") for one in part(EVERY, 3)],
 )
 def test_it_is_recognised_and_still_there_after_an_undo(
     what: str, kind: str, by_hand: ByHand, an_sd_plan: Plan

@@ -40,7 +40,7 @@ def ask_for(pipe: Any) -> tuple[Ask, dict[str, Any]]:
     return ask, {k: v for k, v in arguments(pipe).items() if k not in numbers}
 
 
-@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2))
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 3))
 def test_configured_drawn_measured_and_put_back(kind: str, measured_here: None) -> None:
     pipe = BUILDERS[kind]()
     plain = call(pipe, STEPS, **few_frames(pipe))
@@ -167,7 +167,7 @@ def test_attention_set_by_hand_is_kept_and_said(measured_here: None) -> None:
 # ---- saved and loaded ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 2, start=1))
+@pytest.mark.parametrize("kind", part(tuple(BUILDERS), 3, start=1))
 def test_what_was_saved_is_loaded_in_the_planned_dtypes(
     kind: str, plan_of: Any, tmp_path: Path
 ) -> None:

@@ -181,7 +181,7 @@ def build(name: str) -> Any:
     return pipe
 
 
-@pytest.fixture(params=part(tuple(BUILDERS), 2))
+@pytest.fixture(params=part(tuple(BUILDERS), 3))
 def kind(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """Each kind's name and pipeline, in turn."""
     return request.param, build(request.param)
@@ -192,7 +192,7 @@ def test_calls_and_peaks_are_the_real_ones(kind: tuple[str, Any]) -> None:
     compare(pipe, ask(pipe), name in KEEPS)
 
 
-@pytest.mark.parametrize("name", part(tuple(BUILDERS), 3))
+@pytest.mark.parametrize("name", part(tuple(BUILDERS), 4))
 def test_in_16_bit_without_guidance_two_at_once(name: str) -> None:
     pipe = build(name)
     pipe.to(torch.bfloat16)

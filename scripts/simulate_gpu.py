@@ -133,11 +133,11 @@ def try_sets(simulated: simulated_gpu.Simulated, kind: str, most: int, problems:
             problems.add(kind, names, f"leaves {more} bytes on the device")
             held += more
     for settings in (s for s in sets if len(s) == 1 and s[0].name == "group_offload"):
-        try_printed(kind, settings[0], workload, plain, problems)
+        try_printed(kind, settings[0], plain, problems)
     return len(sets)
 
 
-def try_printed(kind: str, setting: Any, workload: Any, plain: Any, problems: Problems) -> None:
+def try_printed(kind: str, setting: Any, plain: Any, problems: Problems) -> None:
     """Runs the lines that are printed for a setting on a pipeline of their own."""
     import torch
 

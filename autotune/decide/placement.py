@@ -133,6 +133,7 @@ class Weights:
         self._all_moves: dict[tuple[str, bool], _Moves] = {}
         self._rounded: dict[tuple[int, str], int] = {}
         self._all_mapped: dict[DeviceMap, dict[str, int]] = {}
+        self._grouped: dict[GroupOffload, int] = {}
 
     def resident_bytes(self, run: ComponentRun, execution: Execution) -> int:
         """Bytes of weights on the device while this run of the workload computes."""
@@ -244,8 +245,7 @@ class Weights:
 
     @functools.cached_property
     def _pinned(self) -> dict[str, int]:
-        components = self._workload.components
-        return {c.name: sum(map(pinned_bytes, tensor_sizes(c))) for c in components}
+        return {c.name: _all_pinned_bytes(tensor_sizes(c)) for c in self._workload.components}
 
     @functools.cached_property
     def _rounding(self) -> dict[str, int]:
@@ -324,7 +324,10 @@ class Weights:
         if execution.placement in ("device", "device_map"):
             return PROCESS_BYTES
         if execution.placement == "group_offload":
-            return PROCESS_BYTES + self._grouped_bytes(_group(execution))
+            group = _group(execution)
+            if group not in self._grouped:
+                self._grouped[group] = self._grouped_bytes(group)
+            return PROCESS_BYTES + self._grouped[group]
         return PROCESS_BYTES + self._workload.weight_bytes - self._moves(execution).staying_bytes
 
     def _grouped_bytes(self, group: GroupOffload) -> int:
@@ -528,6 +531,12 @@ def tensor_sizes(component: Component) -> tuple[int, ...]:
     if not whole:
         return (component.weight_bytes,)
     return tuple(s * component.weight_bytes // whole for s in component.tensor_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_pinned_bytes(sizes: tuple[int, ...]) -> int:
+    """Kept, too."""
+    return sum(map(pinned_bytes, sizes))
 
 
 @functools.lru_cache(maxsize=64)

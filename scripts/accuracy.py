@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import msgspec  # noqa: E402
+from documents import between  # noqa: E402
 from make_reference_machines import with_torch1  # noqa: E402
 from msgspec.structs import replace  # noqa: E402
 
@@ -719,9 +720,8 @@ def main() -> int:
 
 
 def _write(text: str) -> None:
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    document = between(DOCUMENT.read_text(encoding="utf-8"), BEGIN, END, text)
+    DOCUMENT.write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

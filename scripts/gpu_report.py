@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from documents import between  # noqa: E402
 from validation.judge import bars_of, evidence_of  # noqa: E402
 from validation.recording import read  # noqa: E402
 from validation.tables import verdict  # noqa: E402
@@ -74,11 +75,10 @@ def placed(text: str, name: str, tables: str) -> str:
         SystemExit: it has none.
     """
     begin = f"<!-- written by scripts/gpu_report.py from {name} -->"
-    before, _, rest = text.partition(begin)
-    _, end, after = rest.partition(END)
-    if not end:
+    try:
+        return between(text, begin, END, tables)
+    except ValueError:
         sys.exit(f"{DOCUMENT} has no place for {name}: add the two lines\n{begin}\n{END}")
-    return f"{before}{begin}\n\n{tables}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import msgspec  # noqa: E402
 import numpy  # noqa: E402
+from documents import between  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from autotune.demo.judge import DIGIT_WORDS, DigitJudge  # noqa: E402
@@ -404,9 +405,8 @@ def _listed(title: str, reasons: dict[str, str]) -> Iterator[str]:
 
 def write(text: str) -> None:
     """Put the table where the document has it."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    document = between(DOCUMENT.read_text(encoding="utf-8"), BEGIN, END, f"{text}\n")
+    DOCUMENT.write_text(document, encoding="utf-8")
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from documents import between
 
 from autotune.decide.metrics import expected
 from autotune.decide.predict import Predictor
@@ -21,7 +22,7 @@ from autotune.workload.workload import Request, Workload
 
 RECORDING = Path("tests/data/simulated/memory.jsonl")
 DOCUMENT = Path("docs/simulation.md")
-BEGIN, END = "<!-- memory -->\n", "<!-- end of memory -->\n"
+BEGIN, END = "<!-- memory -->", "<!-- end of memory -->"
 
 COLUMNS = (
     *("model", "set", "allocated, predicted", "simulated", "error"),
@@ -128,18 +129,12 @@ def _mib(size: int) -> str:
     return f"{size / MIB:,.0f} MiB"
 
 
-def report(root: Path, write: bool) -> int:
-    """Prints the table, or puts it into the document.
-
-    Returns:
-        0.
-    """
+def report(root: Path, write: bool) -> None:
+    """Prints the table, or puts it into the document."""
     found = table(root / RECORDING)
     if not write:
         sys.stdout.write(found)
-        return 0
+        return
     document = root / DOCUMENT
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(before + BEGIN + "\n" + found + "\n" + END + after)
-    return 0
+    text = between(document.read_text(encoding="utf-8"), BEGIN, END, found)
+    document.write_text(text, encoding="utf-8")

@@ -244,6 +244,13 @@ class Weights:
         return run.trace.operators[-1].out_bytes * (1 + layers)
 
     @functools.cached_property
+    def _streamed(self) -> tuple[Component, ...]:
+        """What group offload may copy on a stream: all that it moves but autoencoders."""
+        hooked = hooks_of(self._workload, "group_offload").hooked
+        apart = {c.name for c in self._workload.components_as("autoencoder")}
+        return tuple(c for c in self._workload.components if c.name in hooked - apart)
+
+    @functools.cached_property
     def _pinned(self) -> dict[str, int]:
         return {c.name: _all_pinned_bytes(tensor_sizes(c)) for c in self._workload.components}
 
@@ -333,25 +340,22 @@ class Weights:
     def _grouped_bytes(self, group: GroupOffload) -> int:
         """Autoencoders stay in RAM, unpinned: they are read, and widened, without being called."""
         hooked = hooks_of(self._workload, "group_offload").hooked
-        apart = hooked & {c.name for c in self._workload.components_as("autoencoder")}
-        unpinned = sum(self._components[name].weight_bytes for name in apart)
+        streamed = {component.name for component in self._streamed}
+        unpinned = sum(self._components[name].weight_bytes for name in hooked - streamed)
         # What a stream copies is pinned first: PyTorch keeps those pages for the next group.
         kept = 0 if group.is_pinned or not group.overlaps else self._largest_pinned(group)
         if group.from_disk:
             return unpinned + kept
         unpinned += kept
-        for name in hooked - apart:
-            component = self._components[name]
+        for component in self._streamed:
             pinned = 1 - _share_in_no_group(component, group) if group.is_pinned else 0.0
             unpinned += component.weight_bytes - int(pinned * component.weight_bytes)
         return unpinned + self.pinned_bytes(group)
 
     def _largest_pinned(self, group: GroupOffload) -> int:
         """What the largest group of all takes while it is pinned."""
-        hooked = hooks_of(self._workload, "group_offload").hooked
-        hooked -= {c.name for c in self._workload.components_as("autoencoder")}
         found = 0
-        for component in (self._components[name] for name in hooked):
+        for component in self._streamed:
             if _is_by_layer(component, group):
                 found = max(found, pinned_bytes(component.largest_leaf_bytes))
             elif component.block_bytes:
@@ -363,10 +367,8 @@ class Weights:
         """Of host RAM that is pinned for good: all groups that a stream copies."""
         if not group.is_pinned:
             return 0
-        hooked = hooks_of(self._workload, "group_offload").hooked
-        hooked -= {c.name for c in self._workload.components_as("autoencoder")}
-        found = ((self._components[name], self._pinned[name]) for name in hooked)
-        return sum(int(size * (1 - _share_in_no_group(c, group))) for c, size in found)
+        shares = ((c, 1 - _share_in_no_group(c, group)) for c in self._streamed)
+        return sum(int(self._pinned[c.name] * share) for c, share in shares)
 
     def load(self, execution: Execution) -> LoadPrediction:
         """All weights are read first, then go where the execution wants them.

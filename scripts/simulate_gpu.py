@@ -56,6 +56,8 @@ ROUNDING = 1e-3
 
 LEAK_BYTES = 1 << 16
 
+CARD_BYTES = 24 << 30
+
 DTYPE = "bfloat16"
 
 MEASURED = (
@@ -284,11 +286,12 @@ def main() -> int:
     if options.what == "report":
         from simulated_gpu.report import report
 
-        return report(ROOT, options.write)
+        report(ROOT, options.write)
+        return 0
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        simulated = simulated_gpu.install(options.gib << 30, context_bytes=128 << 20)
+        simulated = simulated_gpu.install(CARD_BYTES, context_bytes=128 << 20)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
@@ -317,7 +320,6 @@ def main() -> int:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.set_defaults(gib=24)
     commands = parser.add_subparsers(dest="what", required=True)
     sets = commands.add_parser("sets", help="apply, draw, undo")
     sets.add_argument("--kind", action="append", help="only this kind of pipeline")

@@ -54,7 +54,7 @@ def test_memory_that_runs_out_ends_in_the_image(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("row", ALL, ids=lambda r: f"{r.measured.model}-{r.measured.settings}")
 def test_predictions_hold(row: Row) -> None:
-    """Of each phase: what lies there whole to half a percent; of parts it is an upper bound.
+    """Of each phase: what lies there whole to 1.5 %; of parts it is an upper bound.
 
     The largest part and the most activations need not be there at the same time.
     """

@@ -54,17 +54,9 @@ class Simulated:
         self.library.stats(device, out)
         return dict(zip(_STATS, out, strict=True))
 
-    def resize(self, total_bytes: int, context_bytes: int = 0, devices: int = 1) -> None:
-        """Makes the cards larger or smaller than they were; nothing may be on them."""
-        self.library.simulate(devices, ctypes.c_size_t(total_bytes), ctypes.c_size_t(context_bytes))
-
     def reset_pinned(self) -> None:
         """Lets the peak of pinned host memory begin anew."""
         self.library.reset_pinned()
-
-    def set_beside(self, size_bytes: int, device: int = 0) -> None:
-        """What other programs hold of the card."""
-        self.library.set_beside(device, ctypes.c_size_t(size_bytes))
 
     def fail_in(self, allocations: int, device: int = 0) -> None:
         """Lets the allocation after so many fail, whatever is free; -1 takes that back."""
@@ -109,8 +101,6 @@ def install(
     total_bytes: int = 8 << 30,
     context_bytes: int = 300 << 20,
     devices: int = 1,
-    name: str = "Simulated GPU",
-    capability: tuple[int, int] = (8, 6),
 ) -> Simulated:
     """Gives torch its simulated devices. Call it before anything imports torch.
 
@@ -126,19 +116,17 @@ def install(
     library = ctypes.CDLL(str(library_path))
     library.get_fraction.restype = ctypes.c_double
     simulated = Simulated(library)
-    simulated.resize(total_bytes, context_bytes, devices)
+    library.simulate(devices, ctypes.c_size_t(total_bytes), ctypes.c_size_t(context_bytes))
     import torch
 
     if torch.version.cuda is not None:
         raise RuntimeError("a simulated GPU needs a build of torch without CUDA")
-    _complete(torch, simulated, devices, name, capability)
+    _complete(torch, simulated, devices)
     software.torch_build = lambda: {"cuda": "13.0"}
     return simulated
 
 
-def _complete(
-    torch: ModuleType, simulated: Simulated, devices: int, name: str, capability: tuple[int, int]
-) -> None:
+def _complete(torch: ModuleType, simulated: Simulated, devices: int) -> None:
     """Adds what ``torch.cuda`` asks of its C++ half, which this build of torch lacks."""
     library, cuda = simulated.library, torch.cuda
 
@@ -182,7 +170,7 @@ def _complete(
         "synchronize": lambda: None,
         "sleep": lambda cycles: None,
         "ipc_collect": lambda: None,
-        "getArchFlags": lambda: f"sm_{capability[0]}{capability[1]}",
+        "getArchFlags": lambda: "sm_86",
         "canDeviceAccessPeer": lambda one, other: False,
         "memoryStats": nested_stats,
         "resetPeakMemoryStats": lambda device: library.reset_peak(device),
@@ -207,9 +195,9 @@ def _complete(
 
     cuda._cudart = SimpleNamespace(cudaMemGetInfo=memory)
     facts = SimpleNamespace(
-        name=name,
-        major=capability[0],
-        minor=capability[1],
+        name="Simulated GPU",  # as its NVML says
+        major=8,
+        minor=6,
         multi_processor_count=68,
         is_integrated=0,
         is_multi_gpu_board=0,

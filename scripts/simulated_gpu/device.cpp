@@ -57,7 +57,7 @@ struct BySize {
 };
 
 struct Memory {
-  size_t total = 0, context = 0, beside = 0;
+  size_t total = 0, context = 0;
   double fraction = 1.0;
   size_t allocated = 0, reserved = 0, peak_allocated = 0, peak_reserved = 0;
   size_t allocations = 0, retries = 0, failures = 0;
@@ -95,7 +95,7 @@ void release_unused(Memory& memory) {
 }
 
 size_t used_of_device(const Memory& memory) {
-  return memory.context + memory.beside + memory.reserved;
+  return memory.context + memory.reserved;
 }
 
 bool has_room(const Memory& memory, size_t bytes) {
@@ -778,17 +778,15 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(Memory*, unsigned int* count, Proce
   return 0;
 }
 int nvmlDeviceGetComputeRunningProcesses_v3(Memory* gpu, unsigned int* count, Process* out) {
-  const unsigned int found = gpu->beside ? 2 : 1;
-  if (!out || *count < found) { *count = found; return 7; }
-  *count = found;
+  const bool has_room = out && *count >= 1;
+  *count = 1;
+  if (!has_room) return 7;
   out[0] = {static_cast<unsigned int>(getpid()), gpu->context + gpu->reserved, 0, 0};
-  if (gpu->beside) out[1] = {1, gpu->beside, 0, 0};
   return 0;
 }
 
 void set_fraction(int device, double fraction) { memories[device].fraction = fraction; }
 double get_fraction(int device) { return memories[device].fraction; }
-void set_beside(int device, size_t bytes) { memories[device].beside = bytes; }
 void fail_in(int device, int64_t allocations) { memories[device].fail_in = allocations; }
 void clear_cublas() { clear_workspaces(); }
 void empty_cache() { allocator.emptyCache(); }

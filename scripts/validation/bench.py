@@ -107,7 +107,7 @@ def cases_of(device: Device, models: Sequence[str], tiny: bool) -> tuple[Case, .
     """What is drawn on this device."""
     if tiny:
         return TINY_CASES
-    cases = CPU_CASES if device.small else GPU_CASES
+    cases = CPU_CASES if device.draws_small else GPU_CASES
     return tuple(c for c in cases if not models or c.model in models)
 
 

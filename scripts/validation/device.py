@@ -29,6 +29,7 @@ class Device:
         kind: As PyTorch calls it.
         simulates: Memory limits are only reckoned with: a peak is compared with them.
         device: PyTorch's.
+        draws_small: Small pipelines are drawn on it, not full-size ones.
         is_small: It is a small card now: an error that may mean memory does, then.
     """
 
@@ -36,7 +37,7 @@ class Device:
     simulates = True
     device = torch.device("cpu")
     is_small = False
-    small = True
+    draws_small = True
 
     def empty(self) -> None:
         """Give cached memory back."""
@@ -86,7 +87,7 @@ class Cuda(Device):
 
     kind = "cuda"
     simulates = False
-    small = False
+    draws_small = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -145,7 +146,7 @@ class Cuda(Device):
 class Simulated(Cuda):
     """A GPU that is not there, with the small pipelines of the CPU."""
 
-    small = True
+    draws_small = True
 
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0))

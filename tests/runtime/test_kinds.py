@@ -21,8 +21,6 @@ from autotune.workload.components import meta_module
 from tests.thorough import part
 from tests.workloads import SIZES, few_frames, numbers_of
 
-kinds = pytest.mark.parametrize("kind", BUILDERS)
-
 STEPS = 2
 
 
